@@ -1,0 +1,1 @@
+//! The protobuf messages Cairn speaks, and their generated types.

@@ -1,0 +1,2 @@
+//! The command line: up, demo, xds, check, echo.
+fn main() {}

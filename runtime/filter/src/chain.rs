@@ -1,0 +1,133 @@
+//! The chain: the filters of one destination, and their run over one exchange.
+
+use crate::{Exchange, Factory, Filter, LocalReply, Phases, RequestHead, ResponseHead, Verdict};
+use smallvec::SmallVec;
+use std::sync::Arc;
+
+/// The filters of one destination in request order, compiled once per configuration.
+#[derive(Clone, Default)]
+pub struct Chain {
+    links: Arc<[Link]>,
+}
+
+#[derive(Clone)]
+struct Link {
+    factory: Arc<dyn Factory>,
+    phases: Phases,
+}
+
+/// What a phase of the whole chain came to.
+#[derive(Debug)]
+pub enum Outcome {
+    /// Every filter let it pass.
+    Continue,
+    /// A filter answered. The reply has not run through the response phase yet; the engine does that.
+    Reply(Box<LocalReply>),
+    /// A filter ended the exchange.
+    Reset,
+}
+
+impl Chain {
+    /// A chain that runs `factories` in this order on requests and in reverse on responses.
+    pub fn new(factories: Vec<Arc<dyn Factory>>) -> Self {
+        let link = |factory: Arc<dyn Factory>| Link { phases: factory.phases(), factory };
+        Self { links: factories.into_iter().map(link).collect() }
+    }
+
+    /// The names of the filters, in request order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.links.iter().map(|link| link.factory.name())
+    }
+
+    /// Starts the instances for one exchange.
+    pub fn start(&self, exchange: &Exchange) -> Running {
+        let mut filters = SmallVec::new();
+        for link in self.links.iter() {
+            if let Some(filter) = link.factory.start(exchange) {
+                filters.push(Active { phases: link.phases, filter });
+            }
+        }
+        Running { filters, finished: false }
+    }
+}
+
+struct Active {
+    phases: Phases,
+    filter: Box<dyn Filter>,
+}
+
+/// The filters at work on one exchange.
+pub struct Running {
+    filters: SmallVec<[Active; 6]>,
+    finished: bool,
+}
+
+impl Running {
+    /// Runs the request phase, first filter first. Filters after the one that answered do not run, and will not see
+    /// the response either (Envoy encodes a local reply through the filters from the one that sent it backwards).
+    pub async fn request_headers(
+        &mut self,
+        exchange: &mut Exchange,
+        head: &mut RequestHead,
+        end_of_stream: bool,
+    ) -> Outcome {
+        for index in 0..self.filters.len() {
+            let active = &mut self.filters[index];
+            if !active.phases.contains(Phases::REQUEST_HEADERS) {
+                continue;
+            }
+            loop {
+                match active.filter.request_headers(exchange, head, end_of_stream) {
+                    Verdict::Continue => break,
+                    Verdict::Wait(until) => until.await,
+                    Verdict::Reset => return Outcome::Reset,
+                    Verdict::Reply(reply) => {
+                        self.end_rest(index + 1, exchange);
+                        return Outcome::Reply(reply);
+                    }
+                }
+            }
+        }
+        Outcome::Continue
+    }
+
+    /// Runs the response phase, last filter first. A filter that answers replaces the response, and the filters
+    /// before it still see what it put there.
+    pub async fn response_headers(
+        &mut self,
+        exchange: &mut Exchange,
+        head: &mut ResponseHead,
+        end_of_stream: bool,
+    ) -> Outcome {
+        for active in self.filters.iter_mut().rev() {
+            if !active.phases.contains(Phases::RESPONSE_HEADERS) {
+                continue;
+            }
+            loop {
+                match active.filter.response_headers(exchange, head, end_of_stream) {
+                    Verdict::Continue => break,
+                    Verdict::Wait(until) => until.await,
+                    Verdict::Reset => return Outcome::Reset,
+                    Verdict::Reply(reply) => return Outcome::Reply(reply),
+                }
+            }
+        }
+        Outcome::Continue
+    }
+
+    /// Ends every filter, once; later calls do nothing.
+    pub fn finish(&mut self, exchange: &mut Exchange) {
+        if !self.finished {
+            self.finished = true;
+            self.end_rest(0, exchange);
+        }
+    }
+
+    fn end_rest(&mut self, from: usize, exchange: &mut Exchange) {
+        for mut active in self.filters.drain(from..) {
+            if active.phases.contains(Phases::FINISH) {
+                active.filter.finish(exchange);
+            }
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! The filter interface and the chain that runs it.
+//!
+//! Whatever happens to an L7 exchange between arrival and upstream is a filter. Built-ins and Wasm plugins are peers
+//! behind [`Factory`] and [`Filter`]. A [`Factory`] is the compiled, immutable configuration of one filter, shared by
+//! all workers; for each exchange it starts a [`Filter`] (or answers "not for this exchange"). Each phase returns at
+//! once with a [`Verdict`]; a filter that must wait returns [`Verdict::Wait`], and *pausing is awaiting*.
+//!
+//! Order is data: [`sort_factories`] puts Istio's phases and priorities into one list. Requests run it forwards,
+//! responses backwards.
+
+mod chain;
+mod exchange;
+mod head;
+mod order;
+mod reply;
+
+pub use chain::{Chain, Outcome, Running};
+pub use exchange::{Connection, Exchange, Note, Peer, Protocol};
+pub use head::{RequestHead, ResponseHead};
+pub use order::{Position, Slot, sort_factories};
+pub use reply::{Denial, LocalReply};
+
+use std::future::Future;
+use std::pin::Pin;
+
+bitflags::bitflags! {
+    /// The phases of an exchange that a filter wants to see; the chain skips it in all others.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Phases: u8 {
+        /// [`Filter::request_headers`].
+        const REQUEST_HEADERS = 1;
+        /// [`Filter::response_headers`].
+        const RESPONSE_HEADERS = 2;
+        /// [`Filter::finish`].
+        const FINISH = 4;
+    }
+}
+
+/// What a phase decides.
+pub enum Verdict {
+    /// Go on with the next filter.
+    Continue,
+    /// Answer the downstream now. In the request phase the upstream is not called; in the response phase the
+    /// upstream's answer is replaced.
+    Reply(Box<LocalReply>),
+    /// End the exchange without an answer (HTTP/2: a stream reset; HTTP/1.1: the connection closes).
+    Reset,
+    /// Hold the exchange until the future resolves; the chain then calls the same phase of the same filter again,
+    /// which finds out from its own state what came of it. The future must bound its own waiting.
+    Wait(Pin<Box<dyn Future<Output = ()> + Send>>),
+}
+
+/// The compiled configuration of one filter, immutable and shared by all exchanges of all workers.
+pub trait Factory: Send + Sync {
+    /// The name under which notes, logs and denials speak of this filter: `authorization`, or a plugin's `ns/name`.
+    fn name(&self) -> &str;
+
+    /// The phases that instances of this factory want. Asked once, when the chain is compiled.
+    fn phases(&self) -> Phases;
+
+    /// Starts an instance for one exchange, or `None` when the filter has nothing to do with it.
+    fn start(&self, exchange: &Exchange) -> Option<Box<dyn Filter>>;
+}
+
+/// One filter at work on one exchange.
+///
+/// Every method has a pass-through default. An instance is dropped when its exchange ends; a client that goes away
+/// ends the exchange too, and [`Filter::finish`] is still called, once.
+pub trait Filter: Send {
+    /// The request's head is here; no byte has gone upstream. `end_of_stream`: the request has no body.
+    fn request_headers(&mut self, exchange: &mut Exchange, head: &mut RequestHead, end_of_stream: bool) -> Verdict {
+        let _ = (exchange, head, end_of_stream);
+        Verdict::Continue
+    }
+
+    /// The response's head is here (from upstream, or a local reply); no byte has gone downstream.
+    fn response_headers(
+        &mut self,
+        exchange: &mut Exchange,
+        head: &mut ResponseHead,
+        end_of_stream: bool,
+    ) -> Verdict {
+        let _ = (exchange, head, end_of_stream);
+        Verdict::Continue
+    }
+
+    /// The exchange is over, for whatever reason; its record is complete. Called once.
+    fn finish(&mut self, exchange: &mut Exchange) {
+        let _ = exchange;
+    }
+}

@@ -1,0 +1,1 @@
+//! CONNECT tunnels over mTLS HTTP/2: accept, open, pool.

@@ -1,0 +1,1 @@
+//! The life of one HTTP exchange: serve, route, balance, retry, upstream.

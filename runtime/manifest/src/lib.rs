@@ -1,0 +1,1 @@
+//! Kubernetes, Istio and Gateway API manifests turned into the model; watches a directory.

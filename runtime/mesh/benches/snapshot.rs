@@ -1,0 +1,2 @@
+//! Benchmarks of the snapshot.
+fn main() {}

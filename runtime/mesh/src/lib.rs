@@ -1,0 +1,48 @@
+//! The model of the mesh, its store, and the pure decisions on it.
+//!
+//! Every source of configuration is translated at the edge into [`Change`]s. One [`Store`] applies them and publishes
+//! immutable [`Snapshot`]s. Two decisions are made on a snapshot: [`plan`] says where an outbound connection goes
+//! next, [`decide`] whether an inbound one is allowed. Nothing here does I/O, reads a clock, or knows protobuf or
+//! YAML; randomness is passed in.
+
+mod authorization;
+mod balance;
+mod identity;
+mod name;
+mod plan;
+mod plugin;
+mod policy;
+mod route;
+mod service;
+mod settings;
+mod sharded;
+mod snapshot;
+mod store;
+mod text_match;
+mod workload;
+
+pub use authorization::{Authorization, Clause, L4Match, L4Rule, PolicyAction, Scope};
+pub use authorization::{Decision, DenyReason, L4Peer, decide};
+pub use balance::{Random, pick};
+pub use identity::{Identity, IdentityError};
+pub use name::{Kind, ResourceKey, ResourceName};
+pub use plan::{Plan, Refusal, Tunnel, plan, resolve_waypoint};
+pub use plugin::{FailStrategy, PluginPhase, WasmPlugin};
+pub use policy::{
+    AuthorizationPolicy, Condition, HostMatch, IpMatch, Operation, PathMatch, PolicyRule, PortMatch,
+    ServiceAccount, Source, TargetKind, TargetRef, Unenforceable, Values,
+};
+pub use route::{
+    Backend, BackendKind, HeaderChange, HeaderChanges, HttpRoute, NameMatch, ParentRef, PathRewrite, PathRule,
+    Redirect, Rewrite, RouteFilter, RouteMatch, RouteRule, ValueMatch,
+};
+pub use service::{AppProtocol, HealthPolicy, LoadBalancing, LoadBalancingMode, RoutingScope, Service, ServicePort};
+pub use settings::{MeshSettings, PathNormalization};
+pub use sharded::Sharded;
+pub use snapshot::{Destination, Endpoint, L7, ServiceState, Snapshot};
+pub use store::{Applied, Change, Store};
+pub use text_match::TextMatch;
+pub use workload::{
+    GatewayAddress, GatewayTarget, Health, Locality, NetworkAddress, PortMapping, TunnelProtocol, Workload,
+    WorkloadKind,
+};

@@ -1,0 +1,44 @@
+//! Settings of the whole mesh: the parts of Istio's MeshConfig that Cairn reads.
+
+use std::sync::Arc;
+
+/// How request paths are normalised before anything looks at them (`MeshConfig.pathNormalization`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum PathNormalization {
+    /// Not at all.
+    None,
+    /// Dot segments, unreserved percent-encodings and backslashes; the default.
+    #[default]
+    Base,
+    /// As base, and `//` becomes `/`.
+    MergeSlashes,
+    /// Encoded slashes are decoded first, then as merge slashes.
+    DecodeAndMergeSlashes,
+}
+
+/// Settings of the whole mesh.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MeshSettings {
+    /// The trust domain of every workload that does not say another.
+    pub trust_domain: Arc<str>,
+    /// The namespace whose policies apply everywhere.
+    pub root_namespace: Arc<str>,
+    /// The DNS domain of services.
+    pub cluster_domain: Arc<str>,
+    /// The cluster's name.
+    pub cluster_id: Arc<str>,
+    /// Path normalisation.
+    pub path_normalization: PathNormalization,
+}
+
+impl Default for MeshSettings {
+    fn default() -> Self {
+        Self {
+            trust_domain: "cluster.local".into(),
+            root_namespace: "istio-system".into(),
+            cluster_domain: "cluster.local".into(),
+            cluster_id: "Kubernetes".into(),
+            path_normalization: PathNormalization::Base,
+        }
+    }
+}

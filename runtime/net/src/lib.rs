@@ -1,0 +1,1 @@
+//! The operating system's network: listeners, original destination, transparent sockets, namespaces, copy, drain.

@@ -1,0 +1,1 @@
+//! Being a daemon: settings, threads, signals, readiness, admin server.

@@ -1,0 +1,1 @@
+//! Filters in WebAssembly: the proxy-wasm host.

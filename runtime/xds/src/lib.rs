@@ -1,0 +1,1 @@
+//! Delta ADS client and server; the workload API and the model.

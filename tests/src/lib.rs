@@ -1,0 +1,1 @@
+//! The end-to-end tests, the harness they share and the tidy test.

@@ -1,0 +1,1 @@
+//! The node proxy: outbound, inbound, passthrough.
