@@ -68,7 +68,12 @@ pub trait Factory: Send + Sync {
 /// ends the exchange too, and [`Filter::finish`] is still called, once.
 pub trait Filter: Send {
     /// The request's head is here; no byte has gone upstream. `end_of_stream`: the request has no body.
-    fn request_headers(&mut self, exchange: &mut Exchange, head: &mut RequestHead, end_of_stream: bool) -> Verdict {
+    fn request_headers(
+        &mut self,
+        exchange: &mut Exchange,
+        head: &mut RequestHead,
+        end_of_stream: bool,
+    ) -> Verdict {
         let _ = (exchange, head, end_of_stream);
         Verdict::Continue
     }

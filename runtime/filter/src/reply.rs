@@ -23,7 +23,13 @@ pub struct LocalReply {
 impl LocalReply {
     /// A reply with `status` and a text body.
     pub fn text(status: StatusCode, body: impl Into<Bytes>, details: impl Into<Cow<'static, str>>) -> Self {
-        Self { status, grpc_status: None, body: body.into(), headers: HeaderMap::new(), details: details.into() }
+        Self {
+            status,
+            grpc_status: None,
+            body: body.into(),
+            headers: HeaderMap::new(),
+            details: details.into(),
+        }
     }
 
     /// The answer to a request that authorization denies: 403 `RBAC: access denied`, as Envoy's RBAC filter words it.

@@ -178,7 +178,8 @@ pub fn decide(snapshot: &Snapshot, workload: &Workload, peer: &L4Peer<'_>) -> De
             None => return Decision::Deny(DenyReason::MissingPolicy(name.clone())),
         }
     }
-    let scoped = snapshot.global_authorizations().iter().chain(snapshot.namespace_authorizations(&workload.namespace));
+    let scoped =
+        snapshot.global_authorizations().iter().chain(snapshot.namespace_authorizations(&workload.namespace));
     let policies = || {
         let named = named.iter().copied().filter(|policy| policy.scope == Scope::WorkloadSelector);
         scoped.clone().chain(named).filter(|policy| !policy.dry_run)

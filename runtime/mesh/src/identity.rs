@@ -79,7 +79,8 @@ impl FromStr for Identity {
         let rest = text.strip_prefix(SCHEME).ok_or_else(error)?;
         let mut segments = rest.split('/');
         let parts = [segments.next(), segments.next(), segments.next(), segments.next(), segments.next()];
-        let [Some(trust_domain), Some("ns"), Some(namespace), Some("sa"), Some(service_account)] = parts else {
+        let [Some(trust_domain), Some("ns"), Some(namespace), Some("sa"), Some(service_account)] = parts
+        else {
             return Err(error());
         };
         if segments.next().is_some() {

@@ -33,10 +33,12 @@ pub use policy::{
     ServiceAccount, Source, TargetKind, TargetRef, Unenforceable, Values,
 };
 pub use route::{
-    Backend, BackendKind, HeaderChange, HeaderChanges, HttpRoute, NameMatch, ParentRef, PathRewrite, PathRule,
-    Redirect, Rewrite, RouteFilter, RouteMatch, RouteRule, ValueMatch,
+    Backend, BackendKind, HeaderChange, HeaderChanges, HttpRoute, NameMatch, ParentRef, PathRewrite,
+    PathRule, Redirect, Rewrite, RouteFilter, RouteMatch, RouteRule, ValueMatch,
 };
-pub use service::{AppProtocol, HealthPolicy, LoadBalancing, LoadBalancingMode, RoutingScope, Service, ServicePort};
+pub use service::{
+    AppProtocol, HealthPolicy, LoadBalancing, LoadBalancingMode, RoutingScope, Service, ServicePort,
+};
 pub use settings::{MeshSettings, PathNormalization};
 pub use sharded::Sharded;
 pub use snapshot::{Destination, Endpoint, L7, ServiceState, Snapshot};

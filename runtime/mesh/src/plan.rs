@@ -1,8 +1,8 @@
 //! Where an outbound connection goes next.
 
 use crate::{
-    Destination, GatewayAddress, GatewayTarget, Identity, LoadBalancingMode, NetworkAddress, Random, Service,
-    Snapshot, TunnelProtocol, Workload, pick,
+    Destination, GatewayAddress, GatewayTarget, Identity, LoadBalancingMode, NetworkAddress, Random,
+    ResourceName, Service, Snapshot, TunnelProtocol, Workload, pick,
 };
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -89,8 +89,14 @@ impl fmt::Display for Refusal {
 
 /// Decides where a connection from `source` to `destination` goes next (ztunnel `build_request`, in its order; ours
 /// knows one network).
-pub fn plan(snapshot: &Snapshot, source: &Workload, destination: SocketAddr, random: &mut dyn Random) -> Plan {
-    let address = NetworkAddress { network: Arc::clone(&source.network), address: destination.ip().to_canonical() };
+pub fn plan(
+    snapshot: &Snapshot,
+    source: &Workload,
+    destination: SocketAddr,
+    random: &mut dyn Random,
+) -> Plan {
+    let address =
+        NetworkAddress { network: Arc::clone(&source.network), address: destination.ip().to_canonical() };
     match snapshot.destination(&address, &source.namespace) {
         Some(Destination::Service(state)) => {
             let service = Some(Arc::clone(&state.service));
@@ -196,7 +202,7 @@ pub fn resolve_waypoint(
 
 /// Whether `source` is an instance of the waypoint: its own traffic must not go round in a circle.
 fn is_waypoint_itself(snapshot: &Snapshot, reference: &GatewayAddress, source: &Workload) -> bool {
-    let is_endpoint = |key| {
+    let is_endpoint = |key: &ResourceName| {
         snapshot
             .service(key)
             .is_some_and(|state| state.endpoints.iter().any(|endpoint| endpoint.workload.uid == source.uid))

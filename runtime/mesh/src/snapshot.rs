@@ -1,8 +1,8 @@
 //! One immutable state of the mesh, shared by all readers.
 
 use crate::{
-    Authorization, AuthorizationPolicy, HealthPolicy, Health, HttpRoute, MeshSettings, NetworkAddress, PortMapping,
-    ResourceKey, ResourceName, Service, Sharded, Unenforceable, WasmPlugin, Workload,
+    Authorization, AuthorizationPolicy, Health, HealthPolicy, HttpRoute, MeshSettings, NetworkAddress,
+    PortMapping, ResourceKey, ResourceName, Service, Sharded, Unenforceable, WasmPlugin, Workload,
 };
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -20,7 +20,8 @@ pub struct Endpoint {
 impl Endpoint {
     /// The workload's port behind `service`'s `port`: the endpoint's own mapping, else the service's target port.
     pub fn target_port(&self, service: &Service, port: u16) -> Option<u16> {
-        let own = self.ports.iter().find(|mapping| mapping.service_port == port).map(|mapping| mapping.target_port);
+        let own =
+            self.ports.iter().find(|mapping| mapping.service_port == port).map(|mapping| mapping.target_port);
         let shared = || service.port(port).map(|port| port.target_port);
         own.filter(|target| *target != 0).or_else(shared).filter(|target| *target != 0)
     }
@@ -147,7 +148,9 @@ impl Snapshot {
     /// The service with this hostname as a client in `namespace` sees it.
     pub fn service_named(&self, hostname: &str, namespace: &str) -> Option<&Arc<ServiceState>> {
         let keys = self.hostnames.get(hostname)?;
-        keys.iter().filter_map(|key| self.services.get(key)).min_by_key(|state| rank(&state.service, namespace))
+        keys.iter()
+            .filter_map(|key| self.services.get(key))
+            .min_by_key(|state| rank(&state.service, namespace))
     }
 
     /// What `address` is for a client in `namespace`: a workload's own address wins over a VIP (ztunnel

@@ -2,8 +2,8 @@
 
 use crate::snapshot::{Endpoint, ServiceState};
 use crate::{
-    Authorization, AuthorizationPolicy, HttpRoute, MeshSettings, NetworkAddress, ResourceKey, ResourceName, Scope,
-    Service, Snapshot, Unenforceable, WasmPlugin, Workload,
+    Authorization, AuthorizationPolicy, HttpRoute, MeshSettings, NetworkAddress, ResourceKey, ResourceName,
+    Scope, Service, Snapshot, Unenforceable, WasmPlugin, Workload,
 };
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -123,7 +123,8 @@ impl Store {
             Change::AuthorizationRemoved(name) => self.remove_authorization(&name),
             Change::Gateway(name) => Arc::make_mut(&mut self.current.l7).gateway = Some(name),
             Change::Route(route) => {
-                let l7 = self.l7_without(ResourceKey { kind: crate::Kind::HttpRoute, name: route.name.clone() });
+                let l7 =
+                    self.l7_without(ResourceKey { kind: crate::Kind::HttpRoute, name: route.name.clone() });
                 l7.routes.insert(route.name.clone(), Arc::new(route));
             }
             Change::Policy(policy) => {
@@ -132,7 +133,8 @@ impl Store {
                 l7.policies.insert(policy.name.clone(), Arc::new(policy));
             }
             Change::Plugin(plugin) => {
-                let l7 = self.l7_without(ResourceKey { kind: crate::Kind::WasmPlugin, name: plugin.name.clone() });
+                let l7 =
+                    self.l7_without(ResourceKey { kind: crate::Kind::WasmPlugin, name: plugin.name.clone() });
                 l7.plugins.insert(plugin.name.clone(), Arc::new(plugin));
             }
             Change::Unenforceable(key, what) => {
@@ -165,8 +167,10 @@ impl Store {
         let previous = self.take_workload(&workload.uid, touched);
         self.deferred.remove(&workload.uid);
         if let (false, Some(previous)) = (all_known, previous) {
-            let wanted =
-                std::mem::replace(&mut workload.authorization_policies, previous.authorization_policies.clone());
+            let wanted = std::mem::replace(
+                &mut workload.authorization_policies,
+                previous.authorization_policies.clone(),
+            );
             self.deferred.insert(Arc::clone(&workload.uid), wanted);
         } else if !all_known {
             self.deferred.insert(Arc::clone(&workload.uid), workload.authorization_policies.clone());

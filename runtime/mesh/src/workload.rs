@@ -185,6 +185,8 @@ impl Workload {
 
     /// The addresses as keys of the snapshot.
     pub fn network_addresses(&self) -> impl Iterator<Item = NetworkAddress> + '_ {
-        self.addresses.iter().map(|address| NetworkAddress { network: Arc::clone(&self.network), address: *address })
+        self.addresses
+            .iter()
+            .map(|address| NetworkAddress { network: Arc::clone(&self.network), address: *address })
     }
 }
