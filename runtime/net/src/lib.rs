@@ -1,1 +1,11 @@
 //! The operating system's network: listeners, original destination, transparent sockets, namespaces, copy, drain.
+//!
+//! Everything here is about sockets and bytes; who is at the other end is the business of the crates above.
+
+mod copy;
+mod drain;
+mod socket;
+
+pub use copy::{ByteCounts, copy};
+pub use drain::{Drain, DrainGuard, DrainTrigger, drain};
+pub use socket::{ConnectOptions, ListenOptions, NetError, connect, listen, original_destination, prepare};

@@ -1,0 +1,229 @@
+//! Sockets: how we listen, how we connect, and where a redirected connection was going.
+
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+
+/// What a socket could not do.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum NetError {
+    /// The address cannot be listened on.
+    #[error("cannot listen on {address}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The peer refused, or the socket could not be prepared.
+    #[error("cannot connect to {address}")]
+    Connect {
+        /// The peer.
+        address: SocketAddr,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The peer did not answer.
+    #[error("{address} did not answer within {timeout:?}")]
+    ConnectTimeout {
+        /// The peer.
+        address: SocketAddr,
+        /// How long we waited.
+        timeout: Duration,
+    },
+    /// A connected socket that has no local address.
+    #[error("the connection's own address is unknown")]
+    LocalAddress(#[source] io::Error),
+}
+
+/// How to listen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListenOptions {
+    /// Accept connections whose destination is not ours (`IP_TRANSPARENT`). Needs `CAP_NET_ADMIN`.
+    pub transparent: bool,
+    /// Let another process listen on the same address, as during a rolling update (`SO_REUSEPORT`).
+    pub reuse_port: bool,
+    /// How many connections may wait to be accepted.
+    pub backlog: u32,
+}
+
+impl Default for ListenOptions {
+    fn default() -> Self {
+        Self { transparent: false, reuse_port: false, backlog: 1024 }
+    }
+}
+
+/// How to connect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConnectOptions {
+    /// The address to connect from; the kernel's choice if unset.
+    pub bind: Option<IpAddr>,
+    /// `bind` need not be ours (`IP_TRANSPARENT` and `IP_FREEBIND`). Needs `CAP_NET_ADMIN`.
+    pub transparent: bool,
+    /// The packet mark (`SO_MARK`). Needs `CAP_NET_ADMIN`.
+    pub mark: Option<u32>,
+    /// How long to wait for the peer.
+    pub timeout: Duration,
+}
+
+impl Default for ConnectOptions {
+    fn default() -> Self {
+        Self { bind: None, transparent: false, mark: None, timeout: Duration::from_secs(10) }
+    }
+}
+
+/// Keepalive as a ztunnel sets it (facts: `KEEPALIVE_TIME`, `_INTERVAL`, `_RETRIES`).
+const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
+    .with_time(Duration::from_secs(180))
+    .with_interval(Duration::from_secs(180))
+    .with_retries(9);
+
+/// Listens on `address`.
+///
+/// # Errors
+/// When the address is taken or not ours, or an option is not permitted.
+pub fn listen(address: SocketAddr, options: &ListenOptions) -> Result<TcpListener, NetError> {
+    open_listener(address, options).map_err(|source| NetError::Listen { address, source })
+}
+
+fn open_listener(address: SocketAddr, options: &ListenOptions) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_nonblocking(true)?;
+    socket.set_reuse_address(true)?;
+    if options.reuse_port {
+        socket.set_reuse_port(true)?;
+    }
+    if options.transparent {
+        // The IPv4 option also covers IPv4 clients of an IPv6 wildcard socket.
+        socket.set_ip_transparent_v4(true)?;
+        if address.is_ipv6() {
+            socket.set_ip_transparent_v6(true)?;
+        }
+    }
+    socket.bind(&address.into())?;
+    socket.listen(i32::try_from(options.backlog).unwrap_or(i32::MAX))?;
+    TcpListener::from_std(socket.into())
+}
+
+/// Connects to `address`. The stream sends small writes at once and notices a vanished peer.
+///
+/// # Errors
+/// When the peer refuses or does not answer in time, or an option is not permitted.
+pub async fn connect(address: SocketAddr, options: &ConnectOptions) -> Result<TcpStream, NetError> {
+    let failed = |source| NetError::Connect { address, source };
+    let socket = open_socket(address, options).map_err(failed)?;
+    match tokio::time::timeout(options.timeout, socket.connect(address)).await {
+        Ok(connected) => connected.map_err(failed),
+        Err(_) => Err(NetError::ConnectTimeout { address, timeout: options.timeout }),
+    }
+}
+
+fn open_socket(address: SocketAddr, options: &ConnectOptions) -> io::Result<TcpSocket> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_nonblocking(true)?;
+    socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_keepalive(&KEEPALIVE)?;
+    if let Some(mark) = options.mark {
+        socket.set_mark(mark)?;
+    }
+    if let Some(source) = options.bind {
+        if options.transparent && address.is_ipv4() {
+            socket.set_ip_transparent_v4(true)?;
+            socket.set_freebind_v4(true)?;
+        } else if options.transparent {
+            socket.set_ip_transparent_v6(true)?;
+            socket.set_freebind_v6(true)?;
+        }
+        socket.bind(&SocketAddr::new(source, 0).into())?;
+    }
+    Ok(TcpSocket::from_std_stream(socket.into()))
+}
+
+/// Prepares an accepted socket: small writes leave at once, a vanished peer is noticed.
+///
+/// # Errors
+/// When the socket is already gone.
+pub fn prepare(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    SockRef::from(stream).set_tcp_keepalive(&KEEPALIVE)
+}
+
+/// Where a connection was going before the kernel redirected it to us; our own address if it was not redirected.
+///
+/// # Errors
+/// When the connection is already gone.
+pub fn original_destination(stream: &TcpStream) -> Result<SocketAddr, NetError> {
+    let local = stream.local_addr().map_err(NetError::LocalAddress)?;
+    let socket = SockRef::from(stream);
+    // An IPv4 client of an IPv6 wildcard socket is asked for in the IPv4 way, so that one comes first.
+    let redirected = socket.original_dst_v4().or_else(|_| socket.original_dst_v6());
+    let address = redirected.ok().and_then(|address| address.as_socket()).unwrap_or(local);
+    Ok(SocketAddr::new(address.ip().to_canonical(), address.port()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn loopback() -> SocketAddr {
+        "127.0.0.1:0".parse().unwrap()
+    }
+
+    #[tokio::test]
+    async fn connection_has_the_options_and_the_source_asked_for() {
+        let listener = listen(loopback(), &ListenOptions::default()).unwrap();
+        let address = listener.local_addr().unwrap();
+        let options = ConnectOptions { bind: Some("127.0.0.9".parse().unwrap()), ..Default::default() };
+        let client = connect(address, &options).await.unwrap();
+        let (server, peer) = listener.accept().await.unwrap();
+        assert_eq!(peer.ip().to_string(), "127.0.0.9");
+        prepare(&server).unwrap();
+        for stream in [&client, &server] {
+            assert!(stream.nodelay().unwrap());
+            assert!(SockRef::from(stream).keepalive().unwrap());
+            assert_eq!(SockRef::from(stream).tcp_keepalive_time().unwrap(), Duration::from_secs(180));
+        }
+        assert_eq!(original_destination(&server).unwrap(), address);
+    }
+
+    #[tokio::test]
+    async fn two_listeners_share_a_port_only_when_asked() {
+        let shared = ListenOptions { reuse_port: true, ..Default::default() };
+        let first = listen(loopback(), &shared).unwrap();
+        let address = first.local_addr().unwrap();
+        listen(address, &shared).unwrap();
+        let error = listen(address, &ListenOptions::default()).unwrap_err();
+        assert!(matches!(error, NetError::Listen { address: at, .. } if at == address));
+    }
+
+    #[tokio::test]
+    async fn refused_connection_names_the_peer() {
+        let address = listen(loopback(), &ListenOptions::default()).unwrap().local_addr().unwrap();
+        let error = connect(address, &ConnectOptions::default()).await.unwrap_err();
+        assert!(matches!(&error, NetError::Connect { address: at, source }
+            if *at == address && source.kind() == io::ErrorKind::ConnectionRefused));
+    }
+
+    #[tokio::test]
+    async fn silent_peer_times_out() {
+        // A full backlog drops further handshakes, so the next connection gets no answer.
+        let listener = listen(loopback(), &ListenOptions { backlog: 0, ..Default::default() }).unwrap();
+        let address = listener.local_addr().unwrap();
+        let timeout = Duration::from_millis(200);
+        let options = ConnectOptions { timeout, ..Default::default() };
+        let mut held = Vec::new();
+        let error = loop {
+            match connect(address, &options).await {
+                Ok(stream) => held.push(stream),
+                Err(error) => break error,
+            }
+            assert!(held.len() < 16, "the backlog has no end");
+        };
+        assert!(matches!(error, NetError::ConnectTimeout { timeout: waited, .. } if waited == timeout));
+    }
+}
