@@ -9,6 +9,7 @@ mod authorization;
 mod balance;
 mod identity;
 mod name;
+mod path;
 mod plan;
 mod plugin;
 mod policy;
@@ -26,6 +27,7 @@ pub use authorization::{Decision, DenyReason, L4Peer, decide};
 pub use balance::{Random, pick};
 pub use identity::{Identity, IdentityError};
 pub use name::{Kind, ResourceKey, ResourceName};
+pub use path::normalize_path;
 pub use plan::{Plan, Refusal, Tunnel, plan, resolve_waypoint};
 pub use plugin::{FailStrategy, PluginPhase, WasmPlugin};
 pub use policy::{
