@@ -1,1 +1,33 @@
 //! The protobuf messages Cairn speaks, and their generated types.
+//!
+//! The `.proto` files beside this crate's manifest hold only the messages and fields that we read or write; numbers
+//! are those of the wire. Nothing but the edge crates sees these types: they become `cairn-mesh` types on arrival.
+//!
+//! - [`discovery`]: delta aggregated discovery (xDS)
+//! - [`workload`], [`security`]: the resources a ztunnel subscribes to
+//! - [`ca`]: certificates
+//! - [`mcp`]: the envelope of Kubernetes resources between our server and our waypoints
+//!
+//! Maps are sorted, so that equal messages have equal bytes.
+
+#[allow(missing_docs, clippy::all, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/cairn_proto.rs"));
+}
+
+pub use generated::istio::mcp::v1alpha1 as mcp;
+pub use generated::istio::v1::auth as ca;
+pub use generated::istio::{security, workload};
+
+/// Delta aggregated discovery: `envoy.service.discovery.v3` with what it uses of other packages.
+pub mod discovery {
+    pub use crate::generated::envoy::config::core::v3::Node;
+    pub use crate::generated::envoy::service::discovery::v3::{
+        DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource, aggregated_discovery_service_client,
+        aggregated_discovery_service_server,
+    };
+    pub use crate::generated::google::rpc::{BadRequest, Status, bad_request};
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,27 @@
+//! Compiles the `.proto` files of this folder, without `protoc`.
+
+use std::error::Error;
+
+const FILES: [&str; 7] = [
+    "envoy/core.proto",
+    "envoy/discovery.proto",
+    "google/rpc/status.proto",
+    "istio/ca.proto",
+    "istio/mcp.proto",
+    "istio/security.proto",
+    "istio/workload.proto",
+];
+
+fn main() -> Result<(), Box<dyn Error>> {
+    for file in FILES {
+        println!("cargo::rerun-if-changed={file}");
+    }
+    let descriptors = protox::compile(FILES, ["."])?;
+    // Sorted maps: equal messages have equal bytes, so a hash of the bytes is a version.
+    tonic_prost_build::configure()
+        .btree_map(".")
+        .emit_rerun_if_changed(false)
+        .include_file("cairn_proto.rs")
+        .compile_fds(descriptors)?;
+    Ok(())
+}
