@@ -4,8 +4,10 @@
 
 mod copy;
 mod drain;
+mod namespace;
 mod socket;
 
 pub use copy::{ByteCounts, copy};
 pub use drain::{Drain, DrainGuard, DrainTrigger, drain};
+pub use namespace::{Namespace, ZTUNNEL_MARK};
 pub use socket::{ConnectOptions, ListenOptions, NetError, connect, listen, original_destination, prepare};

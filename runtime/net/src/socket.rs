@@ -1,8 +1,10 @@
 //! Sockets: how we listen, how we connect, and where a redirected connection was going.
 
+use crate::Namespace;
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 
@@ -36,6 +38,15 @@ pub enum NetError {
         /// How long we waited.
         timeout: Duration,
     },
+    /// A network namespace cannot be opened or entered.
+    #[error("cannot enter network namespace {}", path.display())]
+    Namespace {
+        /// Its file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// A connected socket that has no local address.
     #[error("the connection's own address is unknown")]
     LocalAddress(#[source] io::Error),
@@ -50,11 +61,13 @@ pub struct ListenOptions {
     pub reuse_port: bool,
     /// How many connections may wait to be accepted.
     pub backlog: u32,
+    /// The packet mark (`SO_MARK`), which accepted connections inherit. Needs `CAP_NET_ADMIN`.
+    pub mark: Option<u32>,
 }
 
 impl Default for ListenOptions {
     fn default() -> Self {
-        Self { transparent: false, reuse_port: false, backlog: 1024 }
+        Self { transparent: false, reuse_port: false, backlog: 1024, mark: None }
     }
 }
 
@@ -67,13 +80,15 @@ pub struct ConnectOptions {
     pub transparent: bool,
     /// The packet mark (`SO_MARK`). Needs `CAP_NET_ADMIN`.
     pub mark: Option<u32>,
+    /// The network namespace to connect in; our own if unset.
+    pub namespace: Option<Namespace>,
     /// How long to wait for the peer.
     pub timeout: Duration,
 }
 
 impl Default for ConnectOptions {
     fn default() -> Self {
-        Self { bind: None, transparent: false, mark: None, timeout: Duration::from_secs(10) }
+        Self { bind: None, transparent: false, mark: None, namespace: None, timeout: Duration::from_secs(10) }
     }
 }
 
@@ -98,6 +113,9 @@ fn open_listener(address: SocketAddr, options: &ListenOptions) -> io::Result<Tcp
     if options.reuse_port {
         socket.set_reuse_port(true)?;
     }
+    if let Some(mark) = options.mark {
+        socket.set_mark(mark)?;
+    }
     if options.transparent {
         // The IPv4 option also covers IPv4 clients of an IPv6 wildcard socket.
         socket.set_ip_transparent_v4(true)?;
@@ -116,7 +134,11 @@ fn open_listener(address: SocketAddr, options: &ListenOptions) -> io::Result<Tcp
 /// When the peer refuses or does not answer in time, or an option is not permitted.
 pub async fn connect(address: SocketAddr, options: &ConnectOptions) -> Result<TcpStream, NetError> {
     let failed = |source| NetError::Connect { address, source };
-    let socket = open_socket(address, options).map_err(failed)?;
+    let socket = match &options.namespace {
+        Some(namespace) => namespace.within(|| open_socket(address, options))?,
+        None => open_socket(address, options),
+    };
+    let socket = socket.map_err(failed)?;
     match tokio::time::timeout(options.timeout, socket.connect(address)).await {
         Ok(connected) => connected.map_err(failed),
         Err(_) => Err(NetError::ConnectTimeout { address, timeout: options.timeout }),

@@ -1,1 +1,18 @@
-//! Being a daemon: settings, threads, signals, readiness, admin server.
+//! Being a daemon: settings, threads, signals, readiness, logging, and the HTTP servers for operators.
+//!
+//! A binary reads its settings with [`load_file`], starts [`Workers`], serves [`Operators`] ports on its control
+//! runtime, and ends with [`stop_signal`] and a drain.
+
+mod logging;
+mod operators;
+mod readiness;
+mod settings;
+mod signals;
+mod threads;
+
+pub use logging::{LogFormat, LoggingError, init_logging};
+pub use operators::{OperatorError, Operators, Text, admin_layers};
+pub use readiness::{Pending, Readiness};
+pub use settings::{SettingsError, load_file};
+pub use signals::stop_signal;
+pub use threads::{ThreadError, Workers, control_runtime};

@@ -1,0 +1,61 @@
+//! Network namespaces: sockets are made inside one while a thread visits it between two awaits.
+
+use crate::NetError;
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// The mark on every packet that a ztunnel sends in a pod, by which redirection lets it pass (0x539, as istio-cni's
+/// rules expect).
+pub const ZTUNNEL_MARK: u32 = 0x539;
+
+/// A network namespace, held open.
+#[derive(Clone, Debug)]
+pub struct Namespace {
+    path: Arc<Path>,
+    file: Arc<File>,
+}
+
+impl PartialEq for Namespace {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.file, &other.file)
+    }
+}
+
+impl Eq for Namespace {}
+
+impl Namespace {
+    /// Opens the namespace behind a file, as `ip netns add` leaves one in `/run/netns`.
+    ///
+    /// # Errors
+    /// When the file is not there or cannot be opened.
+    pub fn open(path: &Path) -> Result<Self, NetError> {
+        let file =
+            File::open(path).map_err(|source| NetError::Namespace { path: path.to_owned(), source })?;
+        Ok(Self { path: path.into(), file: Arc::new(file) })
+    }
+
+    /// Runs `work` with this thread inside the namespace. `work` must not await: the thread is back in its own
+    /// namespace when this returns. Needs `CAP_SYS_ADMIN`.
+    ///
+    /// # Errors
+    /// When the namespace cannot be entered.
+    ///
+    /// # Panics
+    /// When the thread cannot return to its own namespace: everything it did from then on would be in the wrong one.
+    #[allow(clippy::panic)]
+    pub fn within<T>(&self, work: impl FnOnce() -> T) -> Result<T, NetError> {
+        let failed =
+            |source: std::io::Error| NetError::Namespace { path: PathBuf::from(&*self.path), source };
+        let own = File::open("/proc/thread-self/ns/net").map_err(failed)?;
+        let network = Some(LinkNameSpaceType::Network);
+        move_into_link_name_space(self.file.as_fd(), network).map_err(|error| failed(error.into()))?;
+        let result = work();
+        if let Err(error) = move_into_link_name_space(own.as_fd(), network) {
+            panic!("thread is lost in network namespace {}: {error}", self.path.display());
+        }
+        Ok(result)
+    }
+}

@@ -1,0 +1,109 @@
+//! The HTTP servers for operators: readiness (15021), metrics (15020) and admin (15000).
+
+use crate::Readiness;
+use axum::Router;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tower_http::compression::CompressionLayer;
+use tower_http::limit::RequestBodyLimitLayer;
+use tower_http::timeout::TimeoutLayer;
+use tower_http::trace::TraceLayer;
+
+/// Answers of operators' servers take at most this long to make.
+const ANSWER_MAX: Duration = Duration::from_secs(30);
+
+/// Operators send small requests.
+const REQUEST_BYTES_MAX: usize = 64 * 1024;
+
+/// Why an operators' server did not start or ended.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OperatorError {
+    /// The port cannot be had.
+    #[error("cannot listen on {address} for {what}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// What the port is for.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: cairn_net::NetError,
+    },
+}
+
+/// What is served to operators, and where.
+pub struct Operators {
+    /// `/healthz/ready`; Istio's port is 15021.
+    pub readiness_address: SocketAddr,
+    /// `/metrics` and `/stats/prometheus`; Istio's port is 15020.
+    pub metrics_address: SocketAddr,
+    /// The binary's own routes; Istio's port is 15000, on loopback only.
+    pub admin_address: SocketAddr,
+    /// What readiness waits for.
+    pub readiness: Readiness,
+    /// Renders the metrics in Prometheus' text format.
+    pub metrics: Text,
+    /// The binary's own routes.
+    pub admin: Router,
+}
+
+/// Renders a text when asked.
+pub type Text = Arc<dyn Fn() -> String + Send + Sync>;
+
+impl Operators {
+    /// Binds all three ports and serves them on the current runtime until it ends.
+    ///
+    /// # Errors
+    /// When a port cannot be had.
+    pub fn start(self) -> Result<(), OperatorError> {
+        let readiness = self.readiness;
+        let ready =
+            Router::new().route("/healthz/ready", get(move || std::future::ready(answer_ready(&readiness))));
+        let metrics = self.metrics;
+        let render = move || std::future::ready(answer_metrics(metrics()));
+        let metrics =
+            Router::new().route("/metrics", get(render.clone())).route("/stats/prometheus", get(render));
+        serve(self.readiness_address, "readiness", ready)?;
+        serve(self.metrics_address, "metrics", metrics)?;
+        serve(self.admin_address, "admin", self.admin)
+    }
+}
+
+/// The layers every operators' server has: tracing, a time limit, a size limit, compression.
+pub fn admin_layers(router: Router) -> Router {
+    router
+        .layer(CompressionLayer::new())
+        .layer(RequestBodyLimitLayer::new(REQUEST_BYTES_MAX))
+        .layer(TimeoutLayer::with_status_code(StatusCode::SERVICE_UNAVAILABLE, ANSWER_MAX))
+        .layer(TraceLayer::new_for_http())
+}
+
+fn serve(address: SocketAddr, what: &'static str, router: Router) -> Result<(), OperatorError> {
+    let listener = cairn_net::listen(address, &cairn_net::ListenOptions::default())
+        .map_err(|source| OperatorError::Listen { address, what, source })?;
+    let router = admin_layers(router);
+    tokio::spawn(async move {
+        if let Err(error) = axum::serve(listener, router).await {
+            tracing::error!(%address, what, %error, "operators' server ended");
+        }
+    });
+    Ok(())
+}
+
+fn answer_ready(readiness: &Readiness) -> Response {
+    let pending = readiness.pending();
+    if pending.is_empty() {
+        return (StatusCode::OK, "ready\n").into_response();
+    }
+    let text = format!("not ready, pending: {}\n", pending.join(", "));
+    (StatusCode::INTERNAL_SERVER_ERROR, text).into_response()
+}
+
+fn answer_metrics(text: String) -> Response {
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
+}
