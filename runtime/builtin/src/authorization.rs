@@ -1,0 +1,121 @@
+//! AuthorizationPolicy as a filter: the compiled policies of a destination, asked once per request.
+
+mod authorizer;
+mod check;
+mod index;
+mod rule;
+mod template;
+
+pub use authorizer::{Authorizer, Decision, Standing};
+pub use check::ConnectionFacts;
+
+use cairn_filter::{Connection, Denial, Exchange, Factory, Filter, LocalReply, Phases, RequestHead, Verdict};
+use cairn_mesh::AuthorizationPolicy;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+const NAME: &str = "authorization";
+
+/// A filter that enforces `policies`, which the caller has already chosen for this destination.
+pub fn authorization(policies: &[Arc<AuthorizationPolicy>]) -> Arc<dyn Factory> {
+    let authorizer = Authorizer::compile(policies);
+    let standings = (!authorizer.is_empty()).then(Standings::new);
+    Arc::new(Authorize { shared: Arc::new(Shared { name: NAME.into(), authorizer }), standings })
+}
+
+struct Authorize {
+    shared: Arc<Shared>,
+    /// `None` when there is nothing to enforce.
+    standings: Option<Standings>,
+}
+
+struct Shared {
+    name: Arc<str>,
+    authorizer: Authorizer,
+}
+
+impl Factory for Authorize {
+    fn name(&self) -> &str {
+        &self.shared.name
+    }
+
+    fn phases(&self) -> Phases {
+        Phases::REQUEST_HEADERS
+    }
+
+    fn start(&self, exchange: &Exchange) -> Option<Box<dyn Filter>> {
+        let standing = self.standings.as_ref()?.of(&exchange.connection, &self.shared.authorizer);
+        Some(Box::new(Authorization { shared: Arc::clone(&self.shared), standing }))
+    }
+}
+
+struct Authorization {
+    shared: Arc<Shared>,
+    standing: Arc<Standing>,
+}
+
+impl Filter for Authorization {
+    fn request_headers(&mut self, exchange: &mut Exchange, head: &mut RequestHead, _end: bool) -> Verdict {
+        let authorizer = &self.shared.authorizer;
+        for remark in authorizer.remarks(&self.standing, head) {
+            exchange.note(&self.shared.name, remark);
+        }
+        match authorizer.decide(&self.standing, head) {
+            Decision::Allow { by } => {
+                exchange.allowed_by = by;
+                Verdict::Continue
+            }
+            Decision::Deny { policy, reason } => {
+                let policy = policy.map_or_else(|| "none".to_owned(), |id| id.to_string());
+                let details = format!("rbac_access_denied_matched_policy[{policy}]");
+                exchange.denial = Some(Denial { policy: policy.into(), reason });
+                Verdict::Reply(Box::new(LocalReply::access_denied(details)))
+            }
+        }
+    }
+}
+
+/// The standings of connections that are open, found again for each of their requests. What is not here is settled
+/// anew, so it may forget.
+struct Standings {
+    /// By worker, so that workers do not wait for each other; workers beyond share.
+    workers: Box<[Mutex<Vec<Slot>>]>,
+}
+
+/// How many workers have standings of their own.
+const WORKERS: usize = 64;
+
+/// How many connections of one worker are remembered: a power of two that covers what is busy at one time.
+const CONNECTIONS: u64 = 128;
+
+/// A connection and its standing. Its address cannot be another's as long as the `Weak` lives.
+type Slot = Option<(Weak<Connection>, Arc<Standing>)>;
+
+impl Standings {
+    fn new() -> Self {
+        Self { workers: (0..WORKERS).map(|_| Mutex::new(Vec::new())).collect() }
+    }
+
+    fn of(&self, connection: &Arc<Connection>, authorizer: &Authorizer) -> Arc<Standing> {
+        let settle = || Arc::new(authorizer.settle(ConnectionFacts::of(connection)));
+        let Some(slots) = self.workers.get(connection.worker % WORKERS) else { return settle() };
+        let mut slots = slots.lock().unwrap_or_else(PoisonError::into_inner);
+        if slots.is_empty() {
+            slots.resize_with(CONNECTIONS as usize, || None);
+        }
+        let Some(slot) = slots.get_mut((connection.id % CONNECTIONS) as usize) else { return settle() };
+        match slot {
+            Some((known, standing)) if std::ptr::eq(known.as_ptr(), Arc::as_ptr(connection)) => {
+                Arc::clone(standing)
+            }
+            _ => {
+                let standing = settle();
+                *slot = Some((Arc::downgrade(connection), Arc::clone(&standing)));
+                standing
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "authorization/tests.rs"]
+mod tests;

@@ -1,0 +1,226 @@
+//! The pure decision on a request: DENY before ALLOW, in two steps. A connection settles once what identity, addresses
+//! and ports decide; its requests look only at what is left.
+
+use super::check::ConnectionFacts;
+use super::index::PathIndex;
+use super::rule::{Open, Rule};
+use cairn_filter::RequestHead;
+use cairn_mesh::{AuthorizationPolicy, PolicyAction};
+use std::sync::Arc;
+
+/// The compiled policies of one destination.
+#[derive(Debug)]
+pub struct Authorizer {
+    deny: Ruleset,
+    allow: Ruleset,
+    audit: Ruleset,
+    dry_deny: Ruleset,
+    dry_allow: Ruleset,
+}
+
+/// What a connection leaves to be decided about its requests.
+#[derive(Clone, Debug)]
+pub struct Standing {
+    facts: ConnectionFacts,
+    deny: Arc<Alive>,
+    allow: Arc<Alive>,
+    audit: Arc<Alive>,
+    dry_deny: Arc<Alive>,
+    dry_allow: Arc<Alive>,
+}
+
+/// Whether a request may pass.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// Yes.
+    Allow {
+        /// The rule that allows it, `ns[x]-policy[y]-rule[0]`; `None` when no ALLOW policy is attached.
+        by: Option<Arc<str>>,
+    },
+    /// No.
+    Deny {
+        /// The DENY rule that matches; `None` when ALLOW policies are attached and none of their rules matches.
+        policy: Option<Arc<str>>,
+        /// One sentence that names the rule, or the rule that came nearest and what it failed on.
+        reason: String,
+    },
+}
+
+impl Authorizer {
+    /// Compiles the policies attached to a destination, in the order of their names.
+    pub fn compile(policies: &[Arc<AuthorizationPolicy>]) -> Self {
+        let mut sorted: Vec<&AuthorizationPolicy> = policies.iter().map(|policy| &**policy).collect();
+        sorted.sort_by(|a, b| a.name.cmp(&b.name));
+        let select = |action: PolicyAction, dry_run: bool| {
+            let ours = |policy: &&AuthorizationPolicy| policy.action == action && policy.dry_run == dry_run;
+            Ruleset::new(sorted.iter().copied().filter(ours))
+        };
+        Self {
+            deny: select(PolicyAction::Deny, false),
+            allow: select(PolicyAction::Allow, false),
+            audit: select(PolicyAction::Audit, false),
+            dry_deny: select(PolicyAction::Deny, true),
+            dry_allow: select(PolicyAction::Allow, true),
+        }
+    }
+
+    /// Whether there is no policy, so that every request passes without a word.
+    pub fn is_empty(&self) -> bool {
+        let sets = [&self.deny, &self.allow, &self.audit, &self.dry_deny, &self.dry_allow];
+        sets.into_iter().all(|set| set.policies.is_empty())
+    }
+
+    /// Settles once for a connection all that does not depend on its requests.
+    pub fn settle(&self, facts: ConnectionFacts) -> Standing {
+        Standing {
+            deny: self.deny.alive(&facts),
+            allow: self.allow.alive(&facts),
+            audit: self.audit.alive(&facts),
+            dry_deny: self.dry_deny.alive(&facts),
+            dry_allow: self.dry_allow.alive(&facts),
+            facts,
+        }
+    }
+
+    /// Decides on one request: any DENY match denies; without ALLOW policies the rest passes; otherwise one of their
+    /// rules must match.
+    pub fn decide(&self, standing: &Standing, head: &RequestHead) -> Decision {
+        let facts = &standing.facts;
+        if let Some(rule) = self.deny.first_match(&standing.deny, facts, head) {
+            let reason = format!("DENY {} rule {} matched", rule.policy, rule.index);
+            return Decision::Deny { policy: Some(Arc::clone(&rule.id)), reason };
+        }
+        if self.allow.policies.is_empty() {
+            return Decision::Allow { by: None };
+        }
+        match self.allow.first_match(&standing.allow, facts, head) {
+            Some(rule) => Decision::Allow { by: Some(Arc::clone(&rule.id)) },
+            None => Decision::Deny { policy: None, reason: self.allow.explain(&standing.allow, facts, head) },
+        }
+    }
+
+    /// What policies that decide nothing have to say about a request: AUDIT policies that match, and what policies on
+    /// trial (dry run) would do. One line each.
+    pub fn remarks(&self, standing: &Standing, head: &RequestHead) -> Vec<String> {
+        let facts = &standing.facts;
+        let mut remarks = Vec::new();
+        if let Some(rule) = self.audit.first_match(&standing.audit, facts, head) {
+            remarks.push(format!("audit: {} matched", rule.id));
+        }
+        if let Some(rule) = self.dry_deny.first_match(&standing.dry_deny, facts, head) {
+            remarks.push(format!("dry run: {} would deny", rule.id));
+        }
+        if !self.dry_allow.policies.is_empty() {
+            remarks.push(match self.dry_allow.first_match(&standing.dry_allow, facts, head) {
+                Some(rule) => format!("dry run: {} would allow", rule.id),
+                None => {
+                    let nearest = self.dry_allow.explain(&standing.dry_allow, facts, head);
+                    format!("dry run: would deny, {nearest}")
+                }
+            });
+        }
+        remarks
+    }
+}
+
+/// The rules of all policies of one action.
+#[derive(Debug)]
+struct Ruleset {
+    /// The names of the policies, those without rules included.
+    policies: Vec<Arc<str>>,
+    rules: Vec<Rule>,
+    index: PathIndex,
+    /// What every connection leaves, when connections make no difference.
+    for_all: Option<Arc<Alive>>,
+}
+
+/// The rules that requests of a connection can match, by position.
+#[derive(Debug, Default)]
+struct Alive {
+    open: Vec<Open>,
+    /// The first rule that every request matches.
+    always: Option<u32>,
+}
+
+/// Up to this many open rules are tried one after the other; more are looked up by path.
+const SCAN_MAX: usize = 8;
+
+/// The most rules that an explanation looks at: refusing must stay cheap.
+const RULES_EXPLAINED_MAX: usize = 64;
+
+impl Ruleset {
+    fn new<'a>(policies: impl Iterator<Item = &'a AuthorizationPolicy>) -> Self {
+        let (mut names, mut rules) = (Vec::new(), Vec::new());
+        for policy in policies {
+            names.push(Arc::clone(&policy.name.name));
+            rules.extend(policy.rules.iter().map(|rule| Rule::new(policy, rule)));
+        }
+        let mut set = Self { policies: names, index: PathIndex::new(&rules), rules, for_all: None };
+        if !set.rules.iter().any(Rule::depends_on_connection) {
+            let nobody = ConnectionFacts {
+                identity: None,
+                source: std::net::Ipv4Addr::UNSPECIFIED.into(),
+                destination: (std::net::Ipv4Addr::UNSPECIFIED, 0).into(),
+            };
+            set.for_all = Some(set.alive(&nobody));
+        }
+        set
+    }
+
+    fn alive(&self, facts: &ConnectionFacts) -> Arc<Alive> {
+        if let Some(alive) = &self.for_all {
+            return Arc::clone(alive);
+        }
+        let mut alive = Alive::default();
+        for (rule, position) in self.rules.iter().zip(0..) {
+            let Some(open) = rule.open(position, facts) else { continue };
+            if rule.is_settled(&open) {
+                return Arc::new(Alive { open: vec![open], always: Some(position) });
+            }
+            alive.open.push(open);
+        }
+        Arc::new(alive)
+    }
+
+    fn rule(&self, position: u32) -> Option<&Rule> {
+        self.rules.get(usize::try_from(position).ok()?)
+    }
+
+    fn first_match(&self, alive: &Alive, facts: &ConnectionFacts, head: &RequestHead) -> Option<&Rule> {
+        if let Some(always) = alive.always {
+            return self.rule(always);
+        }
+        let matching = |open: &Open| self.rule(open.rule).filter(|rule| rule.matches(open, facts, head));
+        if alive.open.len() <= SCAN_MAX {
+            return alive.open.iter().find_map(matching);
+        }
+        let mut first: Option<(u32, &Rule)> = None;
+        for position in self.index.candidates(head.path.path()) {
+            if first.is_some_and(|(before, _)| before <= position) {
+                continue;
+            }
+            let Ok(at) = alive.open.binary_search_by_key(&position, |open| open.rule) else { continue };
+            if let Some(rule) = alive.open.get(at).and_then(matching) {
+                first = Some((position, rule));
+            }
+        }
+        first.map(|(_, rule)| rule)
+    }
+
+    /// One sentence on the rule that came nearest to matching: the one with the fewest checks that failed. Rules that
+    /// the connection left open are looked at first.
+    fn explain(&self, alive: &Alive, facts: &ConnectionFacts, head: &RequestHead) -> String {
+        let open = alive.open.iter().filter_map(|open| self.rule(open.rule));
+        let looked_at = open.chain(&self.rules).take(RULES_EXPLAINED_MAX);
+        let distances = looked_at.filter_map(|rule| Some((rule, rule.distance(facts, head)?)));
+        match distances.min_by_key(|(_, (count, _))| *count) {
+            Some((rule, (_, miss))) => {
+                format!("ALLOW {} rule {} failed on {}: {}", rule.policy, rule.index, miss.field, miss.text)
+            }
+            None => match self.policies.first() {
+                Some(policy) => format!("ALLOW {policy} has no rule, so it allows nothing"),
+                None => "no ALLOW policy matched".to_owned(),
+            },
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! A compiled rule: who, what and under which conditions, each split into what a connection settles and what is left
+//! for its requests.
+
+use super::check::{ConnectionFacts, Header, Miss, OfConnection, OfRequest, Path};
+use cairn_filter::RequestHead;
+use cairn_mesh::{AuthorizationPolicy, Condition, Operation, PolicyRule, Source, Values};
+use std::sync::Arc;
+
+/// One compiled rule.
+#[derive(Debug)]
+pub(super) struct Rule {
+    /// `ns[x]-policy[y]-rule[0]`, as Istio names it.
+    pub(super) id: Arc<str>,
+    /// The name of its policy.
+    pub(super) policy: Arc<str>,
+    /// Its place in the policy as written.
+    pub(super) index: usize,
+    from: Vec<Checks>,
+    pub(super) to: Vec<Checks>,
+    when: Checks,
+}
+
+/// Checks all of which must hold.
+#[derive(Debug, Default)]
+pub(super) struct Checks {
+    pub(super) connection: Vec<OfConnection>,
+    pub(super) request: Vec<OfRequest>,
+}
+
+/// What a connection leaves of a rule that it may match.
+#[derive(Clone, Debug)]
+pub(super) struct Open {
+    /// The position of the rule.
+    pub(super) rule: u32,
+    from: Left,
+    to: Left,
+}
+
+/// What a connection leaves of alternatives.
+#[derive(Clone, Debug)]
+enum Left {
+    /// Nothing: one of them holds.
+    Settled,
+    /// The request checks of these.
+    Any(Box<[u16]>),
+}
+
+impl Rule {
+    /// Compiles `rule` of `policy`.
+    pub(super) fn new(policy: &AuthorizationPolicy, rule: &PolicyRule) -> Self {
+        let name = &policy.name;
+        let mut when = Checks::default();
+        for condition in &rule.when {
+            when.condition(condition);
+        }
+        Self {
+            id: format!("ns[{}]-policy[{}]-rule[{}]", name.namespace, name.name, rule.index).into(),
+            policy: Arc::clone(&name.name),
+            index: rule.index,
+            from: rule.from.iter().map(Checks::source).collect(),
+            to: rule.to.iter().map(Checks::operation).collect(),
+            when,
+        }
+    }
+
+    /// Whether connections differ in what they leave of it.
+    pub(super) fn depends_on_connection(&self) -> bool {
+        self.from.iter().chain(&self.to).chain([&self.when]).any(|checks| !checks.connection.is_empty())
+    }
+
+    /// What a connection leaves of it; `None` when no request of the connection can match.
+    pub(super) fn open(&self, position: u32, facts: &ConnectionFacts) -> Option<Open> {
+        if !self.when.hold_for(facts) {
+            return None;
+        }
+        Some(Open { rule: position, from: left(&self.from, facts)?, to: left(&self.to, facts)? })
+    }
+
+    /// Whether every request of the connection that left `open` matches.
+    pub(super) fn is_settled(&self, open: &Open) -> bool {
+        matches!((&open.from, &open.to), (Left::Settled, Left::Settled)) && self.when.request.is_empty()
+    }
+
+    /// Whether a request matches what its connection left.
+    pub(super) fn matches(&self, open: &Open, facts: &ConnectionFacts, head: &RequestHead) -> bool {
+        let holds = |left: &Left, alternatives: &[Checks]| match left {
+            Left::Settled => true,
+            Left::Any(these) => these.iter().any(|at| {
+                alternatives.get(usize::from(*at)).is_some_and(|checks| checks.hold_of(facts, head))
+            }),
+        };
+        holds(&open.to, &self.to) && holds(&open.from, &self.from) && self.when.hold_of(facts, head)
+    }
+
+    /// How far a request is from matching: how many checks fail, at least one, and the first of them.
+    pub(super) fn distance(&self, facts: &ConnectionFacts, head: &RequestHead) -> Option<(usize, Miss)> {
+        let nearest = |alternatives: &[Checks]| {
+            let distances =
+                alternatives.iter().take(ALTERNATIVES_EXPLAINED_MAX).map(|c| c.distance(facts, head));
+            distances.min_by_key(|(count, _)| *count).unwrap_or((0, None))
+        };
+        let parts = [nearest(&self.from), nearest(&self.to), self.when.distance(facts, head)];
+        let count = parts.iter().map(|(count, _)| count).sum();
+        let first = parts.into_iter().find_map(|(_, miss)| miss)?;
+        Some((count, first))
+    }
+}
+
+/// The most alternatives of a rule that an explanation looks at: refusing must stay cheap.
+const ALTERNATIVES_EXPLAINED_MAX: usize = 16;
+
+/// `None` when none of the alternatives can hold. No alternatives ask for nothing.
+fn left(alternatives: &[Checks], facts: &ConnectionFacts) -> Option<Left> {
+    if alternatives.is_empty() {
+        return Some(Left::Settled);
+    }
+    let mut remaining = Vec::new();
+    for (checks, at) in alternatives.iter().zip(0..=u16::MAX) {
+        if checks.hold_for(facts) {
+            if checks.request.is_empty() {
+                return Some(Left::Settled);
+            }
+            remaining.push(at);
+        }
+    }
+    (!remaining.is_empty()).then(|| Left::Any(remaining.into()))
+}
+
+impl Checks {
+    fn source(source: &Source) -> Self {
+        let mut checks = Self::default();
+        checks.on_connection(&source.principals, OfConnection::Principal);
+        checks.on_connection(&source.namespaces, OfConnection::Namespace);
+        checks.on_connection(&source.service_accounts, OfConnection::ServiceAccount);
+        checks.on_connection(&source.trust_domains, OfConnection::TrustDomain);
+        checks.on_connection(&source.ip_blocks, OfConnection::SourceIp);
+        checks.on_request(&source.remote_ip_blocks, OfRequest::RemoteIp);
+        checks
+    }
+
+    fn operation(operation: &Operation) -> Self {
+        let mut checks = Self::default();
+        checks.on_connection(&operation.ports, OfConnection::DestinationPort);
+        checks.on_request(&operation.methods, OfRequest::Method);
+        if !operation.paths.is_empty() {
+            let compile = |paths: &[_]| paths.iter().map(Path::new).collect();
+            let Values { any, none } = &operation.paths;
+            checks.request.push(OfRequest::Path(Values { any: compile(any), none: compile(none) }));
+        }
+        checks.on_request(&operation.hosts, OfRequest::Host);
+        checks
+    }
+
+    fn condition(&mut self, condition: &Condition) {
+        match condition {
+            Condition::RequestHeader(name, values) => {
+                self.on_request(values, |values| OfRequest::Header(Header::new(name), values));
+            }
+            Condition::SourceIp(values) => self.on_connection(values, OfConnection::SourceIp),
+            Condition::RemoteIp(values) => self.on_request(values, OfRequest::RemoteIp),
+            Condition::SourceNamespace(values) => self.on_connection(values, OfConnection::Namespace),
+            Condition::SourcePrincipal(values) => self.on_connection(values, OfConnection::Principal),
+            Condition::SourceServiceAccount(values) => {
+                self.on_connection(values, OfConnection::ServiceAccount)
+            }
+            Condition::SourceTrustDomain(values) => self.on_connection(values, OfConnection::TrustDomain),
+            Condition::DestinationIp(values) => self.on_connection(values, OfConnection::DestinationIp),
+            Condition::DestinationPort(values) => self.on_connection(values, OfConnection::DestinationPort),
+            Condition::ConnectionSni(values) => self.on_connection(values, OfConnection::Sni),
+        }
+    }
+
+    fn on_connection<T: Clone>(&mut self, values: &Values<T>, check: impl FnOnce(Values<T>) -> OfConnection) {
+        if !values.is_empty() {
+            self.connection.push(check(values.clone()));
+        }
+    }
+
+    fn on_request<T: Clone>(&mut self, values: &Values<T>, check: impl FnOnce(Values<T>) -> OfRequest) {
+        if !values.is_empty() {
+            self.request.push(check(values.clone()));
+        }
+    }
+
+    fn hold_for(&self, facts: &ConnectionFacts) -> bool {
+        self.connection.iter().all(|check| check.holds(facts))
+    }
+
+    fn hold_of(&self, facts: &ConnectionFacts, head: &RequestHead) -> bool {
+        self.request.iter().all(|check| check.holds(head, facts.source))
+    }
+
+    fn distance(&self, facts: &ConnectionFacts, head: &RequestHead) -> (usize, Option<Miss>) {
+        let of_connection = self.connection.iter().filter_map(|check| check.look(facts));
+        let of_request = self.request.iter().filter_map(|check| check.look(head, facts.source));
+        let mut misses = of_connection.chain(of_request);
+        let first = misses.next();
+        (usize::from(first.is_some()) + misses.count(), first)
+    }
+}
