@@ -1,1 +1,19 @@
 //! Keys and certificates: CSR, CA client, the embedded CA, rotation, SPIFFE verification, TLS configurations.
+//!
+//! A proxy holds one [`Certificates`]; it asks an [`Issuer`] (the mesh's CA through [`CaClient`], or an [`Authority`]
+//! in this process) and hands out [`WorkloadCertificate`]s, which know the TLS configurations made from them.
+
+mod authority;
+mod ca_client;
+mod certificate;
+mod certificates;
+mod issuer;
+mod pem;
+mod verify;
+
+pub use authority::{Authority, AuthorityError, SignError};
+pub use ca_client::{CaClient, CaSettings};
+pub use certificate::{ChainError, WorkloadCertificate};
+pub use certificates::{CertificateError, CertificateSettings, Certificates};
+pub use issuer::{IssueError, Issuer};
+pub use verify::peer_identity;

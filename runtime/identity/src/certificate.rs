@@ -1,0 +1,248 @@
+//! One workload's certificate, and the TLS configurations made from it.
+
+use crate::pem;
+use crate::verify::{Accept, PeerVerifier, identities};
+use crate::{IssueError, Issuer};
+use cairn_mesh::Identity;
+use parking_lot::Mutex;
+use rcgen::{CertificateParams, DistinguishedName, KeyPair, SanType};
+use rustls::client::Resumption;
+use rustls::crypto::aws_lc_rs::{self, cipher_suite};
+use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms};
+use rustls::server::NoServerSessionStorage;
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use rustls::version::TLS13;
+use rustls::{ClientConfig, ServerConfig};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, TrustAnchor};
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, LazyLock};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use x509_parser::parse_x509_certificate;
+
+/// TLS as the mesh speaks it: two suites, the stronger first.
+pub(crate) static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
+    Arc::new(CryptoProvider {
+        cipher_suites: vec![cipher_suite::TLS13_AES_256_GCM_SHA384, cipher_suite::TLS13_AES_128_GCM_SHA256],
+        ..aws_lc_rs::default_provider()
+    })
+});
+
+/// The only application protocol between proxies.
+pub(crate) const ALPN_H2: &[u8] = b"h2";
+
+/// How many sets of expected peers keep their configuration. A set is one workload or service, so a node rarely
+/// reaches this; then all are built anew.
+const CLIENT_CONFIGS_MAX: usize = 1024;
+
+/// Why a chain is not a certificate of ours.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ChainError {
+    /// It is not PEM.
+    #[error("the chain is not PEM")]
+    Pem(#[source] rustls_pki_types::pem::Error),
+    /// It needs a leaf and a root.
+    #[error("the chain has no {0}")]
+    Missing(&'static str),
+    /// The leaf is not X.509.
+    #[error("the leaf cannot be read")]
+    Leaf,
+    /// A root is not X.509.
+    #[error("a root cannot be read")]
+    Root(#[source] webpki::Error),
+    /// It was issued to someone else.
+    #[error("the certificate is for {found:?}, asked for {asked}")]
+    Identity {
+        /// Who was asked for.
+        asked: Identity,
+        /// Who it is for.
+        found: Vec<Identity>,
+    },
+    /// It has expired, or its life has not begun: one of the clocks is wrong.
+    #[error("the certificate is not valid now")]
+    NotValidNow,
+    /// The key does not belong to the leaf, or TLS cannot use it.
+    #[error("TLS cannot use the certificate")]
+    Tls(#[source] rustls::Error),
+}
+
+/// A certificate of a workload, with its key, its roots and the TLS configurations made from them.
+pub struct WorkloadCertificate {
+    /// Whose it is.
+    pub identity: Identity,
+    /// From when it is valid.
+    pub not_before: SystemTime,
+    /// Until when it is valid.
+    pub not_after: SystemTime,
+    /// The chain in PEM: leaf, intermediates, roots.
+    pub chain_pem: String,
+    /// The serial number in lower-case hexadecimal.
+    pub serial: String,
+    server: Arc<ServerConfig>,
+    /// Accepts no server until given whom to expect.
+    client: ClientConfig,
+    clients: Mutex<HashMap<Box<[Identity]>, Arc<ClientConfig>>>,
+    roots: Arc<[TrustAnchor<'static>]>,
+    algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl WorkloadCertificate {
+    /// Makes a key and has `issuer` sign it for `identity`.
+    ///
+    /// # Errors
+    /// When the issuer does not sign, or signs something else.
+    pub async fn request(
+        issuer: &dyn Issuer,
+        identity: &Identity,
+        ttl: Duration,
+    ) -> Result<Self, IssueError> {
+        let (key, csr_pem) = request(identity).map_err(IssueError::Request)?;
+        let chain = issuer.issue(identity.clone(), csr_pem, ttl).await?;
+        Self::new(identity, &key, &chain).map_err(IssueError::Chain)
+    }
+
+    /// Joins a key and the chain issued for it. The last text of `chain` holds the root or roots.
+    fn new(identity: &Identity, key: &KeyPair, chain: &[String]) -> Result<Self, ChainError> {
+        let [sent @ .., roots] = chain else { return Err(ChainError::Missing("root")) };
+        let sent = pem::certificates(&sent.concat()).map_err(ChainError::Pem)?;
+        let leaf = sent.first().ok_or(ChainError::Missing("leaf"))?;
+        let found = identities(leaf);
+        if !matches!(found.as_slice(), [only] if only == identity) {
+            return Err(ChainError::Identity { asked: identity.clone(), found });
+        }
+        let (_, parsed) = parse_x509_certificate(leaf).map_err(|_| ChainError::Leaf)?;
+        let validity = parsed.validity();
+        let (not_before, not_after) = (validity.not_before.timestamp(), validity.not_after.timestamp());
+        let serial = parsed.raw_serial().iter().map(|byte| format!("{byte:02x}")).collect();
+
+        let roots = trust_anchors(roots)?;
+        let algorithms = PROVIDER.signature_verification_algorithms;
+        let own = certified_key(sent.clone(), key).map_err(ChainError::Tls)?;
+        let server = server_config(&own, &roots, algorithms, identity).map_err(ChainError::Tls)?;
+        let client = client_config(&own, &roots, algorithms).map_err(ChainError::Tls)?;
+        Ok(Self {
+            identity: identity.clone(),
+            not_before: system_time(not_before),
+            not_after: system_time(not_after),
+            chain_pem: chain.concat(),
+            serial,
+            server: Arc::new(server),
+            client,
+            clients: Mutex::default(),
+            roots,
+            algorithms,
+        })
+    }
+
+    /// TLS for accepting: HTTP/2 only, and the client must prove an identity of our trust domain.
+    pub fn server_config(&self) -> Arc<ServerConfig> {
+        Arc::clone(&self.server)
+    }
+
+    /// TLS for connecting: HTTP/2 only, and the server must prove one of the identities `expected`.
+    pub fn client_config(&self, expected: &[Identity]) -> Arc<ClientConfig> {
+        let mut clients = self.clients.lock();
+        if let Some(known) = clients.get(expected) {
+            return Arc::clone(known);
+        }
+        if clients.len() >= CLIENT_CONFIGS_MAX {
+            clients.clear();
+        }
+        let verifier = PeerVerifier {
+            roots: Arc::clone(&self.roots),
+            algorithms: self.algorithms,
+            accept: Accept::OneOf(expected.into()),
+        };
+        let mut config = self.client.clone();
+        config.dangerous().set_certificate_verifier(Arc::new(verifier));
+        let config = Arc::new(config);
+        clients.insert(expected.into(), Arc::clone(&config));
+        config
+    }
+
+    /// Whether it is valid at `now`.
+    pub fn is_valid(&self, now: SystemTime) -> bool {
+        self.not_before <= now && now < self.not_after
+    }
+}
+
+impl fmt::Debug for WorkloadCertificate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WorkloadCertificate")
+            .field("identity", &self.identity)
+            .field("serial", &self.serial)
+            .field("not_before", &self.not_before)
+            .field("not_after", &self.not_after)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A new P-256 key and a request for it: no subject, one URI name, critical since it is all there is.
+fn request(identity: &Identity) -> Result<(KeyPair, String), rcgen::Error> {
+    let key = KeyPair::generate()?;
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    params.subject_alt_names = vec![SanType::URI(identity.as_str().try_into()?)];
+    let csr_pem = params.serialize_request(&key)?.pem()?;
+    Ok((key, csr_pem))
+}
+
+pub(crate) fn certified_key(
+    chain: Vec<CertificateDer<'static>>,
+    key: &KeyPair,
+) -> Result<Arc<CertifiedKey>, rustls::Error> {
+    let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
+    CertifiedKey::from_der(chain, key, &PROVIDER).map(Arc::new)
+}
+
+fn trust_anchors(pem_text: &str) -> Result<Arc<[TrustAnchor<'static>]>, ChainError> {
+    let certificates = pem::certificates(pem_text).map_err(ChainError::Pem)?;
+    if certificates.is_empty() {
+        return Err(ChainError::Missing("root"));
+    }
+    let anchor = |certificate| webpki::anchor_from_trusted_cert(certificate).map(|anchor| anchor.to_owned());
+    certificates.iter().map(anchor).collect::<Result<_, _>>().map_err(ChainError::Root)
+}
+
+fn server_config(
+    own: &Arc<CertifiedKey>,
+    roots: &Arc<[TrustAnchor<'static>]>,
+    algorithms: WebPkiSupportedAlgorithms,
+    identity: &Identity,
+) -> Result<ServerConfig, rustls::Error> {
+    let accept = Accept::TrustDomain(identity.trust_domain().into());
+    let verifier = PeerVerifier { roots: Arc::clone(roots), algorithms, accept };
+    let mut config = ServerConfig::builder_with_provider(Arc::clone(&PROVIDER))
+        .with_protocol_versions(&[&TLS13])?
+        .with_client_cert_verifier(Arc::new(verifier))
+        .with_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(own))));
+    config.alpn_protocols = vec![ALPN_H2.to_vec()];
+    // A resumed session would carry an identity past the end of its certificate, and tunnels are long-lived anyway.
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    Ok(config)
+}
+
+fn client_config(
+    own: &Arc<CertifiedKey>,
+    roots: &Arc<[TrustAnchor<'static>]>,
+    algorithms: WebPkiSupportedAlgorithms,
+) -> Result<ClientConfig, rustls::Error> {
+    let verifier =
+        PeerVerifier { roots: Arc::clone(roots), algorithms, accept: Accept::OneOf(Box::default()) };
+    let mut config = ClientConfig::builder_with_provider(Arc::clone(&PROVIDER))
+        .with_protocol_versions(&[&TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(verifier))
+        .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(own))));
+    config.alpn_protocols = vec![ALPN_H2.to_vec()];
+    config.enable_sni = false;
+    config.resumption = Resumption::disabled();
+    Ok(config)
+}
+
+fn system_time(seconds: i64) -> SystemTime {
+    let distance = Duration::from_secs(seconds.unsigned_abs());
+    if seconds < 0 { UNIX_EPOCH - distance } else { UNIX_EPOCH + distance }
+}
