@@ -1,1 +1,88 @@
-//! One record of an exchange or connection, turned into metrics and access log.
+//! One record of an exchange or connection, turned into metrics, an access log line and an explanation.
+//!
+//! The data plane hands over one [`HttpRecord`] per exchange and one [`TcpRecord`] per connection, once each, when it
+//! is over. [`Telemetry`] is the process's one instance: [`Metrics`] counts, [`AccessLog`] writes lines through a
+//! bounded queue that never makes a request wait, and [`Recent`] keeps the last few records for the explain endpoint.
+
+mod access_log;
+mod histogram;
+mod http_record;
+mod labels;
+mod line;
+mod metrics;
+mod recent;
+mod table;
+mod tcp_record;
+
+pub use access_log::AccessLog;
+pub use http_record::{HttpExplanation, HttpRecord, HttpScope};
+pub use labels::{PeerLabels, Reporter, Security, TcpLabels};
+pub use metrics::{Metrics, MetricsSettings};
+pub use prometheus_client::metrics::counter::Counter;
+pub use prometheus_client::metrics::gauge::Gauge;
+pub use recent::{Recent, Slot};
+pub use tcp_record::{Direction, TcpConnection, TcpExplanation, TcpRecord};
+
+use std::io::Write;
+use std::sync::Arc;
+
+/// How a process observes itself.
+#[derive(Clone, Copy, Debug)]
+pub struct TelemetrySettings {
+    /// Bounds of the metrics.
+    pub metrics: MetricsSettings,
+    /// Whether access log lines are written. Default: yes.
+    pub access_log: bool,
+    /// How many records of each kind are kept for explanations. Default: 256.
+    pub recent: usize,
+}
+
+impl Default for TelemetrySettings {
+    fn default() -> Self {
+        Self { metrics: MetricsSettings::default(), access_log: true, recent: 256 }
+    }
+}
+
+/// Everything that observes the traffic of one process.
+pub struct Telemetry {
+    /// Metrics.
+    pub metrics: Arc<Metrics>,
+    /// Access log lines.
+    pub access_log: AccessLog,
+    /// The last HTTP exchanges.
+    pub exchanges: Recent<HttpExplanation>,
+    /// The last connections.
+    pub connections: Recent<TcpExplanation>,
+}
+
+impl Telemetry {
+    /// Telemetry of `component` (`waypoint`, `ztunnel`) in version `tag`, whose access log goes to `out`.
+    pub fn new(
+        component: &str,
+        tag: &str,
+        settings: &TelemetrySettings,
+        out: impl Write + Send + 'static,
+    ) -> Arc<Self> {
+        let metrics = Metrics::new(component, tag, settings.metrics);
+        let access_log = if settings.access_log { AccessLog::start(out, &metrics) } else { AccessLog::off() };
+        Arc::new(Self {
+            metrics,
+            access_log,
+            exchanges: Recent::new(settings.recent),
+            connections: Recent::new(settings.recent),
+        })
+    }
+
+    /// Records a finished exchange of the connection that `scope` belongs to.
+    pub fn record_http(&self, scope: &HttpScope, record: &HttpRecord<'_>) {
+        scope.count(record);
+        self.access_log.write(|out| line::http(out, record));
+        self.exchanges.push(|slot| slot.refill(scope, record));
+    }
+
+    /// Records a finished connection, whose bytes its [`TcpConnection`] counted.
+    pub fn record_tcp(&self, record: &TcpRecord<'_>) {
+        self.access_log.write(|out| line::tcp(out, record));
+        self.connections.push(|slot| slot.refill(record));
+    }
+}

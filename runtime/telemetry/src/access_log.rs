@@ -1,0 +1,179 @@
+//! The access log's way out: a bounded buffer that requests append to and one thread writes.
+
+use crate::metrics::Metrics;
+use parking_lot::{Condvar, Mutex};
+use prometheus_client::metrics::counter::Counter;
+use std::io::Write;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// The most bytes that wait to be written; lines beyond are dropped and counted.
+const BUFFER_BYTES_MAX: usize = 1 << 20;
+
+/// A line is cut at this length, so that one long path does not fill the buffer.
+const LINE_BYTES_MAX: usize = 16 << 10;
+
+/// Lines are written when this much waits (Envoy `min_flush_size_kb`, 64) …
+const FLUSH_BYTES: usize = 64 << 10;
+
+/// … or this long after the first one, so that a quiet log is current.
+const FLUSH_AFTER: Duration = Duration::from_millis(100);
+
+/// The access log. Appending never waits for the writer: a full buffer drops the line.
+pub struct AccessLog {
+    /// `None`: switched off.
+    queue: Option<Arc<Queue>>,
+    writer: Option<JoinHandle<()>>,
+}
+
+struct Queue {
+    waiting: Mutex<Waiting>,
+    changed: Condvar,
+    dropped: Counter,
+}
+
+#[derive(Default)]
+struct Waiting {
+    bytes: Vec<u8>,
+    closed: bool,
+}
+
+impl AccessLog {
+    /// A log that writes nothing.
+    pub fn off() -> Self {
+        Self { queue: None, writer: None }
+    }
+
+    /// Starts the thread that writes to `out`. It ends, after writing what waits, when the log is dropped.
+    pub fn start(out: impl Write + Send + 'static, metrics: &Metrics) -> Self {
+        let dropped = metrics
+            .counter("cairn_access_log_dropped", "Access log lines dropped, because the writer was too slow");
+        let queue = Arc::new(Queue { waiting: Mutex::default(), changed: Condvar::new(), dropped });
+        let of_writer = Arc::clone(&queue);
+        let writer =
+            std::thread::Builder::new().name("access-log".into()).spawn(move || of_writer.drain(out));
+        match writer {
+            Ok(writer) => Self { queue: Some(queue), writer: Some(writer) },
+            Err(error) => {
+                tracing::error!(%error, "no access log: its thread cannot start");
+                Self::off()
+            }
+        }
+    }
+
+    /// Appends one line: `format` writes it, without its line feed.
+    pub fn write(&self, format: impl FnOnce(&mut Vec<u8>)) {
+        let Some(queue) = &self.queue else { return };
+        let mut waiting = queue.waiting.lock();
+        let before = waiting.bytes.len();
+        if before >= BUFFER_BYTES_MAX {
+            drop(waiting);
+            queue.dropped.inc();
+            return;
+        }
+        format(&mut waiting.bytes);
+        waiting.bytes.truncate(before + LINE_BYTES_MAX);
+        waiting.bytes.push(b'\n');
+        let after = waiting.bytes.len();
+        drop(waiting);
+        // The writer needs to hear of the first line, and of the one that fills a block; not of every line.
+        if before == 0 || (before < FLUSH_BYTES && after >= FLUSH_BYTES) {
+            queue.changed.notify_one();
+        }
+    }
+}
+
+impl Queue {
+    fn drain(&self, mut out: impl Write) {
+        let mut block = Vec::new();
+        loop {
+            let closed = self.take(&mut block);
+            if let Err(error) = out.write_all(&block).and_then(|()| out.flush()) {
+                tracing::warn!(%error, "access log lines are lost");
+            }
+            block.clear();
+            if closed {
+                return;
+            }
+        }
+    }
+
+    /// Waits for a block and swaps it for the empty `block`. Says whether it is the last.
+    fn take(&self, block: &mut Vec<u8>) -> bool {
+        let mut waiting = self.waiting.lock();
+        self.changed.wait_while(&mut waiting, |waiting| waiting.bytes.is_empty() && !waiting.closed);
+        let small = |waiting: &mut Waiting| waiting.bytes.len() < FLUSH_BYTES && !waiting.closed;
+        // Woken early or not, what waits is written now.
+        let _timed_out = self.changed.wait_while_for(&mut waiting, small, FLUSH_AFTER);
+        std::mem::swap(&mut waiting.bytes, block);
+        waiting.closed
+    }
+}
+
+impl Drop for AccessLog {
+    fn drop(&mut self) {
+        if let Some(queue) = &self.queue {
+            queue.waiting.lock().closed = true;
+            queue.changed.notify_one();
+        }
+        if let Some(writer) = self.writer.take()
+            && writer.join().is_err()
+        {
+            tracing::error!("the access log's thread failed");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metrics::MetricsSettings;
+    use std::sync::mpsc;
+
+    /// Hands every block to the test, which thereby holds the writer up.
+    struct Handed(mpsc::SyncSender<Vec<u8>>);
+
+    impl Write for Handed {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.send(bytes.to_vec()).map_err(std::io::Error::other)?;
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn lines_arrive_in_order_and_dropping_the_log_writes_the_rest() {
+        let metrics = Metrics::new("test", "0", MetricsSettings::default());
+        let (sender, blocks) = mpsc::sync_channel(100);
+        let log = AccessLog::start(Handed(sender), &metrics);
+        for number in 0..10 {
+            log.write(|out| out.extend_from_slice(format!("line {number}").as_bytes()));
+        }
+        drop(log);
+        let text = String::from_utf8(blocks.iter().flatten().collect()).unwrap();
+        let expected: String = (0..10).map(|number| format!("line {number}\n")).collect();
+        assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn a_stuck_writer_costs_lines_and_never_time() {
+        let metrics = Metrics::new("test", "0", MetricsSettings::default());
+        let (sender, blocks) = mpsc::sync_channel(0);
+        let log = AccessLog::start(Handed(sender), &metrics);
+        let line = vec![b'x'; 1023];
+        let lines = 4 * BUFFER_BYTES_MAX / 1024;
+        for _ in 0..lines {
+            log.write(|out| out.extend_from_slice(&line));
+        }
+        let dropped = log.queue.as_ref().map_or(0, |queue| queue.dropped.get()) as usize;
+        let reader = std::thread::spawn(move || blocks.iter().map(|block| block.len()).sum::<usize>());
+        drop(log);
+        let written = reader.join().unwrap() / 1024;
+        assert!(dropped >= lines / 4, "{dropped} of {lines}");
+        assert_eq!(written + dropped, lines);
+    }
+}

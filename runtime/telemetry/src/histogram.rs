@@ -1,0 +1,79 @@
+//! A histogram over Istio's buckets that costs two relaxed additions to observe.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+/// Istio's bucket bounds for durations in milliseconds and for bytes (20 rows with `+Inf`), as they are printed.
+const BOUNDS: [f64; 19] = [
+    0.5,
+    1.0,
+    5.0,
+    10.0,
+    25.0,
+    50.0,
+    100.0,
+    250.0,
+    500.0,
+    1000.0,
+    2500.0,
+    5000.0,
+    10000.0,
+    30000.0,
+    60000.0,
+    300_000.0,
+    600_000.0,
+    1_800_000.0,
+    3_600_000.0,
+];
+
+/// A histogram of whole units, of which `PER_PRINTED` make one printed unit.
+#[derive(Debug, Default)]
+pub(crate) struct Histogram<const PER_PRINTED: u64> {
+    buckets: [AtomicU64; BOUNDS.len() + 1],
+    sum: AtomicU64,
+}
+
+impl<const PER_PRINTED: u64> Histogram<PER_PRINTED> {
+    /// Adds one value, in whole units.
+    pub(crate) fn observe(&self, value: u64) {
+        let printed = value as f64 / PER_PRINTED as f64;
+        let at = BOUNDS.partition_point(|bound| *bound < printed);
+        if let Some(bucket) = self.buckets.get(at) {
+            bucket.fetch_add(1, Relaxed);
+        }
+        self.sum.fetch_add(value, Relaxed);
+    }
+
+    /// The sum in printed units, the count, and each bound with the count of its bucket alone.
+    pub(crate) fn read(&self) -> (f64, u64, [(f64, u64); BOUNDS.len() + 1]) {
+        let mut buckets = [(f64::INFINITY, 0); BOUNDS.len() + 1];
+        let mut count = 0;
+        for (index, (row, bucket)) in buckets.iter_mut().zip(&self.buckets).enumerate() {
+            let value = bucket.load(Relaxed);
+            *row = (BOUNDS.get(index).copied().unwrap_or(f64::INFINITY), value);
+            count += value;
+        }
+        (self.sum.load(Relaxed) as f64 / PER_PRINTED as f64, count, buckets)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Histogram;
+
+    #[test]
+    fn a_value_counts_in_the_first_bucket_whose_bound_it_does_not_exceed() {
+        for (name, micros, expected_bound) in [
+            ("zero", 0, 0.5),
+            ("on a bound", 500, 0.5),
+            ("just above a bound", 501, 1.0),
+            ("in the middle", 7_000, 10.0),
+            ("above all", 3_600_001_000, f64::INFINITY),
+        ] {
+            let histogram = Histogram::<1000>::default();
+            histogram.observe(micros);
+            let (sum, count, buckets) = histogram.read();
+            let hit: Vec<f64> = buckets.iter().filter(|row| row.1 == 1).map(|row| row.0).collect();
+            assert_eq!((hit, count, sum), (vec![expected_bound], 1, micros as f64 / 1000.0), "{name}");
+        }
+    }
+}

@@ -1,0 +1,195 @@
+//! Access log lines: Istio's default text for exchanges, ztunnel's for connections.
+
+use crate::http_record::HttpRecord;
+use crate::tcp_record::TcpRecord;
+use std::io::Write;
+use std::net::SocketAddr;
+use std::time::SystemTime;
+use time::OffsetDateTime;
+
+/// Appends Istio's default text line (`meshConfig.accessLogFormat`, its default), without a line feed.
+pub(crate) fn http(out: &mut Vec<u8>, record: &HttpRecord<'_>) {
+    out.push(b'[');
+    timestamp(out, record.started, 3);
+    out.extend_from_slice(b"] \"");
+    text(out, record.method);
+    out.push(b' ');
+    text(out, record.path);
+    out.push(b' ');
+    text(out, record.protocol);
+    out.extend_from_slice(b"\" ");
+    number(out, u64::from(record.status));
+    out.push(b' ');
+    text(out, record.flags);
+    out.push(b' ');
+    text(out, record.details);
+    // Connection termination details, and the upstream's transport failure.
+    out.extend_from_slice(b" - \"-\" ");
+    number(out, record.request_body_bytes);
+    out.push(b' ');
+    number(out, record.response_body_bytes);
+    out.push(b' ');
+    number(out, record.duration.as_millis() as u64);
+    out.push(b' ');
+    match record.upstream_duration {
+        Some(duration) => number(out, duration.as_millis() as u64),
+        None => out.push(b'-'),
+    }
+    for quoted in [record.forwarded_for, record.user_agent, record.request_id, record.authority] {
+        out.extend_from_slice(b" \"");
+        text(out, quoted);
+        out.push(b'"');
+    }
+    out.extend_from_slice(b" \"");
+    match record.upstream {
+        Some(upstream) => address(out, upstream),
+        None => out.push(b'-'),
+    }
+    out.extend_from_slice(b"\" ");
+    text(out, record.cluster);
+    // The upstream's local address is not known: connections are pooled.
+    out.extend_from_slice(b" - ");
+    address(out, record.local);
+    out.push(b' ');
+    address(out, record.downstream);
+    // SNI: none inside a tunnel.
+    out.extend_from_slice(b" - ");
+    text(out, record.route);
+}
+
+/// Appends ztunnel's line, without a line feed.
+pub(crate) fn tcp(out: &mut Vec<u8>, record: &TcpRecord<'_>) {
+    timestamp(out, record.started + record.duration, 6);
+    out.extend_from_slice(if record.error.is_empty() { b"\tinfo" } else { b"\terror" });
+    out.extend_from_slice(b"\taccess\tconnection complete\tsrc.addr=");
+    address(out, record.source);
+    if let Some(workload) = record.source_workload {
+        field(out, " src.workload=", &workload.name);
+        field(out, " src.namespace=", &workload.namespace);
+    }
+    if let Some(identity) = record.source_identity {
+        field(out, " src.identity=", identity.as_str());
+    }
+    if let Some(workload) = record.source_workload {
+        field(out, " src.cluster=", &workload.cluster_id);
+    }
+    out.extend_from_slice(b" dst.addr=");
+    address(out, record.destination);
+    if !record.hbone_authority.is_empty() {
+        out.extend_from_slice(b" dst.hbone_addr=");
+        text(out, record.hbone_authority);
+    }
+    if let Some(service) = record.service {
+        field(out, " dst.service=", &service.hostname);
+    }
+    if let Some(workload) = record.destination_workload {
+        field(out, " dst.workload=", &workload.name);
+        field(out, " dst.namespace=", &workload.namespace);
+    }
+    if let Some(identity) = record.destination_identity {
+        field(out, " dst.identity=", identity.as_str());
+    }
+    if let Some(workload) = record.destination_workload {
+        field(out, " dst.cluster=", &workload.cluster_id);
+    }
+    field(out, " direction=", record.direction.as_str());
+    out.extend_from_slice(b" bytes_sent=");
+    number(out, record.bytes_sent);
+    out.extend_from_slice(b" bytes_recv=");
+    number(out, record.bytes_received);
+    out.extend_from_slice(b" duration=\"");
+    number(out, record.duration.as_millis() as u64);
+    out.extend_from_slice(b"ms\"");
+    if !record.error.is_empty() {
+        field(out, " error=", record.error);
+    }
+}
+
+fn field(out: &mut Vec<u8>, name: &str, value: &str) {
+    out.extend_from_slice(name.as_bytes());
+    out.push(b'"');
+    text(out, value);
+    out.push(b'"');
+}
+
+/// A text from a peer: printable ASCII as it is, everything that could end a line or a field escaped; `-` if empty.
+fn text(out: &mut Vec<u8>, value: &str) {
+    if value.is_empty() {
+        out.push(b'-');
+        return;
+    }
+    let plain = |byte: u8| (b' '..=b'~').contains(&byte) && byte != b'"' && byte != b'\\';
+    if value.bytes().all(plain) {
+        out.extend_from_slice(value.as_bytes());
+        return;
+    }
+    for byte in value.bytes() {
+        match byte {
+            b'"' | b'\\' => out.extend_from_slice(&[b'\\', byte]),
+            byte if plain(byte) => out.push(byte),
+            byte => {
+                // Writing to a Vec cannot fail.
+                let _ = write!(out, "\\x{byte:02x}");
+            }
+        }
+    }
+}
+
+fn address(out: &mut Vec<u8>, address: SocketAddr) {
+    let SocketAddr::V4(v4) = address else {
+        // Writing to a Vec cannot fail.
+        let _ = write!(out, "{address}");
+        return;
+    };
+    for (index, octet) in v4.ip().octets().into_iter().enumerate() {
+        if index > 0 {
+            out.push(b'.');
+        }
+        number(out, u64::from(octet));
+    }
+    out.push(b':');
+    number(out, u64::from(v4.port()));
+}
+
+fn number(out: &mut Vec<u8>, mut value: u64) {
+    let mut digits = [0; 20];
+    let mut at = digits.len();
+    for digit in digits.iter_mut().rev() {
+        *digit = b'0' + (value % 10) as u8;
+        value /= 10;
+        at -= 1;
+        if value == 0 {
+            break;
+        }
+    }
+    out.extend_from_slice(digits.get(at..).unwrap_or_default());
+}
+
+fn padded(out: &mut Vec<u8>, value: u32, width: u32) {
+    for place in (0..width).rev() {
+        out.push(b'0' + (value / 10_u32.pow(place) % 10) as u8);
+    }
+}
+
+/// RFC 3339 in UTC with 3 or 6 digits of a second.
+fn timestamp(out: &mut Vec<u8>, at: SystemTime, digits: u32) {
+    let at = OffsetDateTime::from(at);
+    padded(out, u32::try_from(at.year()).unwrap_or(0), 4);
+    for (separator, value) in [
+        (b'-', u8::from(at.month())),
+        (b'-', at.day()),
+        (b'T', at.hour()),
+        (b':', at.minute()),
+        (b':', at.second()),
+    ] {
+        out.push(separator);
+        padded(out, u32::from(value), 2);
+    }
+    out.push(b'.');
+    padded(out, at.nanosecond() / 10_u32.pow(9 - digits), digits);
+    out.push(b'Z');
+}
+
+#[cfg(test)]
+#[path = "line/tests.rs"]
+mod tests;
