@@ -1,2 +1,3 @@
-//! End-to-end tests.
-fn main() {}
+//! The end-to-end tests: real sockets, real TLS, real xDS, a real Wasm module. One binary, so that it links once.
+
+mod tidy;
