@@ -1,1 +1,176 @@
-//! The node proxy: outbound, inbound, passthrough.
+//! The node proxy: takes the traffic of this node's pods, decides where it goes, and carries it.
+//!
+//! Out: accept → where was it going → [`cairn_mesh::plan`] → open a tunnel → copy → record (`outbound.rs`).
+//! In: accept mTLS → CONNECT → is it ours → [`cairn_mesh::decide`] → connect to the application → 200 → copy
+//! (`inbound.rs`); plaintext likewise, without an identity (`plaintext.rs`). Pods come and go in `pods.rs`, open
+//! connections are decided again in `live.rs`.
+
+mod admin;
+mod carry;
+mod inbound;
+mod live;
+mod outbound;
+mod plaintext;
+mod pods;
+mod settings;
+mod socks;
+
+pub use settings::{Capture, CaptureKind, Options, Settings};
+
+use anyhow::Context;
+use cairn_identity::{CaClient, CaSettings, CertificateSettings, Certificates};
+use cairn_net::{ConnectOptions, Drain};
+use cairn_process::{Operators, Readiness, Workers};
+use cairn_telemetry::{Telemetry, TelemetrySettings};
+use cairn_xds::{FollowSettings, Mesh};
+use live::Live;
+use pods::Pod;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+/// What all connections of the process share.
+struct Proxy {
+    settings: Settings,
+    mesh: Arc<Mesh>,
+    certificates: Arc<Certificates>,
+    telemetry: Arc<Telemetry>,
+    workers: Workers,
+    /// One pool of tunnels per worker.
+    pools: Box<[cairn_hbone::Pool]>,
+    live: Arc<Live>,
+    drain: Drain,
+}
+
+impl Proxy {
+    /// How sockets are opened on behalf of a pod towards the network: from its address, in its namespace.
+    fn from_pod(&self, pod: &Pod) -> ConnectOptions {
+        ConnectOptions {
+            bind: Some(pod.address),
+            namespace: pod.namespace.clone(),
+            mark: pod.namespace.as_ref().map(|_| cairn_net::ZTUNNEL_MARK),
+            ..ConnectOptions::default()
+        }
+    }
+
+    /// How the application of a pod is connected to: from the client's address, so that it sees who calls.
+    fn to_application(&self, pod: &Pod, client: IpAddr) -> ConnectOptions {
+        let spoof = client != pod.address && client.is_ipv4() == pod.address.is_ipv4();
+        ConnectOptions {
+            bind: spoof.then_some(client).filter(|_| pod.namespace.is_some() || client.is_loopback()),
+            transparent: pod.namespace.is_some(),
+            namespace: pod.namespace.clone(),
+            mark: pod.namespace.as_ref().map(|_| cairn_net::ZTUNNEL_MARK),
+            ..ConnectOptions::default()
+        }
+    }
+}
+
+/// Runs a ztunnel until SIGTERM or SIGINT, and drains. Starts its own threads: call it from `main`.
+///
+/// # Errors
+/// When settings are not valid, a port cannot be had or a thread cannot be started.
+pub fn run(options: Options) -> anyhow::Result<()> {
+    let settings = options.resolve()?;
+    cairn_process::init_logging(&settings.log, settings.log_format)?;
+    let workers = Workers::start(settings.workers)?;
+    cairn_process::control_runtime()?.block_on(serve(settings, workers))
+}
+
+async fn serve(settings: Settings, workers: Workers) -> anyhow::Result<()> {
+    let telemetry_settings = TelemetrySettings { access_log: settings.access_log, ..Default::default() };
+    let telemetry =
+        Telemetry::new("ztunnel", env!("CARGO_PKG_VERSION"), &telemetry_settings, std::io::stdout());
+    let issuer = CaClient::new(CaSettings {
+        address: settings.ca_address.clone(),
+        roots: settings.xds_root.clone(),
+        token: settings.token.clone(),
+        cluster_id: settings.cluster_id.clone(),
+        impersonate: true,
+    });
+    let certificate_settings = CertificateSettings { ttl: settings.certificate_ttl, ..Default::default() };
+    let certificates = Certificates::new(Arc::new(issuer), certificate_settings);
+    tokio::spawn(Arc::clone(&certificates).renew());
+
+    let (trigger, drain) = cairn_net::drain();
+    let pool = |_| cairn_hbone::Pool::new(cairn_hbone::PoolSettings::default());
+    let proxy = Arc::new(Proxy {
+        mesh: Mesh::new(),
+        pools: (0..workers.count()).map(pool).collect(),
+        certificates,
+        telemetry,
+        workers,
+        live: Arc::default(),
+        drain: drain.clone(),
+        settings,
+    });
+
+    let readiness = Readiness::default();
+    let (state, listening) = (readiness.wait_for("state manager"), readiness.wait_for("proxy"));
+    start_operators(&proxy, readiness)?;
+    tokio::spawn(follow(Arc::clone(&proxy)));
+    tokio::spawn(recheck(Arc::clone(&proxy)));
+    {
+        let proxy = Arc::clone(&proxy);
+        tokio::spawn(async move {
+            proxy.mesh.ready().await;
+            state.done();
+            tracing::info!("first state received");
+            let pods = tokio::spawn(pods::run(Arc::clone(&proxy)));
+            listening.done();
+            if let Err(error) = pods.await {
+                tracing::error!(%error, "pods are no longer followed");
+            }
+        });
+    }
+
+    let signal = cairn_process::stop_signal().await.context("cannot watch for signals")?;
+    tracing::info!(signal, "draining");
+    trigger.start();
+    let all_ended = trigger.finished(proxy.settings.drain).await;
+    tracing::info!(all_ended, "stopped");
+    Ok(())
+}
+
+fn start_operators(proxy: &Arc<Proxy>, readiness: Readiness) -> anyhow::Result<()> {
+    let at = |port| SocketAddr::new(proxy.settings.address, port);
+    let telemetry = Arc::clone(&proxy.telemetry);
+    Operators {
+        readiness_address: at(15021),
+        metrics_address: at(15020),
+        admin_address: at(15000),
+        readiness,
+        metrics: Arc::new(move || telemetry.metrics.encode()),
+        admin: admin::router(Arc::clone(proxy)),
+    }
+    .start()?;
+    Ok(())
+}
+
+async fn follow(proxy: Arc<Proxy>) {
+    let settings = &proxy.settings;
+    let node = &settings.node;
+    let follow = FollowSettings {
+        address: settings.xds_address.clone(),
+        roots: settings.xds_root.clone(),
+        token: settings.token.clone(),
+        node_id: format!("ztunnel~{}~ztunnel.{node}~istio-system.svc.cluster.local", settings.address),
+        node_metadata: vec![
+            ("NODE_NAME".to_owned(), node.as_str().into()),
+            ("CLUSTER_ID".to_owned(), settings.cluster_id.as_str().into()),
+        ],
+        ..FollowSettings::default()
+    };
+    let drain = proxy.drain.clone();
+    cairn_xds::follow(follow, None, Arc::clone(&proxy.mesh), async move { drain.started().await }).await;
+}
+
+/// Decides open inbound connections again whenever the mesh changes.
+async fn recheck(proxy: Arc<Proxy>) {
+    let mut changes = proxy.mesh.changes();
+    while changes.changed().await.is_ok() {
+        let cut = proxy.live.recheck(&proxy.mesh.snapshot());
+        if cut > 0 {
+            tracing::info!(cut, "connections no longer allowed were cut");
+        }
+    }
+}

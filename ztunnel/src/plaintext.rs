@@ -1,0 +1,63 @@
+//! Into a pod without a tunnel: nobody proves who they are, and policies decide on that.
+
+use crate::carry::Account;
+use crate::inbound::{note_decision, peer_workload};
+use crate::live::Connected;
+use crate::outbound::chain;
+use crate::pods::{OWN_PORTS, Pod};
+use crate::Proxy;
+use cairn_mesh::{L4Peer, decide};
+use cairn_telemetry::Direction;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use tokio::net::TcpStream;
+
+/// A connection that redirection brought here.
+pub async fn redirected(proxy: Arc<Proxy>, pod: Arc<Pod>, _worker: usize, client: TcpStream, peer: SocketAddr) {
+    match cairn_net::original_destination(&client) {
+        Ok(destination) => serve(&proxy, &pod, client, peer, destination).await,
+        Err(error) => tracing::debug!(%peer, %error, "client went away at once"),
+    }
+}
+
+/// A connection to the pod's own address and the application's port, which the ztunnel holds in its place.
+pub async fn direct(proxy: Arc<Proxy>, pod: Arc<Pod>, _worker: usize, client: TcpStream, peer: SocketAddr) {
+    match client.local_addr() {
+        Ok(destination) => serve(&proxy, &pod, client, peer, destination).await,
+        Err(error) => tracing::debug!(%peer, %error, "client went away at once"),
+    }
+}
+
+async fn serve(proxy: &Proxy, pod: &Pod, mut client: TcpStream, peer: SocketAddr, destination: SocketAddr) {
+    let _working = proxy.drain.hold();
+    let mut account = Account::new(Direction::Inbound, peer, destination);
+    account.way = "plaintext";
+    if OWN_PORTS.contains(&destination.port()) {
+        return account.refused(proxy, "CONNECT", "port belongs to the ztunnel");
+    }
+    let snapshot = proxy.mesh.snapshot();
+    let Some(workload) = pod.workload(&snapshot) else {
+        return account.refused(proxy, "CONNECT", "pod is no longer known");
+    };
+    account.source_workload = peer_workload(&snapshot, peer, &workload);
+    account.destination_workload = Some(Arc::clone(&workload));
+    let asked = L4Peer { identity: None, source: peer, destination };
+    if let Err(reason) = note_decision(&mut account, decide(&snapshot, &workload, &asked)) {
+        return account.refused(proxy, "DENY", &reason);
+    }
+    let options = proxy.to_application(pod, peer.ip());
+    let application = SocketAddr::new(pod.application, destination.port());
+    let mut application = match cairn_net::connect(application, &options).await {
+        Ok(application) => application,
+        Err(error) => return account.refused(proxy, "CONNECT", &chain(&error)),
+    };
+    let uid = Arc::clone(&workload.uid);
+    let mut live = proxy.live.register(Connected { workload: uid, identity: None, source: peer, destination });
+    let cut = async {
+        match (&mut live.cut).await {
+            Ok(reason) => reason.to_string(),
+            Err(_) => std::future::pending().await,
+        }
+    };
+    account.carry(proxy, &mut client, &mut application, cut).await;
+}
