@@ -1,3 +1,134 @@
-//! Benchmarks of the decision.
+//! What does a decision cost a request, and does it depend on how many rules there are?
+//!
+//! Three shapes of policy, each with 10 and with 1,000 rules of which the last allows: rules that differ in who may
+//! call, in which path, and in which header. The first two are meant to cost the same at both sizes.
 
-fn main() {}
+// A benchmark's own inputs are right or it must stop.
+#![allow(clippy::expect_used)]
+
+use cairn_builtin::{Authorizer, ConnectionFacts, Decision, Standing};
+use cairn_filter::RequestHead;
+use cairn_mesh::{
+    AuthorizationPolicy, Condition, Operation, PathMatch, PolicyAction, PolicyRule, ResourceName, Source,
+    TextMatch, Values,
+};
+use divan::{Bencher, black_box};
+use http::{HeaderMap, HeaderValue, Method, Version};
+use std::sync::Arc;
+
+const SIZES: [usize; 2] = [10, 1_000];
+
+fn main() {
+    divan::main();
+}
+
+fn any<T>(value: T) -> Values<T> {
+    Values { any: vec![value], none: Vec::new() }
+}
+
+fn exact(text: String) -> TextMatch {
+    TextMatch::Exact(text.into())
+}
+
+fn authorizer(count: usize, rule: impl Fn(usize) -> PolicyRule) -> Authorizer {
+    let rules = (0..count).map(|index| PolicyRule { index, ..rule(index) }).collect();
+    let name = ResourceName::new("shop", "allow");
+    let action = PolicyAction::Allow;
+    Authorizer::compile(&[Arc::new(AuthorizationPolicy {
+        name,
+        targets: Vec::new(),
+        action,
+        rules,
+        dry_run: false,
+    })])
+}
+
+fn identity_rule(index: usize) -> PolicyRule {
+    let principals = any(exact(format!("cluster.local/ns/shop/sa/client-{index}")));
+    let methods = any(exact("GET".to_owned()));
+    PolicyRule {
+        from: vec![Source { principals, ..Source::default() }],
+        to: vec![Operation { methods, ..Operation::default() }],
+        ..PolicyRule::default()
+    }
+}
+
+fn path_rule(index: usize) -> PolicyRule {
+    let paths = any(PathMatch::Text(TextMatch::Prefix(format!("/api/{index}/").into())));
+    PolicyRule { to: vec![Operation { paths, ..Operation::default() }], ..PolicyRule::default() }
+}
+
+fn header_rule(index: usize) -> PolicyRule {
+    let condition = Condition::RequestHeader("x-tenant".into(), any(exact(format!("tenant-{index}"))));
+    PolicyRule { when: vec![condition], ..PolicyRule::default() }
+}
+
+fn facts(client: usize) -> ConnectionFacts {
+    ConnectionFacts {
+        identity: format!("spiffe://cluster.local/ns/shop/sa/client-{client}").parse().ok(),
+        source: [10, 0, 0, 1].into(),
+        destination: ([10, 96, 0, 10], 80).into(),
+    }
+}
+
+fn head(count: usize) -> RequestHead {
+    let mut headers = HeaderMap::new();
+    headers.insert("x-tenant", format!("tenant-{}", count - 1).parse().expect("a header value"));
+    RequestHead {
+        method: Method::GET,
+        scheme: HeaderValue::from_static("http"),
+        authority: HeaderValue::from_static("shop.example"),
+        path: format!("/api/{}/items?page=2", count - 1).parse().expect("a path"),
+        headers,
+        version: Version::HTTP_11,
+    }
+}
+
+fn decide(bencher: Bencher, count: usize, rule: fn(usize) -> PolicyRule) {
+    let authorizer = authorizer(count, rule);
+    let standing = authorizer.settle(facts(count - 1));
+    let head = head(count);
+    let decide = || authorizer.decide(black_box(&standing), black_box(&head));
+    let last = format!("ns[shop]-policy[allow]-rule[{}]", count - 1);
+    assert_eq!(decide(), Decision::Allow { by: Some(last.into()) });
+    bencher.counter(1_u32).bench(decide);
+}
+
+/// A request when rules differ in who may call.
+#[divan::bench(args = SIZES)]
+fn rules_on_identities(bencher: Bencher, count: usize) {
+    decide(bencher, count, identity_rule);
+}
+
+/// A request when rules differ in the path.
+#[divan::bench(args = SIZES)]
+fn rules_on_paths(bencher: Bencher, count: usize) {
+    decide(bencher, count, path_rule);
+}
+
+/// A request when rules differ in a header: nothing finds those but trying.
+#[divan::bench(args = SIZES)]
+fn rules_on_headers(bencher: Bencher, count: usize) {
+    decide(bencher, count, header_rule);
+}
+
+/// A request that no rule allows, with the search for the nearest miss.
+#[divan::bench(args = SIZES)]
+fn denied_by_identity(bencher: Bencher, count: usize) {
+    let authorizer = authorizer(count, identity_rule);
+    let standing = authorizer.settle(facts(count));
+    let head = head(count);
+    let decide = || authorizer.decide(black_box(&standing), black_box(&head));
+    assert!(matches!(decide(), Decision::Deny { policy: None, .. }));
+    bencher.counter(1_u32).bench(decide);
+}
+
+/// What a new connection costs once.
+#[divan::bench(args = SIZES)]
+fn new_connection(bencher: Bencher, count: usize) {
+    let authorizer = authorizer(count, identity_rule);
+    let facts = facts(count - 1);
+    let settle = || -> Standing { authorizer.settle(black_box(&facts).clone()) };
+    assert!(matches!(authorizer.decide(&settle(), &head(count)), Decision::Allow { by: Some(_) }));
+    bencher.counter(1_u32).bench(settle);
+}

@@ -53,3 +53,68 @@ impl Filter for Refusal {
         Verdict::Reply(Box::new(LocalReply::text(StatusCode::SERVICE_UNAVAILABLE, BODY, DETAILS)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cairn_filter::{Connection, Peer, Protocol};
+    use http::{HeaderMap, HeaderValue, Method, Version};
+    use std::net::SocketAddr;
+    use std::time::{Instant, SystemTime};
+
+    fn exchange() -> Exchange {
+        let address = SocketAddr::from(([10, 0, 0, 1], 1));
+        let connection = Connection {
+            id: 1,
+            worker: 0,
+            source: Peer { address, identity: None, workload: None },
+            destination: address,
+            service: None,
+            local: None,
+        };
+        Exchange::new(Arc::new(connection), Protocol::Http11, Instant::now(), SystemTime::now())
+    }
+
+    fn head() -> RequestHead {
+        RequestHead {
+            method: Method::GET,
+            scheme: HeaderValue::from_static("http"),
+            authority: HeaderValue::from_static("shop"),
+            path: http::uri::PathAndQuery::from_static("/"),
+            headers: HeaderMap::new(),
+            version: Version::HTTP_11,
+        }
+    }
+
+    fn what(name: &str) -> Arc<Unenforceable> {
+        Arc::new(Unenforceable {
+            what: format!("RequestAuthentication shop/{name}").into(),
+            targets: Vec::new(),
+            namespace: "shop".into(),
+            reason: "tokens are not verified yet".into(),
+        })
+    }
+
+    #[test]
+    fn every_request_is_answered_503_with_the_reason_in_the_log_only() {
+        let factory = unenforceable(&[what("one"), what("two")]);
+        let mut exchange = exchange();
+        let mut filter = factory.start(&exchange).unwrap();
+        let Verdict::Reply(reply) = filter.request_headers(&mut exchange, &mut head(), true) else {
+            panic!("it answers");
+        };
+        assert_eq!((reply.status, &*reply.body), (StatusCode::SERVICE_UNAVAILABLE, BODY.as_bytes()));
+        let denial = exchange.denial.unwrap();
+        assert_eq!(denial.policy, "RequestAuthentication shop/one");
+        assert_eq!(
+            denial.reason,
+            "RequestAuthentication shop/one: tokens are not verified yet; \
+             RequestAuthentication shop/two: tokens are not verified yet"
+        );
+    }
+
+    #[test]
+    fn nothing_unenforceable_answers_nothing() {
+        assert!(unenforceable(&[]).start(&exchange()).is_none());
+    }
+}
