@@ -47,7 +47,7 @@ impl Chain {
                 filters.push(Active { phases: link.phases, filter });
             }
         }
-        Running { filters, finished: false }
+        Running { respond_to: filters.len(), filters, finished: false }
     }
 }
 
@@ -59,6 +59,8 @@ struct Active {
 /// The filters at work on one exchange.
 pub struct Running {
     filters: SmallVec<[Active; 6]>,
+    /// How many filters, counted from the first, have yet to see the response.
+    respond_to: usize,
     finished: bool,
 }
 
@@ -91,24 +93,27 @@ impl Running {
         Outcome::Continue
     }
 
-    /// Runs the response phase, last filter first. A filter that answers replaces the response, and the filters
-    /// before it still see what it put there.
+    /// Runs the response phase, last filter first. A filter that answers replaces the response: make a head of its
+    /// reply and call this again, and the filters before it see that. So no filter answers twice.
     pub async fn response_headers(
         &mut self,
         exchange: &mut Exchange,
         head: &mut ResponseHead,
         end_of_stream: bool,
     ) -> Outcome {
-        for active in self.filters.iter_mut().rev() {
-            if !active.phases.contains(Phases::RESPONSE_HEADERS) {
-                continue;
-            }
-            loop {
-                match active.filter.response_headers(exchange, head, end_of_stream) {
-                    Verdict::Continue => break,
-                    Verdict::Wait(until) => until.await,
-                    Verdict::Reset => return Outcome::Reset,
-                    Verdict::Reply(reply) => return Outcome::Reply(reply),
+        while let Some(index) = self.respond_to.min(self.filters.len()).checked_sub(1) {
+            let active = &mut self.filters[index];
+            let verdict = match active.phases.contains(Phases::RESPONSE_HEADERS) {
+                true => active.filter.response_headers(exchange, head, end_of_stream),
+                false => Verdict::Continue,
+            };
+            match verdict {
+                Verdict::Continue => self.respond_to = index,
+                Verdict::Wait(until) => until.await,
+                Verdict::Reset => return Outcome::Reset,
+                Verdict::Reply(reply) => {
+                    self.respond_to = index;
+                    return Outcome::Reply(reply);
                 }
             }
         }
@@ -131,3 +136,7 @@ impl Running {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "chain/tests.rs"]
+mod tests;
