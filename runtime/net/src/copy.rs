@@ -1,6 +1,6 @@
 //! Copying both ways between a client and a server until both are done.
 
-use std::cell::RefCell;
+use crate::Buffer;
 use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
@@ -37,39 +37,15 @@ where
     .await
 }
 
-/// As much as one read may take. Larger ones gain little: 64 KiB are four TLS records, and they stay in the L2 cache.
-const BUFFER_BYTES: usize = 64 * 1024;
-
-/// How many idle buffers a thread keeps. One suffices while nobody is slow; a slow receiver keeps its buffer.
-const SPARE_BUFFERS_MAX: usize = 8;
-
 /// How many reads one poll may do before other tasks get their turn.
 const READS_PER_POLL: usize = 16;
 
-thread_local! {
-    /// Connections of a thread share its buffers: one is taken for the time of a poll and put back when all its
-    /// bytes have been written on. So an idle connection has no buffer, and a busy one reads a full buffer at a time.
-    static SPARE_BUFFERS: RefCell<Vec<Box<[u8]>>> = const { RefCell::new(Vec::new()) };
-}
-
-fn take_buffer() -> Box<[u8]> {
-    let spare = SPARE_BUFFERS.with_borrow_mut(Vec::pop);
-    spare.unwrap_or_else(|| vec![0; BUFFER_BYTES].into_boxed_slice())
-}
-
-fn put_back(buffer: Box<[u8]>) {
-    SPARE_BUFFERS.with_borrow_mut(|spare| {
-        if spare.len() < SPARE_BUFFERS_MAX {
-            spare.push(buffer);
-        }
-    });
-}
-
-/// One direction of a copy.
+/// One direction of a copy. A buffer is borrowed for the time of a poll and given back when all its bytes have been
+/// written on, so an idle connection has none and a busy one reads a full buffer at a time.
 #[derive(Default)]
 struct Direction {
     /// Bytes `start..end` of the buffer are read and not yet written; `None` when there are none.
-    kept: Option<Box<[u8]>>,
+    kept: Option<Buffer>,
     start: usize,
     end: usize,
     needs_flush: bool,
@@ -98,12 +74,10 @@ impl Direction {
         W: AsyncWrite + Unpin,
     {
         if self.phase == Phase::Copying {
-            let mut buffer = self.kept.take().unwrap_or_else(take_buffer);
+            let mut buffer = self.kept.take().unwrap_or_else(Buffer::take);
             let copied = self.poll_until_end(cx, &mut buffer, reader, writer, count);
             if self.start < self.end {
                 self.kept = Some(buffer);
-            } else {
-                put_back(buffer);
             }
             ready!(copied)?;
             self.phase = Phase::Closing;

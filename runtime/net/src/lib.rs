@@ -2,11 +2,13 @@
 //!
 //! Everything here is about sockets and bytes; who is at the other end is the business of the crates above.
 
+mod buffer;
 mod copy;
 mod drain;
 mod namespace;
 mod socket;
 
+pub use buffer::{BUFFER_BYTES, Buffer};
 pub use copy::{ByteCounts, copy};
 pub use drain::{Drain, DrainGuard, DrainTrigger, drain};
 pub use namespace::{Namespace, ZTUNNEL_MARK};
