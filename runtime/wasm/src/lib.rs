@@ -1,1 +1,30 @@
 //! Filters in WebAssembly: the proxy-wasm host.
+//!
+//! An [`Engine`] compiles modules ([`Module`]) and makes filter factories of them, one per plugin. A plugin has one
+//! instance per worker; an exchange enters the instance of the worker it lives on, so its lock is never contended, and
+//! the guest runs only inside a synchronous call that ends within a deadline. A guest that traps, overruns its deadline or
+//! wants too much memory ends with that call: the exchange at hand follows the plugin's fail strategy, and the next one
+//! meets a new instance.
+//!
+//! ABI 0.1.0, 0.2.0 and 0.2.1 are spoken. The header phases run; bodies, callouts and timers do not yet, and a plugin
+//! that asks for them is told so by a status its SDK survives.
+
+mod abi;
+mod engine;
+mod error;
+mod heads;
+mod host;
+mod instance;
+mod log;
+mod metrics;
+mod module;
+mod pairs;
+mod plugin;
+mod shared;
+mod state;
+mod ticker;
+
+pub use abi::AbiVersion;
+pub use engine::{Engine, EngineSettings};
+pub use error::PluginError;
+pub use module::Module;

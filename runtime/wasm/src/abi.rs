@@ -1,0 +1,110 @@
+//! The numbers of the proxy-wasm ABI (0.1.0, 0.2.0, 0.2.1), and how host functions refuse.
+
+/// The version of the ABI that a module was built for, told by a marker export.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum AbiVersion {
+    /// 0.1.0.
+    V0_1_0,
+    /// 0.2.0.
+    V0_2_0,
+    /// 0.2.1.
+    V0_2_1,
+}
+
+/// What a host function answers the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub(crate) enum Status {
+    Ok = 0,
+    NotFound = 1,
+    BadArgument = 2,
+    SerializationFailure = 3,
+    InvalidMemoryAccess = 6,
+    Empty = 7,
+    CasMismatch = 8,
+    InternalFailure = 10,
+}
+
+/// Why a host function did not do what was asked: a status for the guest, or a trap that ends it.
+pub(crate) enum Refusal {
+    Status(Status),
+    Trap(wasmtime::Error),
+}
+
+impl From<Status> for Refusal {
+    fn from(status: Status) -> Self {
+        Self::Status(status)
+    }
+}
+
+impl From<wasmtime::Error> for Refusal {
+    fn from(error: wasmtime::Error) -> Self {
+        Self::Trap(error)
+    }
+}
+
+/// The result of a host function on its way to the guest.
+pub(crate) type Done = Result<(), Refusal>;
+
+/// Turns the result of a host function into what wasmtime expects of it.
+pub(crate) fn answer(done: Done) -> wasmtime::Result<u32> {
+    match done {
+        Ok(()) => Ok(Status::Ok as u32),
+        Err(Refusal::Status(status)) => Ok(status as u32),
+        Err(Refusal::Trap(error)) => Err(error),
+    }
+}
+
+/// Header maps by their number in the ABI.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum MapKind {
+    RequestHeaders,
+    ResponseHeaders,
+    /// Trailers and the maps of callouts: they exist in the ABI, and hold nothing in the phases run today.
+    Other,
+}
+
+impl MapKind {
+    pub(crate) fn from_abi(number: u32) -> Result<Self, Status> {
+        match number {
+            0 => Ok(Self::RequestHeaders),
+            2 => Ok(Self::ResponseHeaders),
+            1 | 3..=7 => Ok(Self::Other),
+            _ => Err(Status::BadArgument),
+        }
+    }
+}
+
+/// The guest function that is running, as logs name it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Callback {
+    Start,
+    ContextCreate,
+    VmStart,
+    Configure,
+    RequestHeaders,
+    ResponseHeaders,
+    Log,
+    Done,
+    Delete,
+}
+
+impl Callback {
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Start => "start",
+            Self::ContextCreate => "proxy_on_context_create",
+            Self::VmStart => "proxy_on_vm_start",
+            Self::Configure => "proxy_on_configure",
+            Self::RequestHeaders => "proxy_on_request_headers",
+            Self::ResponseHeaders => "proxy_on_response_headers",
+            Self::Log => "proxy_on_log",
+            Self::Done => "proxy_on_done",
+            Self::Delete => "proxy_on_delete",
+        }
+    }
+}
+
+/// The context ids of the instance itself and of its one root.
+pub(crate) const VM_CONTEXT: u32 = 0;
+pub(crate) const ROOT_CONTEXT: u32 = 1;

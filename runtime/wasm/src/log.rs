@@ -1,0 +1,149 @@
+//! What plugins log: levels, a limit on the rate, and the lines kept for the report of a failed start.
+
+use std::time::{Duration, Instant};
+use tracing::Level;
+
+/// The tracing target of lines that plugins write.
+pub(crate) const TARGET: &str = "plugin";
+
+/// The most lines per second and instance; more are counted and dropped.
+const LINES_PER_SECOND: u32 = 1000;
+/// The longest line.
+const LINE_BYTES_MAX: usize = 8 << 10;
+/// The last lines of a start that are kept, and how much of each.
+const KEPT_LINES_MAX: usize = 20;
+const KEPT_LINE_BYTES_MAX: usize = 512;
+
+/// The limit on the log lines of one instance.
+#[derive(Default)]
+pub(crate) struct LogGate {
+    second: Option<Instant>,
+    lines: u32,
+    dropped: u64,
+    /// The lines of the start, while it lasts.
+    kept: Option<Vec<String>>,
+}
+
+impl LogGate {
+    /// Starts keeping lines for a report.
+    pub(crate) fn keep(&mut self) {
+        self.kept = Some(Vec::new());
+    }
+
+    /// The lines kept since [`LogGate::keep`], and no more keeping.
+    pub(crate) fn take_kept(&mut self) -> Vec<String> {
+        self.kept.take().unwrap_or_default()
+    }
+
+    /// Whether a line of this level would go anywhere.
+    pub(crate) fn wants(&self, level: Level) -> bool {
+        self.kept.is_some() || enabled(level)
+    }
+
+    /// Logs a line of `plugin`; false when it was dropped.
+    pub(crate) fn write(&mut self, plugin: &str, level: Level, bytes: &[u8]) -> bool {
+        let line = printable(&bytes[..bytes.len().min(LINE_BYTES_MAX)]);
+        if let Some(kept) = &mut self.kept {
+            if kept.len() == KEPT_LINES_MAX {
+                kept.remove(0);
+            }
+            kept.push(line.chars().take(KEPT_LINE_BYTES_MAX).collect());
+        }
+        if !self.passes(plugin) {
+            return false;
+        }
+        match level {
+            Level::TRACE => tracing::trace!(target: TARGET, plugin, "{line}"),
+            Level::DEBUG => tracing::debug!(target: TARGET, plugin, "{line}"),
+            Level::INFO => tracing::info!(target: TARGET, plugin, "{line}"),
+            Level::WARN => tracing::warn!(target: TARGET, plugin, "{line}"),
+            _ => tracing::error!(target: TARGET, plugin, "{line}"),
+        }
+        true
+    }
+
+    fn passes(&mut self, plugin: &str) -> bool {
+        if self.lines < LINES_PER_SECOND && self.second.is_some() {
+            self.lines += 1;
+            return true;
+        }
+        let now = Instant::now();
+        if self.second.is_some_and(|second| now.duration_since(second) < Duration::from_secs(1)) {
+            self.dropped += 1;
+            return false;
+        }
+        if self.dropped > 0 {
+            tracing::warn!(target: TARGET, plugin, dropped = self.dropped, "the plugin logs too much");
+        }
+        (self.second, self.lines, self.dropped) = (Some(now), 1, 0);
+        true
+    }
+}
+
+/// Whether anybody listens to plugins at this level.
+fn enabled(level: Level) -> bool {
+    match level {
+        Level::TRACE => tracing::enabled!(target: TARGET, Level::TRACE),
+        Level::DEBUG => tracing::enabled!(target: TARGET, Level::DEBUG),
+        Level::INFO => tracing::enabled!(target: TARGET, Level::INFO),
+        Level::WARN => tracing::enabled!(target: TARGET, Level::WARN),
+        _ => tracing::enabled!(target: TARGET, Level::ERROR),
+    }
+}
+
+/// The tracing level of an ABI log level, 0 (trace) to 5 (critical).
+pub(crate) fn level_of(number: u32) -> Option<Level> {
+    match number {
+        0 => Some(Level::TRACE),
+        1 => Some(Level::DEBUG),
+        2 => Some(Level::INFO),
+        3 => Some(Level::WARN),
+        4 | 5 => Some(Level::ERROR),
+        _ => None,
+    }
+}
+
+/// The lowest ABI level that is logged; 5 when nothing is.
+pub(crate) fn threshold() -> u32 {
+    (0..5).find(|number| level_of(*number).is_some_and(enabled)).unwrap_or(5)
+}
+
+/// Text with control characters written out, so that a plugin cannot forge log lines.
+fn printable(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(bytes);
+    let mut line = String::with_capacity(text.len());
+    for c in text.trim_end_matches(['\n', '\r']).chars() {
+        if c.is_control() && c != '\t' { line.extend(c.escape_default()) } else { line.push(c) }
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_cannot_be_forged() {
+        assert_eq!(printable(b"a\nlevel=error b\x1b[31m\n"), "a\\nlevel=error b\\u{1b}[31m");
+        assert_eq!(printable(b"\xff"), "\u{fffd}");
+    }
+
+    #[test]
+    fn too_many_lines_are_dropped() {
+        let mut gate = LogGate::default();
+        let written = (0..3 * LINES_PER_SECOND).filter(|_| gate.write("p", Level::TRACE, b"x")).count();
+        assert!((1000..3000).contains(&written), "{written}");
+    }
+
+    #[test]
+    fn the_last_lines_of_a_start_are_kept() {
+        let mut gate = LogGate::default();
+        gate.keep();
+        for number in 0..KEPT_LINES_MAX + 1 {
+            gate.write("p", Level::INFO, number.to_string().as_bytes());
+        }
+        let kept = gate.take_kept();
+        assert_eq!((kept.len(), kept.first().map(String::as_str)), (KEPT_LINES_MAX, Some("1")));
+        assert!(gate.take_kept().is_empty());
+    }
+}

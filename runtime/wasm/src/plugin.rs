@@ -1,0 +1,445 @@
+//! A plugin as a filter: its instances, one per worker, what happens when one crashes, and the life of one exchange.
+
+use crate::engine::Environment;
+use crate::error::PluginError;
+use crate::instance::{Crash, Instance, Outcome, Phase};
+use crate::module::Module;
+use crate::state::Facts;
+use cairn_filter::{Exchange, Factory, Filter, LocalReply, Phases, RequestHead, ResponseHead, Verdict};
+use cairn_mesh::{FailStrategy, WasmPlugin};
+use http::StatusCode;
+use parking_lot::Mutex;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// One version of one plugin: code and configuration do not change.
+pub(crate) struct Plugin {
+    module: Arc<Module>,
+    facts: Arc<Facts>,
+    fail_strategy: FailStrategy,
+    /// How long the slowest start took; decides whether a worker may do the next one itself.
+    start_nanos: AtomicU64,
+    workers: Box<[Mutex<Slot>]>,
+}
+
+/// The place of one worker's instance.
+struct Slot {
+    instance: Option<Box<Instance>>,
+    /// Counts the instances of this place, so that a stream knows whether its own is still there.
+    generation: u64,
+    breaker: Breaker,
+    /// A thread is starting the next instance.
+    starting: bool,
+}
+
+/// The longest start that a worker does itself. Anything slower would hold up the worker's other exchanges.
+const START_INLINE_MAX: Duration = Duration::from_millis(5);
+
+impl Plugin {
+    /// Starts an instance for every worker. The first one decides whether the plugin can be used at all.
+    pub(crate) fn start(
+        module: Arc<Module>,
+        plugin: &WasmPlugin,
+        environment: Arc<Environment>,
+    ) -> Result<Arc<Self>, PluginError> {
+        let name: Arc<str> = plugin.name.to_string().into();
+        let facts = Facts {
+            plugin_name: format!("{}.{}", plugin.name.namespace, plugin.name.name),
+            scope: Arc::clone(&plugin.name.namespace),
+            abi: module.abi(),
+            root_id: Arc::clone(&plugin.plugin_name),
+            config: Arc::clone(&plugin.config),
+            env: plugin.env.clone(),
+            counters: environment.metrics.plugin(&name),
+            asked_in_vain: Mutex::new(BTreeSet::new()),
+            name,
+            environment,
+        };
+        report(&module, &facts);
+        let facts = Arc::new(facts);
+        let mut start_nanos = 0;
+        let mut slots = Vec::new();
+        for _ in 0..facts.environment.settings.workers.max(1) {
+            let started = Instant::now();
+            let instance = Box::new(Instance::start(&module, &facts)?);
+            start_nanos = start_nanos.max(nanos(started.elapsed()));
+            facts.counters.starts.fetch_add(1, Ordering::Relaxed);
+            let breaker = Breaker::default();
+            slots.push(Mutex::new(Slot {
+                instance: Some(instance),
+                generation: 0,
+                breaker,
+                starting: false,
+            }));
+        }
+        Ok(Arc::new(Self {
+            module,
+            facts,
+            fail_strategy: plugin.fail_strategy,
+            start_nanos: AtomicU64::new(start_nanos),
+            workers: slots.into_boxed_slice(),
+        }))
+    }
+
+    fn slot(&self, worker: usize) -> Option<&Mutex<Slot>> {
+        // A worker that was not announced shares an instance: slower, not wrong.
+        self.workers.get(worker % self.workers.len().max(1))
+    }
+
+    /// Takes a crashed instance away and, unless it crashes too often, puts a new one in its place.
+    fn crashed(self: &Arc<Self>, slot: &mut Slot, worker: usize, crash: &Crash) {
+        self.facts.counters.traps.fetch_add(1, Ordering::Relaxed);
+        let wait = slot.breaker.crashed(Instant::now());
+        tracing::warn!(
+            plugin = %self.facts.name,
+            callback = crash.callback,
+            reason = %crash.reason,
+            backtrace = %crash.backtrace,
+            restart_after_ms = wait.as_millis() as u64,
+            "the plugin crashed"
+        );
+        if let Some(instance) = slot.instance.take() {
+            instance.wake_all();
+        }
+        slot.generation += 1;
+        if wait.is_zero() {
+            self.restart(slot, worker);
+        }
+    }
+
+    /// Starts a new instance: at once if that is quick, else on a thread of its own.
+    fn restart(self: &Arc<Self>, slot: &mut Slot, worker: usize) {
+        if self.start_nanos.load(Ordering::Relaxed) <= nanos(START_INLINE_MAX) {
+            let started = self.start_instance();
+            slot.put(started, &self.facts);
+            return;
+        }
+        if slot.starting {
+            return;
+        }
+        let plugin = Arc::clone(self);
+        let start = move || {
+            let started = plugin.start_instance();
+            if let Some(slot) = plugin.slot(worker) {
+                let mut slot = slot.lock();
+                slot.starting = false;
+                slot.put(started, &plugin.facts);
+            }
+        };
+        match std::thread::Builder::new().name("wasm-start".into()).spawn(start) {
+            Ok(_) => slot.starting = true,
+            Err(error) => slot.put(Err(PluginError::Thread(error)), &self.facts),
+        }
+    }
+
+    fn start_instance(&self) -> Result<Instance, PluginError> {
+        let started = Instant::now();
+        let instance = Instance::start(&self.module, &self.facts)?;
+        self.start_nanos.fetch_max(nanos(started.elapsed()), Ordering::Relaxed);
+        self.facts.counters.starts.fetch_add(1, Ordering::Relaxed);
+        Ok(instance)
+    }
+}
+
+impl Drop for Plugin {
+    fn drop(&mut self) {
+        for slot in &mut self.workers {
+            if let Some(Err(crash)) = slot.get_mut().instance.as_mut().map(|instance| instance.shut_down()) {
+                tracing::debug!(plugin = %self.facts.name, reason = %crash.reason, "the plugin crashed as it ended");
+            }
+        }
+    }
+}
+
+/// Says once what a module has that will not be used.
+fn report(module: &Module, facts: &Facts) {
+    if !module.unmet_imports().is_empty() {
+        let functions = module.unmet_imports().join(", ");
+        tracing::warn!(plugin = %facts.name, %functions, "the module imports functions that this host does not have");
+    }
+    if !module.uncalled_callbacks().is_empty() {
+        let callbacks = module.uncalled_callbacks().join(", ");
+        tracing::info!(plugin = %facts.name, %callbacks, "callbacks that are not called yet");
+    }
+}
+
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+impl Slot {
+    /// The instance, started again if its time has come.
+    fn ready(&mut self, plugin: &Arc<Plugin>, worker: usize) -> Option<&mut Instance> {
+        if self.instance.is_none() && !self.starting && self.breaker.may_start(Instant::now()) {
+            plugin.restart(self, worker);
+        }
+        self.instance.as_deref_mut()
+    }
+
+    fn put(&mut self, started: Result<Instance, PluginError>, facts: &Facts) {
+        match started {
+            Ok(instance) => self.instance = Some(Box::new(instance)),
+            Err(error) => {
+                let wait = self.breaker.failed_to_start(Instant::now());
+                tracing::warn!(plugin = %facts.name, %error, retry_after_ms = wait.as_millis() as u64, "the plugin did not restart");
+            }
+        }
+    }
+}
+
+/// Keeps a plugin that crashes again and again from burning the worker's time: a few crashes in a row are forgiven, then
+/// each next start waits twice as long.
+#[derive(Default)]
+struct Breaker {
+    /// Crashes without a quiet time between them.
+    crashes: u32,
+    last: Option<Instant>,
+    closed_until: Option<Instant>,
+}
+
+/// Crashes that are forgiven, the time after which they are forgotten, and the bounds of the waiting.
+const CRASHES_FORGIVEN: u32 = 5;
+const QUIET: Duration = Duration::from_secs(30);
+const WAIT_MIN: Duration = Duration::from_secs(1);
+const WAIT_MAX: Duration = Duration::from_secs(30);
+
+impl Breaker {
+    /// How long to wait before the next start.
+    fn crashed(&mut self, now: Instant) -> Duration {
+        if self.last.is_none_or(|last| now.duration_since(last) > QUIET) {
+            self.crashes = 0;
+        }
+        self.crashes += 1;
+        self.last = Some(now);
+        let over = self.crashes.saturating_sub(CRASHES_FORGIVEN);
+        let wait = match over {
+            0 => Duration::ZERO,
+            _ => (WAIT_MIN * 2u32.pow((over - 1).min(5))).min(WAIT_MAX),
+        };
+        self.closed_until = Some(now + wait);
+        wait
+    }
+
+    /// A start that fails is never forgiven: it would fail for the next exchange again.
+    fn failed_to_start(&mut self, now: Instant) -> Duration {
+        self.crashes = self.crashes.max(CRASHES_FORGIVEN);
+        self.last = Some(now);
+        self.crashed(now)
+    }
+
+    fn may_start(&self, now: Instant) -> bool {
+        self.closed_until.is_none_or(|until| now >= until)
+    }
+}
+
+/// The plugin in a chain.
+pub(crate) struct PluginFactory {
+    plugin: Arc<Plugin>,
+    phases: Phases,
+}
+
+impl PluginFactory {
+    pub(crate) fn new(plugin: Arc<Plugin>) -> Self {
+        let exports = plugin.module.exports;
+        let mut phases = Phases::empty();
+        phases.set(Phases::REQUEST_HEADERS, exports.request_headers);
+        phases.set(Phases::RESPONSE_HEADERS, exports.response_headers);
+        if exports.log || !phases.is_empty() {
+            phases |= Phases::FINISH;
+        }
+        Self { plugin, phases }
+    }
+}
+
+impl Factory for PluginFactory {
+    fn name(&self) -> &str {
+        &self.plugin.facts.name
+    }
+
+    fn phases(&self) -> Phases {
+        self.phases
+    }
+
+    fn start(&self, exchange: &Exchange) -> Option<Box<dyn Filter>> {
+        Some(Box::new(PluginFilter {
+            plugin: Arc::clone(&self.plugin),
+            worker: exchange.connection.worker,
+            stream: StreamState::None,
+            paused_until: None,
+            failed: false,
+        }))
+    }
+}
+
+/// The plugin at work on one exchange.
+struct PluginFilter {
+    plugin: Arc<Plugin>,
+    worker: usize,
+    stream: StreamState,
+    /// The guest holds the exchange, until then at most.
+    paused_until: Option<Instant>,
+    /// The plugin failed this exchange and takes no further part in it.
+    failed: bool,
+}
+
+/// The guest's context for the exchange.
+#[derive(Clone, Copy)]
+enum StreamState {
+    /// There is none yet.
+    None,
+    Open {
+        generation: u64,
+        context: u32,
+    },
+    /// It was closed.
+    Closed,
+}
+
+/// Envoy's response code details for an exchange that a plugin failed.
+const FAILED: &str = "wasm_fail_stream";
+
+impl PluginFilter {
+    /// Runs a phase, or finds out what became of one that was held.
+    fn phase(&mut self, exchange: &mut Exchange, phase: Phase<'_>, end_of_stream: bool) -> Verdict {
+        if self.failed {
+            return Verdict::Continue;
+        }
+        let plugin = Arc::clone(&self.plugin);
+        let Some(slot) = plugin.slot(self.worker) else { return Verdict::Continue };
+        let mut slot = slot.lock();
+        let generation = slot.generation;
+        let Some(instance) = slot.ready(&plugin, self.worker) else {
+            return self.fail(exchange, "the plugin is not running");
+        };
+        let outcome = match self.stream {
+            StreamState::Open { generation: ours, .. } if ours != generation => {
+                return self.fail(exchange, "the plugin crashed in another exchange");
+            }
+            StreamState::Open { context, .. } if self.paused_until.is_some() => {
+                Ok(instance.resumed(context, &phase))
+            }
+            StreamState::Open { context, .. } => instance.headers(context, exchange, phase, end_of_stream),
+            StreamState::Closed => return Verdict::Continue,
+            StreamState::None => match instance.open() {
+                Ok(Some(context)) => {
+                    self.stream = StreamState::Open { generation, context };
+                    instance.headers(context, exchange, phase, end_of_stream)
+                }
+                Ok(None) => return self.fail(exchange, "the plugin has too many streams"),
+                Err(crash) => Err(crash),
+            },
+        };
+        match outcome {
+            Ok(outcome) => self.verdict(exchange, outcome),
+            Err(crash) => {
+                plugin.crashed(&mut slot, self.worker, &crash);
+                self.fail(exchange, "the plugin crashed")
+            }
+        }
+    }
+
+    fn verdict(&mut self, exchange: &mut Exchange, outcome: Outcome) -> Verdict {
+        let paused_until = self.paused_until.take();
+        match outcome {
+            Outcome::Continue => Verdict::Continue,
+            Outcome::Reset => Verdict::Reset,
+            Outcome::Reply(reply) => {
+                exchange.note(&self.plugin.facts.name, format!("answered {}", reply.status.as_u16()));
+                Verdict::Reply(reply)
+            }
+            Outcome::Incomplete(name) => {
+                tracing::warn!(plugin = %self.plugin.facts.name, header = name, "the plugin removed a header that is needed");
+                let details = format!("filter_removed_required_headers{{{name}}}:{}", self.plugin.facts.name);
+                Verdict::Reply(Box::new(LocalReply::text(StatusCode::SERVICE_UNAVAILABLE, "", details)))
+            }
+            Outcome::Paused(notify) => {
+                let until = paused_until
+                    .unwrap_or_else(|| Instant::now() + self.plugin.facts.environment.settings.pause_max);
+                if Instant::now() >= until {
+                    return self.fail(exchange, "the plugin held the exchange for too long");
+                }
+                self.paused_until = Some(until);
+                Verdict::Wait(Box::pin(async move {
+                    // Running out of time is found by the phase that is called next.
+                    let _ = tokio::time::timeout_at(until.into(), notify.notified()).await;
+                }))
+            }
+        }
+    }
+
+    /// Lets the exchange pass, or refuses it, as the plugin's fail strategy says.
+    fn fail(&mut self, exchange: &mut Exchange, why: &'static str) -> Verdict {
+        self.failed = true;
+        self.plugin.facts.counters.failed_exchanges.fetch_add(1, Ordering::Relaxed);
+        exchange.note(&self.plugin.facts.name, why);
+        tracing::debug!(plugin = %self.plugin.facts.name, why, "the plugin failed an exchange");
+        match self.plugin.fail_strategy {
+            FailStrategy::Open => Verdict::Continue,
+            FailStrategy::Close | FailStrategy::Reload => {
+                Verdict::Reply(Box::new(LocalReply::text(StatusCode::SERVICE_UNAVAILABLE, "", FAILED)))
+            }
+        }
+    }
+    /// Closes the guest's context. An exchange that was answered before the plugin's turn gets one now, since plugins that
+    /// keep an access log count it too (Envoy does the same).
+    fn close(&mut self, exchange: Option<&mut Exchange>) {
+        let unseen = matches!(self.stream, StreamState::None);
+        let wants_log = self.plugin.module.exports.log && exchange.is_some() && !self.failed;
+        if matches!(self.stream, StreamState::Closed) || unseen && !wants_log {
+            return;
+        }
+        let plugin = Arc::clone(&self.plugin);
+        let Some(slot) = plugin.slot(self.worker) else { return };
+        let mut slot = slot.lock();
+        let generation = slot.generation;
+        let Some(instance) = slot.instance.as_deref_mut() else { return };
+        let closed = match std::mem::replace(&mut self.stream, StreamState::Closed) {
+            StreamState::Open { generation: ours, context } if ours == generation => {
+                instance.close(context, exchange)
+            }
+            StreamState::None => instance.open().and_then(|context| match context {
+                Some(context) => instance.close(context, exchange),
+                None => Ok(()),
+            }),
+            StreamState::Open { .. } | StreamState::Closed => Ok(()),
+        };
+        if let Err(crash) = closed {
+            plugin.crashed(&mut slot, self.worker, &crash);
+        }
+    }
+}
+
+impl Filter for PluginFilter {
+    fn request_headers(
+        &mut self,
+        exchange: &mut Exchange,
+        head: &mut RequestHead,
+        end_of_stream: bool,
+    ) -> Verdict {
+        self.phase(exchange, Phase::Request(head), end_of_stream)
+    }
+
+    fn response_headers(
+        &mut self,
+        exchange: &mut Exchange,
+        head: &mut ResponseHead,
+        end_of_stream: bool,
+    ) -> Verdict {
+        self.phase(exchange, Phase::Response(head), end_of_stream)
+    }
+
+    fn finish(&mut self, exchange: &mut Exchange) {
+        self.close(Some(exchange));
+    }
+}
+
+impl Drop for PluginFilter {
+    /// An exchange whose task was dropped was never finished; its context must not stay in the guest.
+    fn drop(&mut self) {
+        if matches!(self.stream, StreamState::Open { .. }) {
+            self.close(None);
+        }
+    }
+}

@@ -1,0 +1,278 @@
+//! What the host keeps about one instance: which callback runs, what the guest may see in it, and its streams.
+
+use crate::abi::{AbiVersion, Callback, VM_CONTEXT};
+use crate::engine::Environment;
+use crate::heads::{Request, Response};
+use crate::log::LogGate;
+use crate::metrics::{Metric, PluginCounters};
+use cairn_filter::{Connection, Exchange, LocalReply, Peer, Protocol};
+use parking_lot::Mutex;
+use std::collections::{BTreeSet, HashMap};
+use std::hash::{BuildHasherDefault, Hasher};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Instant, SystemTime};
+use tokio::sync::Notify;
+use wasmtime::{Memory, ResourceLimiter, TypedFunc};
+
+/// What never changes about one plugin, shared by its instances.
+pub(crate) struct Facts {
+    /// `ns/name`.
+    pub(crate) name: Arc<str>,
+    /// `ns.name`, as Envoy names it to plugins.
+    pub(crate) plugin_name: String,
+    /// The plugin's namespace: plugins of one namespace share data and queues.
+    pub(crate) scope: Arc<str>,
+    pub(crate) abi: AbiVersion,
+    pub(crate) root_id: Arc<str>,
+    pub(crate) config: Arc<str>,
+    pub(crate) env: Vec<(Arc<str>, Arc<str>)>,
+    pub(crate) environment: Arc<Environment>,
+    pub(crate) counters: Arc<PluginCounters>,
+    /// What the plugin asked for and is not offered, to log each once.
+    pub(crate) asked_in_vain: Mutex<BTreeSet<String>>,
+}
+
+/// One stream context of the guest.
+#[derive(Default)]
+pub(crate) struct Stream {
+    /// The request's headers, serialised, once its phase is over.
+    pub(crate) request: Vec<u8>,
+    /// The response's headers, serialised, once its phase is over.
+    pub(crate) response: Vec<u8>,
+    /// What the guest set with `proxy_set_property`.
+    pub(crate) properties: Properties,
+    /// The answer the guest wants to give.
+    pub(crate) reply: Option<Box<LocalReply>>,
+    /// The guest wants the stream to end.
+    pub(crate) closed: bool,
+    /// The guest wants the request, and the response, to go on.
+    pub(crate) resumed: [bool; 2],
+    /// Wakes the exchange that waits.
+    pub(crate) waiting: Option<Arc<Notify>>,
+    /// The exchange is over and the guest asked for time until it calls `proxy_done`.
+    pub(crate) done_pending: bool,
+}
+
+impl Stream {
+    /// Wakes the exchange, which then looks for what changed.
+    pub(crate) fn wake(&self) {
+        if let Some(waiting) = &self.waiting {
+            waiting.notify_one();
+        }
+    }
+}
+
+/// Properties that a guest set, bounded.
+#[derive(Default)]
+pub(crate) struct Properties(Vec<Property>);
+
+/// A path, its segments joined by NUL, and a value.
+type Property = (Box<[u8]>, Box<[u8]>);
+
+/// Bounds of the properties that one stream may set.
+const PROPERTIES_MAX: usize = 64;
+const PROPERTY_BYTES_MAX: usize = 64 << 10;
+
+impl Properties {
+    pub(crate) fn get(&self, path: &[u8]) -> Option<&[u8]> {
+        self.0.iter().find(|(present, _)| **present == *path).map(|(_, value)| &**value)
+    }
+
+    /// Sets a property; false when there is no room.
+    pub(crate) fn set(&mut self, path: &[u8], value: &[u8]) -> bool {
+        if path.len() + value.len() > PROPERTY_BYTES_MAX {
+            return false;
+        }
+        if let Some((_, present)) = self.0.iter_mut().find(|(present, _)| **present == *path) {
+            *present = value.into();
+            return true;
+        }
+        let room = self.0.len() < PROPERTIES_MAX;
+        if room {
+            self.0.push((path.into(), value.into()));
+        }
+        room
+    }
+}
+
+/// The exchange that the running callback is about, moved in for its duration, and placeholders in between.
+pub(crate) struct Live {
+    /// The stream context it belongs to; 0 while there is none.
+    pub(crate) context: u32,
+    pub(crate) exchange: Exchange,
+    pub(crate) request: Request,
+    pub(crate) response: Response,
+    /// What the guest did to headers, in words.
+    pub(crate) changes: String,
+}
+
+impl Live {
+    fn none() -> Self {
+        let nowhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+        let connection = Connection {
+            id: 0,
+            worker: 0,
+            source: Peer { address: nowhere, identity: None, workload: None },
+            destination: nowhere,
+            service: None,
+            local: None,
+        };
+        let now = (Instant::now(), SystemTime::UNIX_EPOCH);
+        Self {
+            context: VM_CONTEXT,
+            exchange: Exchange::new(Arc::new(connection), Protocol::Http11, now.0, now.1),
+            request: Request::none(),
+            response: Response::none(),
+            changes: String::new(),
+        }
+    }
+}
+
+/// The bounds on memory and tables of one instance.
+pub(crate) struct Limits {
+    pub(crate) memory_bytes_max: usize,
+    /// The guest wanted more memory than that.
+    pub(crate) memory_hit: bool,
+}
+
+/// The largest table. Coraza, the largest plugin we know, has 12,408 entries.
+const TABLE_ELEMENTS_MAX: usize = 100_000;
+
+impl ResourceLimiter for Limits {
+    fn memory_growing(&mut self, _: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
+        let fits = desired <= self.memory_bytes_max;
+        self.memory_hit |= !fits;
+        Ok(fits)
+    }
+
+    fn table_growing(&mut self, _: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
+        Ok(desired <= TABLE_ELEMENTS_MAX)
+    }
+
+    fn instances(&self) -> usize {
+        1
+    }
+
+    fn tables(&self) -> usize {
+        4
+    }
+
+    fn memories(&self) -> usize {
+        1
+    }
+}
+
+/// Hashes context ids, which are consecutive, as themselves spread over the upper bits that the map looks at.
+#[derive(Default)]
+pub(crate) struct IdHasher(u64);
+
+impl Hasher for IdHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u32(u32::from(*byte));
+        }
+    }
+
+    fn write_u32(&mut self, id: u32) {
+        // The golden ratio in 64 bits, Knuth's multiplicative hash.
+        self.0 = (self.0 ^ u64::from(id)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    }
+}
+
+pub(crate) type Streams = HashMap<u32, Stream, BuildHasherDefault<IdHasher>>;
+
+/// The host's half of one instance.
+pub(crate) struct State {
+    pub(crate) facts: Arc<Facts>,
+    pub(crate) limits: Limits,
+    pub(crate) memory: Option<Memory>,
+    /// The guest's allocator; taken out while it runs, so that it cannot be entered twice.
+    pub(crate) allocate: Option<TypedFunc<u32, u32>>,
+    pub(crate) callback: Callback,
+    /// The context that host functions speak of.
+    pub(crate) effective: u32,
+    pub(crate) live: Live,
+    pub(crate) streams: Streams,
+    pub(crate) root_properties: Properties,
+    /// Streams whose `proxy_done` came, to be deleted once the guest has returned.
+    pub(crate) released: Vec<u32>,
+    /// Bytes on their way to the guest; kept to spare the allocation.
+    pub(crate) scratch: Vec<u8>,
+    /// Buffers of finished streams, for new ones.
+    pub(crate) spare: Vec<Vec<u8>>,
+    pub(crate) metrics: Vec<Option<Arc<Metric>>>,
+    pub(crate) log: LogGate,
+}
+
+/// The most buffers kept for new streams.
+const SPARE_MAX: usize = 64;
+/// Larger buffers are not kept.
+const SPARE_BYTES_MAX: usize = 16 << 10;
+
+impl State {
+    pub(crate) fn new(facts: Arc<Facts>) -> Self {
+        let limits = Limits { memory_bytes_max: facts.environment.settings.memory_max, memory_hit: false };
+        Self {
+            facts,
+            limits,
+            memory: None,
+            allocate: None,
+            callback: Callback::Start,
+            effective: VM_CONTEXT,
+            live: Live::none(),
+            streams: Streams::default(),
+            root_properties: Properties::default(),
+            released: Vec::new(),
+            scratch: Vec::new(),
+            spare: Vec::new(),
+            metrics: Vec::new(),
+            log: LogGate::default(),
+        }
+    }
+
+    /// The stream that host functions speak of.
+    pub(crate) fn stream(&self) -> Option<&Stream> {
+        self.streams.get(&self.effective)
+    }
+
+    /// The stream that host functions speak of.
+    pub(crate) fn stream_mut(&mut self) -> Option<&mut Stream> {
+        self.streams.get_mut(&self.effective)
+    }
+
+    /// The exchange that host functions speak of, if it is the one at hand.
+    pub(crate) fn exchange(&self) -> Option<&Exchange> {
+        self.is_live().then_some(&self.live.exchange)
+    }
+
+    /// Whether host functions speak of the exchange at hand.
+    pub(crate) fn is_live(&self) -> bool {
+        self.live.context != VM_CONTEXT && self.live.context == self.effective
+    }
+
+    /// Takes a stream away and keeps its buffers.
+    pub(crate) fn forget(&mut self, context: u32) {
+        let Some(stream) = self.streams.remove(&context) else { return };
+        for buffer in [stream.request, stream.response] {
+            let fits = (1..=SPARE_BYTES_MAX).contains(&buffer.capacity());
+            if fits && self.spare.len() < SPARE_MAX {
+                self.spare.push(buffer);
+            }
+        }
+    }
+
+    /// Says, once per plugin, that it asked for something that is not there.
+    pub(crate) fn in_vain(&self, what: &str) {
+        let mut asked = self.facts.asked_in_vain.lock();
+        // A guest can name arbitrary things; nobody reads the hundredth of them.
+        if asked.len() < 100 && !asked.contains(what) {
+            asked.insert(what.to_owned());
+            tracing::warn!(plugin = %self.facts.name, function = what, "the plugin asked for what is not offered");
+        }
+    }
+}
