@@ -3,10 +3,9 @@
 //! The `.proto` files beside this crate's manifest hold only the messages and fields that we read or write; numbers
 //! are those of the wire. Nothing but the edge crates sees these types: they become `cairn-mesh` types on arrival.
 //!
-//! - [`discovery`]: delta aggregated discovery (xDS)
-//! - [`workload`], [`security`]: the resources a ztunnel subscribes to
-//! - [`ca`]: certificates
-//! - [`mcp`]: the envelope of Kubernetes resources between our server and our waypoints
+//! [`discovery`] is delta aggregated discovery (xDS), [`workload`] and [`security`] are the resources a ztunnel
+//! subscribes to, [`ca`] is about certificates, and [`mcp`] is the envelope of Kubernetes resources between our
+//! server and our waypoints.
 //!
 //! Maps are sorted, so that equal messages have equal bytes.
 

@@ -1,0 +1,290 @@
+//! The client: keeps a [`Mesh`] in step with a control plane, for ever.
+//!
+//! Two halves talk over bounded channels: [`Connector`] owns the network (connect, read, back off), and the loop in
+//! [`follow`] owns the state (session, gate, store) and its deadlines, which run on while there is no connection.
+
+use crate::mesh::{Mesh, Writer};
+use crate::object::value_to_proto;
+use crate::session::{ObjectDecoder, Session};
+use crate::tls::{ConnectError, Target, connect};
+use cairn_proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
+use cairn_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Request, Status, Streaming};
+use tracing::{debug, info, warn};
+
+/// The largest response that is read, as a ztunnel's.
+const RESPONSE_BYTES_MAX: usize = 200 << 20;
+/// Responses that wait for the state to take them.
+const RESPONSES_MAX: usize = 4;
+/// Requests that wait for the network: the subscriptions, and one answer per response.
+const REQUESTS_MAX: usize = 256;
+/// A connection that lived so long was a good one: the next attempt is immediate.
+const GOOD_CONNECTION: Duration = Duration::from_secs(1);
+
+/// Where the control plane is, who we are, and what we want.
+#[derive(Clone, Debug)]
+pub struct FollowSettings {
+    /// `https://host:port`.
+    pub address: String,
+    /// The roots of the server's certificate, PEM; read at each connect.
+    pub roots: PathBuf,
+    /// The bearer token's file; read at each connect.
+    pub token: Option<PathBuf>,
+    /// Sent as `clusterid` with each call, unless empty.
+    pub cluster_id: String,
+    /// The node's id, `<type>~<ip>~<pod>.<namespace>~<domain>`.
+    pub node_id: String,
+    /// The node's metadata.
+    pub node_metadata: Vec<(String, serde_json::Value)>,
+    /// The types of objects to subscribe to beside workloads and L4 policies, `<group>/<version>/<Kind>`.
+    pub object_types: Vec<String>,
+    /// The first delay before a new attempt; it doubles up to `backoff_max`, each time with up to half of it
+    /// added at random. Default 10 ms.
+    pub backoff_min: Duration,
+    /// The longest delay. Default 15 s.
+    pub backoff_max: Duration,
+}
+
+impl FollowSettings {
+    /// Settings with defaults for all but where and who.
+    pub fn new(address: impl Into<String>, roots: impl Into<PathBuf>, node_id: impl Into<String>) -> Self {
+        Self {
+            address: address.into(),
+            roots: roots.into(),
+            token: None,
+            cluster_id: String::new(),
+            node_id: node_id.into(),
+            node_metadata: Vec::new(),
+            object_types: Vec::new(),
+            backoff_min: Duration::from_millis(10),
+            backoff_max: Duration::from_secs(15),
+        }
+    }
+
+    fn node(&self) -> Node {
+        let fields =
+            self.node_metadata.iter().map(|(key, value)| (key.clone(), value_to_proto(value))).collect();
+        Node {
+            id: self.node_id.clone(),
+            cluster: String::new(),
+            metadata: Some(prost_types::Struct { fields }),
+        }
+    }
+}
+
+/// Why a connection to the control plane ended.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FollowError {
+    /// It did not come about.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// A file of credentials could not be read.
+    #[error("cannot read the token {path}")]
+    Token {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The token or cluster id cannot be sent.
+    #[error("`{what}` holds characters that a header cannot")]
+    Header {
+        /// Which.
+        what: &'static str,
+    },
+    /// The server ended the call, or never answered it.
+    #[error("the call ended")]
+    Call(#[source] Box<Status>),
+    /// The server reads too slowly.
+    #[error("the server does not take our answers")]
+    Stuck,
+}
+
+enum Event {
+    /// A connection is being made; requests go here.
+    Connected(mpsc::Sender<DeltaDiscoveryRequest>),
+    Response(Box<DeltaDiscoveryResponse>),
+}
+
+/// Follows the control plane until `drain` resolves, reconnecting for ever.
+pub async fn follow(
+    settings: FollowSettings,
+    decoder: Option<ObjectDecoder>,
+    mesh: Arc<Mesh>,
+    drain: impl Future<Output = ()>,
+) {
+    let session = Session::new(settings.node(), settings.object_types.iter().cloned());
+    let writer = Writer::new(mesh, session.subscription_count());
+    let (events, received) = mpsc::channel(RESPONSES_MAX);
+    tokio::select! {
+        () = drain => {}
+        () = Connector { settings, events }.run() => {}
+        () = apply(session, writer, decoder, received) => {}
+    }
+}
+
+/// The half that owns the state.
+async fn apply(
+    mut session: Session,
+    mut writer: Writer,
+    decoder: Option<ObjectDecoder>,
+    mut events: mpsc::Receiver<Event>,
+) {
+    let mut requests: Option<mpsc::Sender<DeltaDiscoveryRequest>> = None;
+    loop {
+        let deadline = writer.deadline();
+        let event = tokio::select! {
+            event = events.recv() => event,
+            () = sleep_until(deadline) => {
+                writer.tick(Instant::now());
+                continue;
+            }
+        };
+        match event {
+            None => return,
+            Some(Event::Connected(sender)) => {
+                writer.reconnected();
+                let sent = session.connect().into_iter().all(|request| sender.try_send(request).is_ok());
+                requests = sent.then_some(sender);
+            }
+            Some(Event::Response(response)) => {
+                let received = session.receive(*response, decoder.as_ref());
+                // A full queue means a server that does not read: without its sender the connection ends.
+                requests = requests.filter(|sender| sender.try_send(received.answer.clone()).is_ok());
+                writer.take(received, Instant::now());
+            }
+        }
+    }
+}
+
+async fn sleep_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The half that owns the network.
+struct Connector {
+    settings: FollowSettings,
+    events: mpsc::Sender<Event>,
+}
+
+impl Connector {
+    async fn run(self) {
+        let mut delay = self.settings.backoff_min;
+        loop {
+            let started = Instant::now();
+            let ended = self.connection().await;
+            let lived = started.elapsed();
+            match ended {
+                Ok(()) => return,
+                Err(error) if is_routine(&error) => info!(error = %Chain(&error), "control plane reconnects"),
+                Err(error) => warn!(error = %Chain(&error), ?delay, "control plane is not reachable"),
+            }
+            if lived >= GOOD_CONNECTION {
+                delay = self.settings.backoff_min;
+            }
+            tokio::time::sleep(delay.mul_f64(1.0 + fastrand::f64() / 2.0)).await;
+            delay = (delay * 2).min(self.settings.backoff_max);
+        }
+    }
+
+    /// One connection from its beginning to its end; `Ok` when nobody wants to hear of it any more.
+    async fn connection(&self) -> Result<(), FollowError> {
+        let channel = self.channel().await?;
+        let mut client =
+            AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(RESPONSE_BYTES_MAX);
+        let (sender, requests) = mpsc::channel(REQUESTS_MAX);
+        let stuck = sender.downgrade();
+        // The state queues the subscriptions before the call begins: some servers answer only after the first.
+        if self.events.send(Event::Connected(sender)).await.is_err() {
+            return Ok(());
+        }
+        let request = self.request(ReceiverStream::new(requests))?;
+        let call = client.delta_aggregated_resources(request);
+        let mut responses: Streaming<DeltaDiscoveryResponse> = call.await.map_err(call_error)?.into_inner();
+        debug!(address = %self.settings.address, "control plane connected");
+        loop {
+            let Some(response) = responses.message().await.map_err(call_error)? else {
+                return Err(FollowError::Call(Box::new(Status::unavailable("the server closed the stream"))));
+            };
+            if stuck.upgrade().is_none() {
+                return Err(FollowError::Stuck);
+            }
+            if self.events.send(Event::Response(Box::new(response))).await.is_err() {
+                return Ok(());
+            }
+        }
+    }
+
+    async fn channel(&self) -> Result<Channel, FollowError> {
+        let target = Target::parse(&self.settings.address)?;
+        let configure = |endpoint: Endpoint| {
+            endpoint
+                .http2_keep_alive_interval(Duration::from_secs(30))
+                .keep_alive_timeout(Duration::from_secs(10))
+                .keep_alive_while_idle(true)
+                .initial_stream_window_size(4 << 20)
+                .initial_connection_window_size(8 << 20)
+        };
+        Ok(connect(&target, &self.settings.roots, configure).await?)
+    }
+
+    fn request<T>(&self, body: T) -> Result<Request<T>, FollowError> {
+        let mut request = Request::new(body);
+        let header =
+            |what, text: &str| text.parse::<MetadataValue<Ascii>>().map_err(|_| FollowError::Header { what });
+        if let Some(path) = &self.settings.token {
+            let token = read_token(path)?;
+            request.metadata_mut().insert("authorization", header("token", &format!("Bearer {token}"))?);
+        }
+        if !self.settings.cluster_id.is_empty() {
+            request.metadata_mut().insert("clusterid", header("cluster id", &self.settings.cluster_id)?);
+        }
+        Ok(request)
+    }
+}
+
+fn read_token(path: &Path) -> Result<String, FollowError> {
+    // A file of a kilobyte on a local or memory file system: read in place.
+    let text = std::fs::read_to_string(path)
+        .map_err(|source| FollowError::Token { path: path.to_owned(), source })?;
+    Ok(text.trim().to_owned())
+}
+
+fn call_error(status: Status) -> FollowError {
+    FollowError::Call(Box::new(status))
+}
+
+/// Whether the end of a connection is an everyday one: servers close streams from time to time to spread their load.
+fn is_routine(error: &FollowError) -> bool {
+    use tonic::Code;
+    let FollowError::Call(status) = error else { return false };
+    matches!(status.code(), Code::Unknown | Code::Cancelled | Code::DeadlineExceeded | Code::Unavailable)
+}
+
+/// An error with its sources, on one line.
+struct Chain<'a>(&'a dyn std::error::Error);
+
+impl std::fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut source = self.0.source();
+        while let Some(error) = source {
+            write!(f, ": {error}")?;
+            source = error.source();
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,178 @@
+//! The mesh as one process knows it: the current snapshot for readers, and the one writer behind it.
+
+use crate::gate::{Gate, Publish};
+use crate::session::{Problem, Received};
+use arc_swap::ArcSwap;
+use cairn_mesh::{Change, Snapshot, Store};
+use parking_lot::Mutex;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::watch;
+use tracing::{info, warn};
+
+/// How long a workload keeps its previous policies while a policy that it names is not known.
+pub const POLICY_WAIT: Duration = Duration::from_secs(5);
+/// At most so many problems are kept for the operator; further ones are only logged.
+const PROBLEMS_MAX: usize = 1000;
+
+/// The current state of the mesh, shared by the one that writes it and all who read it.
+pub struct Mesh {
+    snapshot: ArcSwap<Snapshot>,
+    changes: watch::Sender<u64>,
+    ready: watch::Sender<bool>,
+    problems: Mutex<BTreeMap<(Arc<str>, String), Problem>>,
+}
+
+impl Mesh {
+    /// An empty mesh that is not ready.
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self {
+            snapshot: ArcSwap::from_pointee(Snapshot::default()),
+            changes: watch::Sender::new(0),
+            ready: watch::Sender::new(false),
+            problems: Mutex::new(BTreeMap::new()),
+        })
+    }
+
+    /// The state now. Take it once per decision.
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.snapshot.load_full()
+    }
+
+    /// Tells of every publication, by its generation. Publications that follow each other quickly are told once.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
+    /// Waits until the first full state of every type has been published.
+    pub async fn ready(&self) {
+        // An error would mean that the sender is gone, which `self` holds.
+        let _ = self.ready.subscribe().wait_for(|ready| *ready).await;
+    }
+
+    /// Whether the first full state has been published.
+    pub fn is_ready(&self) -> bool {
+        *self.ready.borrow()
+    }
+
+    /// What is wrong with resources now, for the operator: at most a thousand.
+    pub fn problems(&self) -> Vec<Problem> {
+        self.problems.lock().values().cloned().collect()
+    }
+
+    /// Publishes a state and declares the mesh ready: for one who has another source of it than [`crate::follow`].
+    pub fn publish(&self, snapshot: Snapshot) {
+        self.show(snapshot);
+        self.ready.send_replace(true);
+    }
+
+    fn show(&self, snapshot: Snapshot) {
+        let generation = snapshot.generation();
+        self.snapshot.store(Arc::new(snapshot));
+        self.changes.send_replace(generation);
+    }
+
+    fn note(&self, type_url: Option<Arc<str>>, settled: Vec<String>, problems: Vec<Problem>) {
+        let mut known = self.problems.lock();
+        if let (Some(type_url), false) = (type_url, known.is_empty()) {
+            for name in settled {
+                known.remove(&(Arc::clone(&type_url), name));
+            }
+        }
+        for problem in problems {
+            let Problem { type_url, name, reason, .. } = &problem;
+            if problem.refused {
+                warn!(%type_url, %name, %reason, "resource refused");
+            } else {
+                warn!(%type_url, %name, %reason, "policy understood in part");
+            }
+            let key = (Arc::clone(type_url), name.clone());
+            if known.len() < PROBLEMS_MAX || known.contains_key(&key) {
+                known.insert(key, problem);
+            }
+        }
+    }
+}
+
+/// The one writer of a [`Mesh`]: takes what arrives, and publishes it when it belongs together.
+pub(crate) struct Writer {
+    mesh: Arc<Mesh>,
+    store: Store,
+    gate: Gate,
+    /// Until when each workload waits for its policies.
+    waiting: HashMap<Arc<str>, Instant>,
+}
+
+impl Writer {
+    pub(crate) fn new(mesh: Arc<Mesh>, type_count: usize) -> Self {
+        Self { mesh, store: Store::new(), gate: Gate::new(type_count), waiting: HashMap::new() }
+    }
+
+    /// A new connection stands.
+    pub(crate) fn reconnected(&mut self) {
+        self.gate.reconnected();
+    }
+
+    /// Takes what a response brought.
+    pub(crate) fn take(&mut self, received: Received, now: Instant) {
+        let type_url = received.subscription.is_some().then(|| received.answer.type_url.as_str().into());
+        self.mesh.note(type_url, received.settled, received.problems);
+        let Some(index) = received.subscription else { return };
+        let publish = self.gate.add(index, received.generation, received.changes, now);
+        self.publish(publish, now);
+    }
+
+    /// When [`Self::tick`] has something to do next.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        self.waiting.values().copied().chain(self.gate.deadline()).min()
+    }
+
+    /// Does what is due.
+    pub(crate) fn tick(&mut self, now: Instant) {
+        let overdue = self.gate.overdue(now);
+        self.publish(overdue, now);
+        let expired: Vec<Arc<str>> =
+            self.waiting.iter().filter(|(_, at)| **at <= now).map(|(uid, _)| Arc::clone(uid)).collect();
+        if expired.is_empty() {
+            return;
+        }
+        for uid in &expired {
+            self.waiting.remove(uid);
+            warn!(%uid, "a policy of this workload did not arrive: what names it is denied");
+        }
+        self.store.give_up(&expired);
+        self.mesh.show(self.store.snapshot());
+    }
+
+    fn publish(&mut self, publish: Publish, now: Instant) {
+        match publish {
+            Publish::Wait => return,
+            Publish::Whole => {}
+            Publish::Overdue => warn!("published before every type had reached the generation"),
+        }
+        let changes = self.gate.take();
+        if !changes.is_empty() {
+            self.apply(changes, now);
+        }
+        if !self.mesh.is_ready() {
+            info!(generation = self.store.current().generation(), "the mesh is known");
+            self.mesh.publish(self.store.snapshot());
+        }
+    }
+
+    fn apply(&mut self, changes: Vec<Change>, now: Instant) {
+        let applied = self.store.apply(changes);
+        let previous = std::mem::take(&mut self.waiting);
+        let deadline = |uid: Arc<str>| {
+            let at = previous.get(&uid).copied().unwrap_or(now + POLICY_WAIT);
+            (uid, at)
+        };
+        self.waiting = applied.waiting.into_iter().map(deadline).collect();
+        self.mesh.show(self.store.snapshot());
+    }
+}
+
+#[cfg(test)]
+#[path = "mesh/tests.rs"]
+mod tests;

@@ -1,0 +1,321 @@
+//! The client's side of delta ADS without its I/O: responses in, changes and answers out.
+//!
+//! What is held is remembered by name and version, so that a reconnect transfers only differences. Every response
+//! has exactly one answer. Resources are taken one by one: a bad one is refused by name, its siblings apply, and its
+//! previous version stays.
+
+use crate::authorization::{authorization_from_bytes, stand_in};
+use crate::workload::address_from_proto;
+use crate::{ADDRESS_TYPE, AUTHORIZATION_TYPE, Object, ObjectEvent, ResourceError};
+use cairn_mesh::{Change, ResourceName};
+use cairn_proto::discovery::{
+    BadRequest, DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource, Status, bad_request,
+};
+use cairn_proto::workload::Address;
+use prost::Message;
+use prost_types::Any;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// What a [`Object`]'s changes are. It is given what happened to an object of one of the subscribed types, and
+/// answers with changes, or with the reason to refuse it.
+pub type ObjectDecoder = Box<dyn Fn(&ObjectEvent) -> Result<Vec<Change>, String> + Send>;
+
+/// gRPC's INVALID_ARGUMENT.
+const INVALID_ARGUMENT: i32 = 3;
+const BAD_REQUEST_TYPE: &str = "type.googleapis.com/google.rpc.BadRequest";
+/// At most so many refused resources are named in one answer, which a server may limit to 8 KiB of header-like text.
+const REFUSED_NAMED_MAX: usize = 16;
+/// At most so much of a reason is sent.
+const REASON_CHARS_MAX: usize = 256;
+
+/// Something to report about a resource.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// The resource's type.
+    pub type_url: Arc<str>,
+    /// The resource's name.
+    pub name: String,
+    /// What is wrong.
+    pub reason: String,
+    /// Whether the resource was refused; otherwise it is in force, on the safe side of what was not understood.
+    pub refused: bool,
+}
+
+/// What came of one response.
+#[derive(Debug)]
+pub(crate) struct Received {
+    /// What to answer.
+    pub(crate) answer: DeltaDiscoveryRequest,
+    /// Which subscription it was for; `None` if for none.
+    pub(crate) subscription: Option<usize>,
+    /// The changes, in order.
+    pub(crate) changes: Vec<Change>,
+    /// What to report.
+    pub(crate) problems: Vec<Problem>,
+    /// The names of resources about which there is nothing to report, any more.
+    pub(crate) settled: Vec<String>,
+    /// The server's generation, if it is one of ours.
+    pub(crate) generation: Option<u64>,
+}
+
+/// The state of the protocol, over all connections.
+pub(crate) struct Session {
+    node: Node,
+    subscriptions: Vec<Subscription>,
+}
+
+struct Subscription {
+    type_url: Arc<str>,
+    /// What is held, by resource name.
+    held: HashMap<String, Held>,
+}
+
+struct Held {
+    /// `""` for what only stands in for a refused resource.
+    version: Box<str>,
+    kind: HeldKind,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum HeldKind {
+    Workload,
+    Service,
+    Authorization,
+    Object,
+}
+
+impl Session {
+    /// A session that subscribes to L4 policies, then to workloads and services, then to these types of objects.
+    pub(crate) fn new(node: Node, object_types: impl IntoIterator<Item = String>) -> Self {
+        let own = [AUTHORIZATION_TYPE.to_owned(), ADDRESS_TYPE.to_owned()];
+        let subscription =
+            |type_url: String| Subscription { type_url: type_url.into(), held: HashMap::new() };
+        Self { node, subscriptions: own.into_iter().chain(object_types).map(subscription).collect() }
+    }
+
+    /// How many types are subscribed.
+    pub(crate) fn subscription_count(&self) -> usize {
+        self.subscriptions.len()
+    }
+
+    /// The first requests of a connection: one wildcard subscription per type, with what is held.
+    pub(crate) fn connect(&self) -> Vec<DeltaDiscoveryRequest> {
+        let version = |(name, held): (&String, &Held)| (name.clone(), held.version.to_string());
+        let request = |subscription: &Subscription| DeltaDiscoveryRequest {
+            node: Some(self.node.clone()),
+            type_url: subscription.type_url.to_string(),
+            initial_resource_versions: subscription.held.iter().map(version).collect(),
+            ..DeltaDiscoveryRequest::default()
+        };
+        self.subscriptions.iter().map(request).collect()
+    }
+
+    /// Takes one response.
+    pub(crate) fn receive(
+        &mut self,
+        response: DeltaDiscoveryResponse,
+        decoder: Option<&ObjectDecoder>,
+    ) -> Received {
+        let mut received = Received {
+            answer: DeltaDiscoveryRequest {
+                type_url: response.type_url.clone(),
+                response_nonce: response.nonce,
+                ..DeltaDiscoveryRequest::default()
+            },
+            subscription: None,
+            changes: Vec::new(),
+            problems: Vec::new(),
+            settled: Vec::new(),
+            generation: generation(&response.system_version_info),
+        };
+        let of_type = |subscription: &Subscription| *subscription.type_url == *response.type_url;
+        let Some(index) = self.subscriptions.iter().position(of_type) else {
+            let reason = "not subscribed".to_owned();
+            let problem =
+                Problem { type_url: response.type_url.into(), name: String::new(), reason, refused: true };
+            received.answer.error_detail = Some(refusal(std::slice::from_ref(&problem)));
+            received.problems.push(problem);
+            return received;
+        };
+        received.subscription = Some(index);
+        if let Some(subscription) = self.subscriptions.get_mut(index) {
+            for name in response.removed_resources {
+                subscription.remove(name, decoder, &mut received);
+            }
+            for resource in response.resources {
+                subscription.put(resource, decoder, &mut received);
+            }
+        }
+        let refused: Vec<Problem> = received.problems.iter().filter(|it| it.refused).cloned().collect();
+        if !refused.is_empty() {
+            received.answer.error_detail = Some(refusal(&refused));
+        }
+        received
+    }
+}
+
+impl Subscription {
+    fn remove(&mut self, name: String, decoder: Option<&ObjectDecoder>, received: &mut Received) {
+        let Some(held) = self.held.remove(&name) else {
+            received.settled.push(name);
+            return;
+        };
+        match held.kind {
+            HeldKind::Workload => received.changes.push(Change::WorkloadRemoved(name.as_str().into())),
+            HeldKind::Service => {
+                received.changes.extend(ResourceName::parse(&name).map(Change::ServiceRemoved));
+            }
+            HeldKind::Authorization => {
+                received.changes.extend(ResourceName::parse(&name).map(Change::AuthorizationRemoved));
+            }
+            HeldKind::Object => {
+                let parsed = ResourceName::parse(&name);
+                let event =
+                    parsed.map(|name| ObjectEvent::Removed { type_url: self.type_url.to_string(), name });
+                match event.map(|event| decode(decoder, &event)) {
+                    Some(Ok(changes)) => received.changes.extend(changes),
+                    Some(Err(error)) => {
+                        return received.problems.push(self.problem(name, error.to_string(), true));
+                    }
+                    None => {}
+                }
+            }
+        }
+        received.settled.push(name);
+    }
+
+    fn put(&mut self, resource: Resource, decoder: Option<&ObjectDecoder>, received: &mut Received) {
+        let Resource { name, version, resource: content, .. } = resource;
+        let content = content.unwrap_or_default();
+        match self.read(&name, &content, decoder) {
+            Ok(read) => {
+                received.changes.extend(read.changes);
+                self.held.insert(name.clone(), Held { version: version.into(), kind: read.kind });
+                if read.not_understood.is_empty() {
+                    received.settled.push(name);
+                } else {
+                    received.problems.push(self.problem(name, read.not_understood.join("; "), false));
+                }
+            }
+            Err(error) => {
+                if *self.type_url == *AUTHORIZATION_TYPE
+                    && !self.held.contains_key(&name)
+                    && let Some(parsed) = ResourceName::parse(&name)
+                {
+                    received.changes.push(Change::Authorization(stand_in(parsed, &content.value)));
+                    let held = Held { version: "".into(), kind: HeldKind::Authorization };
+                    self.held.insert(name.clone(), held);
+                }
+                received.problems.push(self.problem(name, error.to_string(), true));
+            }
+        }
+    }
+
+    fn read(
+        &self,
+        name: &str,
+        content: &Any,
+        decoder: Option<&ObjectDecoder>,
+    ) -> Result<ReadResource, ResourceError> {
+        let mut not_understood = Vec::new();
+        let (changes, kind) = match &*self.type_url {
+            ADDRESS_TYPE => {
+                let change = address_from_proto(Address::decode(self.checked(content)?)?)?;
+                let (kind, own) = match &change {
+                    Change::Service(service) => (HeldKind::Service, service.key().to_string()),
+                    Change::Workload(workload) => (HeldKind::Workload, workload.uid.to_string()),
+                    _ => return Err(ResourceError::Missing { field: "type" }),
+                };
+                same_name(name, &own)?;
+                (vec![change], kind)
+            }
+            AUTHORIZATION_TYPE => {
+                let read = authorization_from_bytes(self.checked(content)?)?;
+                same_name(name, &read.policy.name.to_string())?;
+                not_understood = read.not_understood;
+                (vec![Change::Authorization(read.policy)], HeldKind::Authorization)
+            }
+            type_url => {
+                let object = Object::from_any(type_url, content)?;
+                same_name(name, &object.name.to_string())?;
+                (decode(decoder, &ObjectEvent::Put(object))?, HeldKind::Object)
+            }
+        };
+        Ok(ReadResource { changes, kind, not_understood })
+    }
+
+    /// The bytes of a content that says it is of the subscribed type.
+    fn checked<'a>(&self, content: &'a Any) -> Result<&'a [u8], ResourceError> {
+        if content.type_url != *self.type_url {
+            return Err(ResourceError::WrongType { found: content.type_url.clone() });
+        }
+        Ok(&content.value)
+    }
+
+    fn problem(&self, name: String, reason: String, refused: bool) -> Problem {
+        Problem { type_url: Arc::clone(&self.type_url), name, reason, refused }
+    }
+}
+
+struct ReadResource {
+    changes: Vec<Change>,
+    kind: HeldKind,
+    not_understood: Vec<String>,
+}
+
+/// A resource is removed by its name, so that must be the name its content goes by.
+fn same_name(name: &str, own: &str) -> Result<(), ResourceError> {
+    if name == own { Ok(()) } else { Err(ResourceError::value("name", format_args!("`{name}` of `{own}`"))) }
+}
+
+fn decode(decoder: Option<&ObjectDecoder>, event: &ObjectEvent) -> Result<Vec<Change>, ResourceError> {
+    let decoder = decoder.ok_or_else(|| ResourceError::Object("no decoder for objects".to_owned()))?;
+    decoder(event).map_err(ResourceError::Object)
+}
+
+/// The error that refuses these resources: readable as a text, and resource by resource.
+fn refusal(refused: &[Problem]) -> Status {
+    let reason = |problem: &Problem| problem.reason.chars().take(REASON_CHARS_MAX).collect::<String>();
+    let violation = |problem: &Problem| bad_request::FieldViolation {
+        field: problem.name.clone(),
+        description: reason(problem),
+    };
+    let named = refused.iter().take(REFUSED_NAMED_MAX);
+    let texts: Vec<String> = named.clone().map(|it| format!("{}: {}", it.name, reason(it))).collect();
+    let mut message = texts.join("; ");
+    if refused.len() > REFUSED_NAMED_MAX {
+        message.push_str(&format!("; and {} more", refused.len() - REFUSED_NAMED_MAX));
+    }
+    let detail = BadRequest { field_violations: named.map(violation).collect() };
+    let detail = Any { type_url: BAD_REQUEST_TYPE.to_owned(), value: detail.encode_to_vec() };
+    Status { code: INVALID_ARGUMENT, message, details: vec![detail] }
+}
+
+/// Which resources an answer refuses, and why; one without a name when the client does not say which.
+pub(crate) fn refused_resources(error: &Status) -> Vec<(String, String)> {
+    let details = error.details.iter().filter(|detail| detail.type_url == BAD_REQUEST_TYPE);
+    let violations = details.filter_map(|detail| BadRequest::decode(detail.value.as_slice()).ok());
+    let named: Vec<_> = violations
+        .flat_map(|detail| detail.field_violations)
+        .take(REFUSED_NAMED_MAX)
+        .map(|violation| (violation.field, violation.description))
+        .collect();
+    if named.is_empty() { vec![(String::new(), error.message.clone())] } else { named }
+}
+
+/// What marks a generation of our own server in `system_version_info`, where other servers write what they like.
+const GENERATION_MARK: &str = "cairn:";
+
+/// How our server writes a generation.
+pub(crate) fn generation_text(generation: u64) -> String {
+    format!("{GENERATION_MARK}{generation}")
+}
+
+fn generation(text: &str) -> Option<u64> {
+    text.strip_prefix(GENERATION_MARK)?.parse().ok()
+}
+
+#[cfg(test)]
+#[path = "session/tests.rs"]
+mod tests;
