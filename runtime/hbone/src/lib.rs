@@ -1,1 +1,19 @@
 //! CONNECT tunnels over mTLS HTTP/2: accept, open, pool.
+//!
+//! A tunnel is a byte stream plus who is at its other end. [`serve`] takes an accepted connection and hands out each
+//! [`Connect`] that arrives on it; [`Pool`] opens tunnels to others over few connections. Both give a [`TunnelStream`].
+
+mod authority;
+mod client;
+mod headers;
+mod keepalive;
+mod pool;
+mod server;
+mod tunnel;
+mod wire;
+
+pub use authority::{Authority, AuthorityError};
+pub use headers::{baggage, forwarded, forwarded_host, traceparent};
+pub use pool::{ConnectError, Pool, PoolSettings, PoolTarget};
+pub use server::{Connect, Downstream, ServeError, ServerSettings, serve};
+pub use tunnel::{TunnelError, TunnelStream};
