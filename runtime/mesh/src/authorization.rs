@@ -169,19 +169,25 @@ impl fmt::Display for DenyReason {
 ///
 /// The policies that apply are the global ones, those of the workload's namespace, and those it names. Any DENY match
 /// denies; without ALLOW policies the rest is allowed; otherwise one must match (ztunnel `src/state.rs`,
-/// `assert_rbac`). A policy named and not known denies, where ztunnel skips it.
+/// `assert_rbac`). A policy named and not known denies, where ztunnel skips it; one that was removed is skipped.
 pub fn decide(snapshot: &Snapshot, workload: &Workload, peer: &L4Peer<'_>) -> Decision {
     let mut named: Vec<&Arc<Authorization>> = Vec::new();
     for name in &workload.authorization_policies {
         match snapshot.authorization(name) {
             Some(policy) => named.push(policy),
+            None if snapshot.gone.contains(name) => {}
             None => return Decision::Deny(DenyReason::MissingPolicy(name.clone())),
         }
     }
     let scoped =
         snapshot.global_authorizations().iter().chain(snapshot.namespace_authorizations(&workload.namespace));
+    let is_scoped = |policy: &Authorization| match policy.scope {
+        Scope::Global => true,
+        Scope::Namespace => policy.name.namespace == workload.namespace,
+        Scope::WorkloadSelector => false,
+    };
     let policies = || {
-        let named = named.iter().copied().filter(|policy| policy.scope == Scope::WorkloadSelector);
+        let named = named.iter().copied().filter(|policy| !is_scoped(policy));
         scoped.clone().chain(named).filter(|policy| !policy.dry_run)
     };
     for policy in policies().filter(|policy| policy.action == PolicyAction::Deny) {

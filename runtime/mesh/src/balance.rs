@@ -96,3 +96,7 @@ fn same(scope: RoutingScope, source: &Workload, target: &Workload) -> bool {
         RoutingScope::Network => source.network == target.network,
     }
 }
+
+#[cfg(test)]
+#[path = "balance/tests.rs"]
+mod tests;

@@ -28,7 +28,7 @@ pub use balance::{Random, pick};
 pub use identity::{Identity, IdentityError};
 pub use name::{Kind, ResourceKey, ResourceName};
 pub use path::normalize_path;
-pub use plan::{Plan, Refusal, Tunnel, plan, resolve_waypoint};
+pub use plan::{HBONE_PORT, Plan, Refusal, Tunnel, plan, resolve_waypoint};
 pub use plugin::{FailStrategy, PluginPhase, WasmPlugin};
 pub use policy::{
     AuthorizationPolicy, Condition, HostMatch, IpMatch, Operation, PathMatch, PolicyRule, PortMatch,

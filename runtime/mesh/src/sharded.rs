@@ -84,6 +84,23 @@ impl<K: Eq + Hash + Clone, V: Clone> Sharded<K, V> {
 #[cfg(test)]
 mod tests {
     use super::Sharded;
+    use std::sync::Arc;
+
+    #[test]
+    fn a_write_copies_one_shard_and_shares_the_others() {
+        let mut map: Sharded<u32, u32> = Sharded::default();
+        for key in 0..5_000 {
+            map.insert(key, key);
+        }
+        let copy = map.clone();
+        assert!(Arc::ptr_eq(&map.shards, &copy.shards), "a copy alone copies nothing");
+        map.insert(7, 8);
+        let differ = |(a, b): &(&super::Shard<u32, u32>, &super::Shard<u32, u32>)| match (a, b) {
+            (Some(a), Some(b)) => !Arc::ptr_eq(a, b),
+            (a, b) => a.is_some() != b.is_some(),
+        };
+        assert_eq!(map.shards.iter().zip(copy.shards.iter()).filter(differ).count(), 1);
+    }
 
     #[test]
     fn a_copy_does_not_see_later_writes() {

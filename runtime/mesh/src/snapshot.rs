@@ -4,7 +4,7 @@ use crate::{
     Authorization, AuthorizationPolicy, Health, HealthPolicy, HttpRoute, MeshSettings, NetworkAddress,
     PortMapping, ResourceKey, ResourceName, Service, Sharded, Unenforceable, WasmPlugin, Workload,
 };
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -93,6 +93,8 @@ pub struct Snapshot {
     pub(crate) authorizations: Sharded<ResourceName, Arc<Authorization>>,
     pub(crate) namespace_authorizations: Sharded<Arc<str>, Arc<Vec<Arc<Authorization>>>>,
     pub(crate) global_authorizations: Arc<Vec<Arc<Authorization>>>,
+    /// L4 policies that were removed while a workload may still name them.
+    pub(crate) gone: Arc<BTreeSet<ResourceName>>,
     pub(crate) l7: Arc<L7>,
     pub(crate) settings: Arc<MeshSettings>,
     pub(crate) generation: u64,

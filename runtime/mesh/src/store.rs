@@ -47,6 +47,9 @@ pub struct Applied {
     pub waiting: Vec<Arc<str>>,
 }
 
+/// How many names of removed policies are kept.
+const GONE_MAX: usize = 1024;
+
 /// The writer. It holds the state it builds snapshots from; readers hold snapshots only.
 #[derive(Default)]
 pub struct Store {
@@ -73,11 +76,10 @@ impl Store {
         &self.current
     }
 
-    /// Applies changes in order. Policies are applied before workloads of the same batch, so that a workload that
-    /// arrives with its policy never waits.
+    /// Applies changes in order, those of L4 policies before all others, so that a workload that arrives with its
+    /// policy never waits.
     pub fn apply(&mut self, changes: impl IntoIterator<Item = Change>) -> Applied {
-        let (policies, others): (Vec<Change>, Vec<Change>) =
-            changes.into_iter().partition(|change| matches!(change, Change::Authorization(_)));
+        let (policies, others): (Vec<Change>, Vec<Change>) = changes.into_iter().partition(is_authorization);
         let mut touched = BTreeSet::new();
         let policies_changed = !policies.is_empty();
         for change in policies.into_iter().chain(others) {
@@ -120,7 +122,10 @@ impl Store {
             Change::Service(service) => self.put_service(service, touched),
             Change::ServiceRemoved(key) => self.remove_service(&key),
             Change::Authorization(policy) => self.put_authorization(policy),
-            Change::AuthorizationRemoved(name) => self.remove_authorization(&name),
+            Change::AuthorizationRemoved(name) => {
+                self.remove_authorization(&name);
+                self.remember_gone(name);
+            }
             Change::Gateway(name) => Arc::make_mut(&mut self.current.l7).gateway = Some(name),
             Change::Route(route) => {
                 let l7 =
@@ -164,6 +169,12 @@ impl Store {
     fn put_workload(&mut self, mut workload: Workload, touched: &mut BTreeSet<ResourceName>) {
         let known = |name: &ResourceName| self.current.authorizations.get(name).is_some();
         let all_known = workload.authorization_policies.iter().all(known);
+        for name in &workload.authorization_policies {
+            if self.current.gone.contains(name) {
+                // It is named anew, so it will come back.
+                Arc::make_mut(&mut self.current.gone).remove(name);
+            }
+        }
         let previous = self.take_workload(&workload.uid, touched);
         self.deferred.remove(&workload.uid);
         if let (false, Some(previous)) = (all_known, previous) {
@@ -181,8 +192,9 @@ impl Store {
     fn insert_workload(&mut self, workload: Arc<Workload>, touched: &mut BTreeSet<ResourceName>) {
         for address in workload.network_addresses() {
             let mut at = self.current.addresses.get(&address).cloned().unwrap_or_default();
-            at.push(Arc::clone(&workload));
-            at.sort_by(|a, b| a.uid.cmp(&b.uid));
+            if let Err(place) = at.binary_search_by(|other| other.uid.cmp(&workload.uid)) {
+                at.insert(place, Arc::clone(&workload));
+            }
             self.current.addresses.insert(address, at);
         }
         for (key, ports) in &workload.services {
@@ -246,6 +258,9 @@ impl Store {
 
     fn put_authorization(&mut self, policy: Authorization) {
         self.remove_authorization(&policy.name);
+        if self.current.gone.contains(&policy.name) {
+            Arc::make_mut(&mut self.current.gone).remove(&policy.name);
+        }
         let policy = Arc::new(policy);
         let add = |list: &mut Vec<Arc<Authorization>>| {
             list.push(Arc::clone(&policy));
@@ -275,9 +290,23 @@ impl Store {
                 let scoped = &mut self.current.namespace_authorizations;
                 let mut list = scoped.get(&*name.namespace).cloned().unwrap_or_default();
                 Arc::make_mut(&mut list).retain(|other| other.name != *name);
-                scoped.insert(Arc::clone(&name.namespace), list);
+                if list.is_empty() {
+                    scoped.remove(&*name.namespace);
+                } else {
+                    scoped.insert(Arc::clone(&name.namespace), list);
+                }
             }
             Scope::WorkloadSelector => {}
+        }
+    }
+
+    /// A workload may name a policy for a moment longer than there is one. What was taken away on purpose denies
+    /// nothing; past the bound, the first names by order are forgotten, and then deny.
+    fn remember_gone(&mut self, name: ResourceName) {
+        let gone = Arc::make_mut(&mut self.current.gone);
+        gone.insert(name);
+        while gone.len() > GONE_MAX {
+            gone.pop_first();
         }
     }
 
@@ -303,14 +332,19 @@ impl Store {
     }
 }
 
+fn is_authorization(change: &Change) -> bool {
+    matches!(change, Change::Authorization(_) | Change::AuthorizationRemoved(_))
+}
+
 fn add_key<K>(map: &mut crate::Sharded<K, Vec<ResourceName>>, at: K, key: &ResourceName)
 where
     K: Eq + std::hash::Hash + Clone,
 {
     let mut keys = map.get(&at).cloned().unwrap_or_default();
-    keys.push(key.clone());
-    keys.sort();
-    map.insert(at, keys);
+    if let Err(place) = keys.binary_search(key) {
+        keys.insert(place, key.clone());
+        map.insert(at, keys);
+    }
 }
 
 fn remove_key<K>(map: &mut crate::Sharded<K, Vec<ResourceName>>, at: &K, key: &ResourceName)
