@@ -121,7 +121,8 @@ impl Account {
         let mut metrics = TcpConnection::open(&proxy.telemetry.metrics, self.labels("-"));
         let copy = cairn_net::copy(client, server, &counts);
         tokio::pin!(copy, cut);
-        let mut tick = tokio::time::interval_at(tokio::time::Instant::now() + REPORT_INTERVAL, REPORT_INTERVAL);
+        let mut tick =
+            tokio::time::interval_at(tokio::time::Instant::now() + REPORT_INTERVAL, REPORT_INTERVAL);
         let (flag, error) = loop {
             tokio::select! {
                 ended = &mut copy => break match ended {

@@ -1,10 +1,10 @@
 //! Into a pod over HBONE: who is it, is it for us, is it allowed, and then to the application.
 
+use crate::Proxy;
 use crate::carry::Account;
 use crate::live::Connected;
 use crate::outbound::chain;
 use crate::pods::{OWN_PORTS, Pod};
-use crate::Proxy;
 use cairn_hbone::{Authority, Connect, ServerSettings};
 use cairn_mesh::{Decision, L4Peer, NetworkAddress, Service, Snapshot, Workload, decide};
 use cairn_telemetry::Direction;
@@ -115,11 +115,10 @@ async fn admit(
         return Err(Refused::new(StatusCode::SERVICE_UNAVAILABLE, "CONNECT", "port belongs to the ztunnel"));
     }
     let destination = SocketAddr::new(pod.address, port);
-    let peer =
-        L4Peer { identity: Some(&downstream.identity), source: downstream.address, destination };
+    let peer = L4Peer { identity: Some(&downstream.identity), source: downstream.address, destination };
     note_decision(account, decide(&snapshot, &workload, &peer))
         .map_err(|reason| Refused::new(StatusCode::FORBIDDEN, "DENY", reason))?;
-    let options = proxy.to_application(pod, downstream.address.ip());
+    let options = proxy.options_to_application(pod, downstream.address.ip());
     let application = cairn_net::connect(SocketAddr::new(pod.application, port), &options).await;
     let application = application
         .map_err(|error| Refused::new(StatusCode::SERVICE_UNAVAILABLE, "CONNECT", chain(&error)))?;
@@ -151,7 +150,9 @@ pub fn peer_workload(snapshot: &Snapshot, peer: SocketAddr, local: &Workload) ->
 /// The application's port: the authority must name this workload's address, or a service it is an endpoint of.
 fn destination_port(snapshot: &Snapshot, authority: &Authority, workload: &Workload) -> Option<u16> {
     match authority {
-        Authority::Address(address) => workload.addresses.contains(&address.ip().to_canonical()).then(|| address.port()),
+        Authority::Address(address) => {
+            workload.addresses.contains(&address.ip().to_canonical()).then(|| address.port())
+        }
         Authority::Host { name, port } => {
             let state = snapshot.service_named(name, &workload.namespace)?;
             let endpoint = state.endpoints.iter().find(|endpoint| endpoint.workload.uid == workload.uid)?;
@@ -164,9 +165,12 @@ fn destination_port(snapshot: &Snapshot, authority: &Authority, workload: &Workl
 /// workload's. A workload of one service has no other.
 fn named_service(snapshot: &Snapshot, headers: &HeaderMap, workload: &Workload) -> Option<Arc<Service>> {
     let text = headers.get("forwarded").and_then(|value| value.to_str().ok()).unwrap_or("");
-    let host = text.split(';').find_map(|part| part.trim().strip_prefix("host=")).map(|host| host.trim_matches('"'));
-    let mut services =
-        workload.services.iter().filter(|(key, _)| host.is_none_or(|host| host.eq_ignore_ascii_case(&key.name)));
+    let host =
+        text.split(';').find_map(|part| part.trim().strip_prefix("host=")).map(|host| host.trim_matches('"'));
+    let mut services = workload
+        .services
+        .iter()
+        .filter(|(key, _)| host.is_none_or(|host| host.eq_ignore_ascii_case(&key.name)));
     let (key, _) = services.next()?;
     if host.is_none() && services.next().is_some() {
         return None;

@@ -43,7 +43,7 @@ struct Proxy {
 
 impl Proxy {
     /// How sockets are opened on behalf of a pod towards the network: from its address, in its namespace.
-    fn from_pod(&self, pod: &Pod) -> ConnectOptions {
+    fn options_to_network(&self, pod: &Pod) -> ConnectOptions {
         ConnectOptions {
             bind: Some(pod.address),
             namespace: pod.namespace.clone(),
@@ -53,7 +53,7 @@ impl Proxy {
     }
 
     /// How the application of a pod is connected to: from the client's address, so that it sees who calls.
-    fn to_application(&self, pod: &Pod, client: IpAddr) -> ConnectOptions {
+    fn options_to_application(&self, pod: &Pod, client: IpAddr) -> ConnectOptions {
         let spoof = client != pod.address && client.is_ipv4() == pod.address.is_ipv4();
         ConnectOptions {
             bind: spoof.then_some(client).filter(|_| pod.namespace.is_some() || client.is_loopback()),
@@ -149,17 +149,14 @@ fn start_operators(proxy: &Arc<Proxy>, readiness: Readiness) -> anyhow::Result<(
 async fn follow(proxy: Arc<Proxy>) {
     let settings = &proxy.settings;
     let node = &settings.node;
-    let follow = FollowSettings {
-        address: settings.xds_address.clone(),
-        roots: settings.xds_root.clone(),
-        token: settings.token.clone(),
-        node_id: format!("ztunnel~{}~ztunnel.{node}~istio-system.svc.cluster.local", settings.address),
-        node_metadata: vec![
-            ("NODE_NAME".to_owned(), node.as_str().into()),
-            ("CLUSTER_ID".to_owned(), settings.cluster_id.as_str().into()),
-        ],
-        ..FollowSettings::default()
-    };
+    let id = format!("ztunnel~{}~ztunnel.{node}~istio-system.svc.cluster.local", settings.address);
+    let mut follow = FollowSettings::new(settings.xds_address.clone(), settings.xds_root.clone(), id);
+    follow.token = settings.token.clone();
+    follow.cluster_id = settings.cluster_id.clone();
+    follow.node_metadata = vec![
+        ("NODE_NAME".to_owned(), node.as_str().into()),
+        ("CLUSTER_ID".to_owned(), settings.cluster_id.as_str().into()),
+    ];
     let drain = proxy.drain.clone();
     cairn_xds::follow(follow, None, Arc::clone(&proxy.mesh), async move { drain.started().await }).await;
 }

@@ -72,8 +72,11 @@ impl Live {
         let mut cut_count = 0;
         for open in self.open.lock().values_mut() {
             let Some(workload) = snapshot.workload(&open.workload) else { continue };
-            let peer =
-                L4Peer { identity: open.identity.as_ref(), source: open.source, destination: open.destination };
+            let peer = L4Peer {
+                identity: open.identity.as_ref(),
+                source: open.source,
+                destination: open.destination,
+            };
             let Decision::Deny(reason) = decide(snapshot, workload, &peer) else { continue };
             if let Some(cut) = open.cut.take() {
                 cut_count += usize::from(cut.send(reason).is_ok());

@@ -1,9 +1,9 @@
 //! Out of a pod: where was it going, where does it go next, and there it goes.
 
+use crate::Proxy;
 use crate::carry::Account;
 use crate::pods::{OWN_PORTS, Pod};
 use crate::socks::{self, Reply, Target};
-use crate::Proxy;
 use cairn_hbone::{ConnectError, PoolTarget, TunnelStream};
 use cairn_mesh::{Plan, Snapshot, Tunnel, Workload, plan};
 use cairn_telemetry::Direction;
@@ -13,7 +13,13 @@ use std::sync::Arc;
 use tokio::net::TcpStream;
 
 /// A connection that redirection brought here.
-pub async fn redirected(proxy: Arc<Proxy>, pod: Arc<Pod>, worker: usize, mut client: TcpStream, peer: SocketAddr) {
+pub async fn redirected(
+    proxy: Arc<Proxy>,
+    pod: Arc<Pod>,
+    worker: usize,
+    mut client: TcpStream,
+    peer: SocketAddr,
+) {
     let destination = match cairn_net::original_destination(&client) {
         Ok(destination) => destination,
         Err(error) => return tracing::debug!(%peer, %error, "client went away at once"),
@@ -39,9 +45,9 @@ pub async fn socks(proxy: Arc<Proxy>, pod: Arc<Pod>, worker: usize, mut client: 
     let namespace = pod.workload(&snapshot).map(|workload| Arc::clone(&workload.namespace));
     let destination = match target {
         Target::Address(address) => Some(address),
-        Target::Name(name, port) => {
-            namespace.and_then(|namespace| resolve(&snapshot, &name, &namespace)).map(|ip| SocketAddr::new(ip, port))
-        }
+        Target::Name(name, port) => namespace
+            .and_then(|namespace| resolve(&snapshot, &name, &namespace))
+            .map(|ip| SocketAddr::new(ip, port)),
     };
     let Some(destination) = destination else {
         let account = Account::new(Direction::Outbound, peer, SocketAddr::new(peer.ip(), 0));
@@ -151,8 +157,10 @@ async fn open(
             account.service = service;
             account.destination_workload = workload;
             account.destination = connect;
-            let connected = cairn_net::connect(connect, &proxy.from_pod(pod)).await;
-            connected.map(Upstream::Tcp).map_err(|error| Failure::new("CONNECT", Reply::Refused, chain(&error)))
+            let connected = cairn_net::connect(connect, &proxy.options_to_network(pod)).await;
+            connected
+                .map(Upstream::Tcp)
+                .map_err(|error| Failure::new("CONNECT", Reply::Refused, chain(&error)))
         }
         Plan::Refuse(refusal) => {
             account.way = "refused";
@@ -172,9 +180,11 @@ async fn open_tunnel(
     account.destination = tunnel.connect;
     account.authority = tunnel.authority.to_string();
     account.source_identity = Some(source.identity.clone());
-    account.destination_identity = account.destination_workload.as_ref().map(|workload| workload.identity.clone());
+    account.destination_identity =
+        account.destination_workload.as_ref().map(|workload| workload.identity.clone());
     let certificate = proxy.certificates.get(&source.identity).await;
-    let certificate = certificate.map_err(|error| Failure::new("IDENTITY_ERROR", Reply::Failure, chain(&error)))?;
+    let certificate =
+        certificate.map_err(|error| Failure::new("IDENTITY_ERROR", Reply::Failure, chain(&error)))?;
     let mut headers = HeaderMap::new();
     let host = account.service.as_ref().map(|service| &*service.hostname);
     headers.insert("baggage", cairn_hbone::baggage(source));
@@ -185,7 +195,7 @@ async fn open_tunnel(
         connect: tunnel.connect,
         identities: tunnel.identities,
         authority: account.authority.clone(),
-        options: proxy.from_pod(pod),
+        options: proxy.options_to_network(pod),
     };
     let Some(pool) = proxy.pools.get(worker) else {
         return Err(Failure::new("CONNECT", Reply::Failure, "no such worker"));
@@ -194,7 +204,9 @@ async fn open_tunnel(
         Ok(stream) => Ok(Upstream::Tunnel(stream)),
         Err(error) => {
             let (flag, reply) = match &error {
-                ConnectError::Refused(status) if *status == http::StatusCode::FORBIDDEN => ("DENY", Reply::NotAllowed),
+                ConnectError::Refused(status) if *status == http::StatusCode::FORBIDDEN => {
+                    ("DENY", Reply::NotAllowed)
+                }
                 ConnectError::Tls { .. } => ("TLS_FAILURE", Reply::Refused),
                 ConnectError::Http2 { .. } => ("H2_HANDSHAKE_FAILURE", Reply::Refused),
                 _ => ("CONNECT", Reply::Refused),

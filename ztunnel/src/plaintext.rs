@@ -1,11 +1,11 @@
 //! Into a pod without a tunnel: nobody proves who they are, and policies decide on that.
 
+use crate::Proxy;
 use crate::carry::Account;
 use crate::inbound::{note_decision, peer_workload};
 use crate::live::Connected;
 use crate::outbound::chain;
 use crate::pods::{OWN_PORTS, Pod};
-use crate::Proxy;
 use cairn_mesh::{L4Peer, decide};
 use cairn_telemetry::Direction;
 use std::net::SocketAddr;
@@ -13,7 +13,13 @@ use std::sync::Arc;
 use tokio::net::TcpStream;
 
 /// A connection that redirection brought here.
-pub async fn redirected(proxy: Arc<Proxy>, pod: Arc<Pod>, _worker: usize, client: TcpStream, peer: SocketAddr) {
+pub async fn redirected(
+    proxy: Arc<Proxy>,
+    pod: Arc<Pod>,
+    _worker: usize,
+    client: TcpStream,
+    peer: SocketAddr,
+) {
     match cairn_net::original_destination(&client) {
         Ok(destination) => serve(&proxy, &pod, client, peer, destination).await,
         Err(error) => tracing::debug!(%peer, %error, "client went away at once"),
@@ -45,14 +51,15 @@ async fn serve(proxy: &Proxy, pod: &Pod, mut client: TcpStream, peer: SocketAddr
     if let Err(reason) = note_decision(&mut account, decide(&snapshot, &workload, &asked)) {
         return account.refused(proxy, "DENY", &reason);
     }
-    let options = proxy.to_application(pod, peer.ip());
+    let options = proxy.options_to_application(pod, peer.ip());
     let application = SocketAddr::new(pod.application, destination.port());
     let mut application = match cairn_net::connect(application, &options).await {
         Ok(application) => application,
         Err(error) => return account.refused(proxy, "CONNECT", &chain(&error)),
     };
     let uid = Arc::clone(&workload.uid);
-    let mut live = proxy.live.register(Connected { workload: uid, identity: None, source: peer, destination });
+    let mut live =
+        proxy.live.register(Connected { workload: uid, identity: None, source: peer, destination });
     let cut = async {
         match (&mut live.cut).await {
             Ok(reason) => reason.to_string(),

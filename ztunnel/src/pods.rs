@@ -83,9 +83,8 @@ pub async fn run(proxy: Arc<Proxy>) {
         changes.borrow_and_update();
         let snapshot = proxy.mesh.snapshot();
         let failed = reconcile(&proxy, &snapshot, &mut running);
-        let retry = async {
-            if failed { tokio::time::sleep(RETRY).await } else { std::future::pending().await }
-        };
+        let retry =
+            async { if failed { tokio::time::sleep(RETRY).await } else { std::future::pending().await } };
         tokio::select! {
             changed = changes.changed() => if changed.is_err() { return },
             () = retry => {}
@@ -109,7 +108,8 @@ fn reconcile(proxy: &Arc<Proxy>, snapshot: &Snapshot, running: &mut HashMap<Arc<
         .map(|workload| (&workload.uid, workload))
         .collect();
     running.retain(|uid, pod| {
-        let keep = local.get(uid).is_some_and(|workload| workload.addresses.first() == Some(&pod.pod.address));
+        let keep =
+            local.get(uid).is_some_and(|workload| workload.addresses.first() == Some(&pod.pod.address));
         if !keep {
             tracing::info!(pod = %uid, "pod left");
         }
@@ -160,8 +160,13 @@ fn start(proxy: &Arc<Proxy>, workload: &Workload) -> Result<Running, cairn_net::
             let options = ListenOptions { transparent: true, mark: Some(cairn_net::ZTUNNEL_MARK), ..options };
             let any = |port| SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port);
             let listen = |port| namespace.within(|| cairn_net::listen(any(port), &options))?;
-            let ports = [(HBONE_PORT, Way::Hbone), (OUTBOUND_PORT, Way::Redirected), (PLAINTEXT_PORT, Way::Plaintext)];
-            let bound: Result<Vec<_>, _> = ports.map(|(port, way)| listen(port).map(|at| (at, way))).into_iter().collect();
+            let ports = [
+                (HBONE_PORT, Way::Hbone),
+                (OUTBOUND_PORT, Way::Redirected),
+                (PLAINTEXT_PORT, Way::Plaintext),
+            ];
+            let bound: Result<Vec<_>, _> =
+                ports.map(|(port, way)| listen(port).map(|at| (at, way))).into_iter().collect();
             let bound = bound?;
             let uid = Arc::clone(&workload.uid);
             let pod = Arc::new(Pod { uid, address, namespace: Some(namespace), application: address });
@@ -181,7 +186,12 @@ fn start(proxy: &Arc<Proxy>, workload: &Workload) -> Result<Running, cairn_net::
 }
 
 /// With twin addresses, takes plaintext on the ports that the application serves. Returns whether all could be had.
-fn follow_plain_ports(proxy: &Arc<Proxy>, snapshot: &Snapshot, workload: &Workload, pod: &mut Running) -> bool {
+fn follow_plain_ports(
+    proxy: &Arc<Proxy>,
+    snapshot: &Snapshot,
+    workload: &Workload,
+    pod: &mut Running,
+) -> bool {
     if !matches!(proxy.settings.capture, Capture::Addresses { twins: true }) {
         return true;
     }
@@ -263,7 +273,14 @@ fn accept(proxy: &Arc<Proxy>, pod: &Arc<Pod>, listener: TcpListener, way: Way) -
     })
 }
 
-async fn hand_over(proxy: Arc<Proxy>, pod: Arc<Pod>, worker: usize, stream: TcpStream, peer: SocketAddr, way: Way) {
+async fn hand_over(
+    proxy: Arc<Proxy>,
+    pod: Arc<Pod>,
+    worker: usize,
+    stream: TcpStream,
+    peer: SocketAddr,
+    way: Way,
+) {
     if let Err(error) = cairn_net::prepare(&stream) {
         tracing::debug!(%peer, %error, "client went away at once");
         return;

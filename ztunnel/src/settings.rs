@@ -132,9 +132,9 @@ impl Options {
         let xds_address =
             self.xds_address.or(file.xds_address).unwrap_or_else(|| "https://localhost:15012".to_owned());
         let capture = match self.capture.or(file.capture).unwrap_or_default() {
-            CaptureKind::Addresses => Capture::Addresses {
-                twins: self.twin_addresses.or(file.twin_addresses).unwrap_or(false),
-            },
+            CaptureKind::Addresses => {
+                Capture::Addresses { twins: self.twin_addresses.or(file.twin_addresses).unwrap_or(false) }
+            }
             CaptureKind::Namespaces => Capture::Namespaces(
                 self.netns_directory
                     .or(file.netns_directory)
