@@ -1,0 +1,168 @@
+//! Templates of header values: text with names in braces; `{{` is a brace.
+//!
+//! `source.principal`, `source.workload`, `source.namespace` and `source.address` name the client, `upstream.workload`,
+//! `upstream.namespace` and `upstream.name` who answers (in responses), `route` the route in force, `cluster` the
+//! upstream's, `request.id`, `request.method` and `request.path` the request. What the proxy does not know becomes
+//! `unknown`.
+
+use cairn_sdk::{Properties, Request, Response};
+
+/// A parsed template.
+#[derive(Debug)]
+pub(crate) struct Template {
+    parts: Vec<Part>,
+}
+
+#[derive(Debug)]
+enum Part {
+    Text(String),
+    Name(Name),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Name {
+    SourcePrincipal,
+    SourceWorkload,
+    SourceNamespace,
+    SourceAddress,
+    UpstreamWorkload,
+    UpstreamNamespace,
+    UpstreamName,
+    Route,
+    Cluster,
+    RequestId,
+    RequestMethod,
+    RequestPath,
+}
+
+const NAMES: [(&str, Name); 12] = [
+    ("source.principal", Name::SourcePrincipal),
+    ("source.workload", Name::SourceWorkload),
+    ("source.namespace", Name::SourceNamespace),
+    ("source.address", Name::SourceAddress),
+    ("upstream.workload", Name::UpstreamWorkload),
+    ("upstream.namespace", Name::UpstreamNamespace),
+    ("upstream.name", Name::UpstreamName),
+    ("route", Name::Route),
+    ("cluster", Name::Cluster),
+    ("request.id", Name::RequestId),
+    ("request.method", Name::RequestMethod),
+    ("request.path", Name::RequestPath),
+];
+
+/// Where the values of names come from.
+pub(crate) struct Values<'a> {
+    properties: Properties<'a>,
+}
+
+impl<'a> Values<'a> {
+    pub(crate) fn request(request: &'a Request<'_>) -> Self {
+        Self { properties: request.properties() }
+    }
+
+    pub(crate) fn response(response: &'a Response<'_>) -> Self {
+        Self { properties: response.properties() }
+    }
+
+    fn get(&self, name: Name) -> Option<String> {
+        let properties = self.properties;
+        match name {
+            Name::SourcePrincipal => properties.source_principal(),
+            Name::SourceWorkload => properties.source_workload().map(|workload| workload.workload),
+            Name::SourceNamespace => properties.source_workload().map(|workload| workload.namespace),
+            Name::SourceAddress => properties.source_address().map(|address| address.to_string()),
+            Name::UpstreamWorkload => properties.upstream_workload().map(|workload| workload.workload),
+            Name::UpstreamNamespace => properties.upstream_workload().map(|workload| workload.namespace),
+            Name::UpstreamName => properties.upstream_workload().map(|workload| workload.name),
+            Name::Route => properties.route(),
+            Name::Cluster => properties.cluster(),
+            Name::RequestId => properties.request_id(),
+            Name::RequestMethod => properties.text(&["request", "method"]),
+            Name::RequestPath => properties.text(&["request", "path"]),
+        }
+    }
+}
+
+impl Template {
+    /// Parses a template.
+    pub(crate) fn parse(text: &str) -> Result<Self, String> {
+        if text.chars().any(char::is_control) {
+            return Err("a header's value has no control characters".to_owned());
+        }
+        let mut parts = Vec::new();
+        let mut rest = text;
+        while let Some((before, after)) = rest.split_once('{') {
+            push_text(&mut parts, before);
+            if let Some(after) = after.strip_prefix('{') {
+                push_text(&mut parts, "{");
+                rest = after;
+                continue;
+            }
+            let (name, after) = after.split_once('}').ok_or("a `{` is not closed")?;
+            let known = NAMES.iter().find(|(known, _)| *known == name);
+            let (_, name) = known.ok_or_else(|| format!("unknown `{name}`; known are {}", names()))?;
+            parts.push(Part::Name(*name));
+            rest = after;
+        }
+        push_text(&mut parts, rest);
+        Ok(Self { parts })
+    }
+
+    /// The text with values in place of names.
+    pub(crate) fn render(&self, values: &Values<'_>) -> String {
+        let mut text = String::new();
+        for part in &self.parts {
+            match part {
+                Part::Text(part) => text.push_str(part),
+                Part::Name(name) => text.push_str(values.get(*name).as_deref().unwrap_or("unknown")),
+            }
+        }
+        text
+    }
+}
+
+fn push_text(parts: &mut Vec<Part>, text: &str) {
+    match parts.last_mut() {
+        _ if text.is_empty() => {}
+        Some(Part::Text(last)) => last.push_str(text),
+        _ => parts.push(Part::Text(text.to_owned())),
+    }
+}
+
+fn names() -> String {
+    NAMES.map(|(name, _)| name).join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cairn_sdk::testing::TestExchange;
+
+    #[test]
+    fn every_name_has_a_value() {
+        let mut exchange = TestExchange::<()>::new("GET", "/");
+        for path in [
+            &["connection", "uri_san_peer_certificate"][..],
+            &["xds", "route_name"],
+            &["xds", "cluster_name"],
+            &["request", "id"],
+            &["request", "method"],
+            &["request", "path"],
+            &["filter_state", "downstream_peer", "workload"],
+            &["filter_state", "downstream_peer", "namespace"],
+            &["filter_state", "upstream_peer", "workload"],
+            &["filter_state", "upstream_peer", "namespace"],
+            &["filter_state", "upstream_peer", "name"],
+        ] {
+            exchange = exchange.with_property(path, "spiffe://some");
+        }
+        exchange = exchange.with_property(&["source", "address"], "127.0.0.1:80");
+        let request = Request::new(&mut exchange);
+        for (name, _) in NAMES {
+            let template = Template::parse(&format!("{{{name}}}")).unwrap();
+            assert_ne!(template.render(&Values::request(&request)), "unknown", "{name}");
+        }
+        let braces = Template::parse("a{{b}{{{route}").unwrap();
+        assert_eq!(braces.render(&Values::request(&request)), "a{b}{spiffe://some");
+    }
+}
