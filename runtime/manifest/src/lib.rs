@@ -1,1 +1,22 @@
 //! Kubernetes, Istio and Gateway API manifests turned into the model; watches a directory.
+
+mod decode;
+mod diagnostic;
+mod directory;
+mod document;
+mod field;
+mod files;
+mod kinds;
+mod object;
+mod reader;
+mod watch;
+mod world;
+
+pub use decode::{Decoded, decode, resource_key};
+pub use diagnostic::{Diagnostic, DiagnosticView, Finding, Severity};
+pub use directory::{Directory, Loaded};
+pub use document::Position;
+pub use field::{FieldPath, Step};
+pub use object::{Object, ObjectId, Origin, Owner};
+pub use watch::Watch;
+pub use world::{Addressing, GatewayEntry, WaypointFor, World};

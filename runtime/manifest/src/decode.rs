@@ -1,0 +1,132 @@
+//! Objects into changes of a waypoint's configuration. The directory checks manifests with it before anything is
+//! served, and a waypoint reads with it what it receives over xDS.
+
+mod plugin;
+pub(crate) mod policy;
+mod route;
+mod settings;
+pub(crate) mod target;
+
+use crate::diagnostic::{Finding, Severity};
+use crate::object::Object;
+use crate::reader::{Findings, Node};
+use cairn_mesh::{Change, Kind, MeshSettings, ResourceKey, ResourceName, TargetRef, Unenforceable};
+use target::Attachment;
+
+/// What an object means for a waypoint.
+#[derive(Clone, Debug)]
+pub struct Decoded {
+    /// To be applied, also when something is wrong: a policy that cannot be read certainly is replaced by a refusal
+    /// of what it guards.
+    pub changes: Vec<Change>,
+    /// What was found on the way.
+    pub findings: Vec<Finding>,
+    /// The object as written means nothing certain: an earlier good version of it should stay in its place.
+    pub broken: bool,
+}
+
+/// The key under which the L7 pipeline knows an object; `None` for kinds that it does not read.
+pub fn resource_key(group: &str, kind: &str, name: &ResourceName) -> Option<ResourceKey> {
+    let is_settings = kind == "MeshConfig" || (kind == "ConfigMap" && &*name.name == "istio");
+    let kind = match (group, kind) {
+        ("gateway.networking.k8s.io", "Gateway") => Kind::Gateway,
+        ("gateway.networking.k8s.io", "HTTPRoute") => Kind::HttpRoute,
+        ("security.istio.io", "AuthorizationPolicy") => Kind::AuthorizationPolicy,
+        ("security.istio.io", "RequestAuthentication") => Kind::RequestAuthentication,
+        ("telemetry.istio.io", "Telemetry") => Kind::Telemetry,
+        ("extensions.istio.io", "WasmPlugin") => Kind::WasmPlugin,
+        (_, _) if is_settings && &*name.namespace == "istio-system" => Kind::MeshConfig,
+        _ => return None,
+    };
+    Some(ResourceKey { kind, name: name.clone() })
+}
+
+/// Reads an object. Kinds that the L7 pipeline does not read change nothing.
+pub fn decode(object: &Object, settings: &MeshSettings) -> Decoded {
+    let mut findings = Findings::default();
+    let Some(key) = resource_key(&object.group, &object.kind, &object.name) else {
+        return Decoded { changes: Vec::new(), findings: Vec::new(), broken: false };
+    };
+    let changes = if let Some(reason) = &object.broken {
+        findings.broken = true;
+        unreadable(object, &key, reason)
+    } else {
+        match key.kind {
+            Kind::Gateway => vec![Change::Gateway(object.name.clone())],
+            Kind::HttpRoute => route::decode(object, &mut findings),
+            Kind::AuthorizationPolicy => policy::decode(object, &key, settings, &mut findings),
+            Kind::RequestAuthentication => request_authentication(object, &key, settings, &mut findings),
+            Kind::Telemetry => telemetry(&mut findings),
+            Kind::WasmPlugin => plugin::decode(object, &key, settings, &mut findings),
+            Kind::MeshConfig => settings::decode(object, settings, &mut findings),
+        }
+    };
+    Decoded { changes, findings: findings.list, broken: findings.broken }
+}
+
+/// A document that is not YAML: what it would guard in its namespace is refused.
+fn unreadable(object: &Object, key: &ResourceKey, reason: &str) -> Vec<Change> {
+    match key.kind {
+        Kind::AuthorizationPolicy | Kind::RequestAuthentication | Kind::WasmPlugin => {
+            vec![unenforceable(object, key, Vec::new(), format!("it cannot be read: {reason}"))]
+        }
+        Kind::Gateway | Kind::HttpRoute | Kind::Telemetry | Kind::MeshConfig => Vec::new(),
+    }
+}
+
+fn unenforceable(object: &Object, key: &ResourceKey, targets: Vec<TargetRef>, reason: String) -> Change {
+    let namespace = object.name.namespace.clone();
+    let what = object.to_string().into();
+    Change::Unenforceable(key.clone(), Unenforceable { what, targets, namespace, reason: reason.into() })
+}
+
+/// The refusal that stands for a policy that was refused in reading.
+fn refusal(object: &Object, key: &ResourceKey, attachment: &Attachment, findings: &Findings) -> Vec<Change> {
+    if !attachment.guards_waypoints() {
+        return vec![Change::L7Removed(key.clone())];
+    }
+    let first = findings.list.iter().find(|finding| finding.severity == Severity::Error);
+    let reason = first.map_or_else(|| "it cannot be read".to_owned(), Finding::to_string);
+    vec![unenforceable(object, key, attachment.certain_targets(), reason)]
+}
+
+fn request_authentication(
+    object: &Object,
+    key: &ResourceKey,
+    settings: &MeshSettings,
+    findings: &mut Findings,
+) -> Vec<Change> {
+    const KNOWN: [&str; 4] = ["selector", "targetRef", "targetRefs", "jwtRules"];
+    let spec = Node::new(&object.spec, object.root()).map(&KNOWN, findings);
+    let attachment = target::attachment(&spec, object, settings, findings);
+    for rule in spec.bounded_list("jwtRules", 4096, findings) {
+        rule.any_map(findings);
+    }
+    if findings.broken {
+        return refusal(object, key, &attachment, findings);
+    }
+    if attachment.targets.is_empty() {
+        let reason = "has no targetRefs, so no waypoint takes it, and a ztunnel verifies no tokens";
+        findings.note(Severity::Warning, "not-attached", &spec.at, reason);
+        return vec![Change::L7Removed(key.clone())];
+    }
+    let reason = "RequestAuthentication is not supported yet";
+    let said = format!("{reason}: its targets answer 503 until it is removed");
+    findings.note(Severity::Error, "unenforceable", &spec.at, said);
+    vec![unenforceable(object, key, attachment.targets, reason.to_owned())]
+}
+
+fn telemetry(findings: &mut Findings) -> Vec<Change> {
+    let at = crate::field::FieldPath::of(&["spec"]);
+    findings.note(
+        Severity::Warning,
+        "not-supported",
+        &at,
+        "Telemetry is not supported yet: it has no effect",
+    );
+    Vec::new()
+}
+
+#[cfg(test)]
+#[path = "decode/tests.rs"]
+mod tests;

@@ -1,0 +1,228 @@
+//! WasmPlugin.
+
+use super::{refusal, target, unenforceable};
+use crate::diagnostic::Severity;
+use crate::field::FieldPath;
+use crate::object::Object;
+use crate::reader::{Entries, Findings, Node};
+use cairn_mesh::{Change, FailStrategy, MeshSettings, PluginPhase, ResourceKey, WasmPlugin};
+use serde_json::{Number, Value};
+use std::sync::Arc;
+
+/// Istio's limits.
+const NAME_LEN_MAX: usize = 256;
+const ENV_MAX: usize = 256;
+const ENV_VALUE_LEN_MAX: usize = 2048;
+
+const KNOWN: [&str; 16] = [
+    "selector",
+    "targetRef",
+    "targetRefs",
+    "url",
+    "sha256",
+    "imagePullPolicy",
+    "imagePullSecret",
+    "verificationKey",
+    "pluginConfig",
+    "pluginName",
+    "phase",
+    "priority",
+    "failStrategy",
+    "vmConfig",
+    "match",
+    "type",
+];
+
+/// What a waypoint does with the plugin.
+pub(super) fn decode(
+    object: &Object,
+    key: &ResourceKey,
+    settings: &MeshSettings,
+    findings: &mut Findings,
+) -> Vec<Change> {
+    const PHASES: [(&str, PluginPhase); 4] = [
+        ("UNSPECIFIED_PHASE", PluginPhase::Unspecified),
+        ("AUTHN", PluginPhase::Authn),
+        ("AUTHZ", PluginPhase::Authz),
+        ("STATS", PluginPhase::Stats),
+    ];
+    const STRATEGIES: [(&str, FailStrategy); 3] = [
+        ("FAIL_CLOSE", FailStrategy::Close),
+        ("FAIL_OPEN", FailStrategy::Open),
+        ("FAIL_RELOAD", FailStrategy::Reload),
+    ];
+    let spec = Node::new(&object.spec, object.root()).map(&KNOWN, findings);
+    let attachment = target::attachment(&spec, object, settings, findings);
+    let mut obstacle = None;
+    let priority = spec.get("priority").and_then(|node| {
+        node.integer(i64::from(i32::MIN)..=i64::from(i32::MAX), findings)
+            .and_then(|number| i32::try_from(number).ok())
+    });
+    let plugin = WasmPlugin {
+        name: object.name.clone(),
+        targets: attachment.targets.clone(),
+        url: url(&spec, &mut obstacle, findings),
+        sha256: sha256(&spec, findings),
+        plugin_name: plugin_name(&spec, findings),
+        config: config(&spec, findings),
+        phase: spec.get("phase").and_then(|node| node.choice(&PHASES, findings)).unwrap_or_default(),
+        priority: priority.unwrap_or(i32::MIN),
+        fail_strategy: spec
+            .get("failStrategy")
+            .and_then(|node| node.choice(&STRATEGIES, findings))
+            .unwrap_or_default(),
+        env: env(&spec, &mut obstacle, findings),
+    };
+    plugin_type(&spec, &mut obstacle, findings);
+    let runs = selects_servers(&spec, &mut obstacle, findings);
+    unused_fields(&spec, findings);
+    if findings.broken {
+        return refusal(object, key, &attachment, findings);
+    }
+    if attachment.targets.is_empty() {
+        let reason =
+            "has no targetRefs: a waypoint takes only plugins that name it, its class or one of its services";
+        findings.note(Severity::Warning, "not-attached", &spec.at, reason);
+        return vec![Change::L7Removed(key.clone())];
+    }
+    if !runs {
+        let reason = "is for clients only, and a waypoint stands on the server's side: the plugin never runs";
+        findings.note(Severity::Warning, "not-attached", &spec.at.key("match"), reason);
+        return vec![Change::L7Removed(key.clone())];
+    }
+    let Some((field, reason)) = obstacle else { return vec![Change::Plugin(plugin)] };
+    if plugin.fail_strategy == FailStrategy::Open {
+        let said = format!("{reason}: traffic passes without the plugin, as failStrategy FAIL_OPEN asks");
+        findings.note(Severity::Error, "not-supported", &field, said);
+        return vec![Change::L7Removed(key.clone())];
+    }
+    let said = format!("{reason}: the targets answer 503 until it is removed");
+    findings.note(Severity::Error, "unenforceable", &field, said);
+    vec![unenforceable(object, key, plugin.targets, format!("{field}: {reason}"))]
+}
+
+/// Why a plugin that is well written cannot run here, and where that is written.
+type Obstacle = Option<(FieldPath, String)>;
+
+fn url(spec: &Entries<'_>, obstacle: &mut Obstacle, findings: &mut Findings) -> Arc<str> {
+    let Some(node) = spec.require("url", findings) else { return "".into() };
+    let Some(text) = node.filled(findings) else { return "".into() };
+    match text.split_once("://") {
+        Some(("file", path)) if path.starts_with('/') => {}
+        Some(("file", _)) => {
+            findings.refuse("invalid-value", &node.at, "a file is named by its whole path, `file:///…`");
+        }
+        Some(("http" | "https" | "oci", _)) | None => {
+            *obstacle = Some((node.at, "fetching modules is not supported yet, only `file:///…`".to_owned()));
+        }
+        Some((scheme, _)) => {
+            findings.refuse(
+                "invalid-value",
+                &node.at,
+                format!("`{scheme}` is not one of file, http, https, oci"),
+            );
+        }
+    }
+    text.into()
+}
+
+fn sha256(spec: &Entries<'_>, findings: &mut Findings) -> Option<Arc<str>> {
+    let node = spec.get("sha256")?;
+    let text = node.text(findings).filter(|text| !text.is_empty())?;
+    if text.len() != 64 || !text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')) {
+        findings.refuse("invalid-value", &node.at, "must be 64 lower-case hex digits");
+    }
+    Some(text.into())
+}
+
+fn plugin_name(spec: &Entries<'_>, findings: &mut Findings) -> Arc<str> {
+    let Some(node) = spec.get("pluginName") else { return "".into() };
+    let text = node.text(findings).unwrap_or_default();
+    if text.len() > NAME_LEN_MAX {
+        findings.refuse("invalid-value", &node.at, format!("is longer than {NAME_LEN_MAX} bytes"));
+    }
+    text.into()
+}
+
+/// The plugin's configuration as JSON text, which says `1` for 1.0 as protobuf's does.
+fn config(spec: &Entries<'_>, findings: &mut Findings) -> Arc<str> {
+    let Some(node) = spec.get("pluginConfig") else { return "".into() };
+    node.any_map(findings);
+    let mut value = node.value.clone();
+    whole_numbers(&mut value);
+    value.to_string().into()
+}
+
+fn whole_numbers(value: &mut Value) {
+    match value {
+        Value::Number(number) => {
+            let whole =
+                number.as_f64().filter(|float| number.is_f64() && float.fract() == 0.0 && float.abs() < 9e15);
+            if let Some(whole) = whole {
+                *number = Number::from(whole as i64);
+            }
+        }
+        Value::Array(items) => items.iter_mut().for_each(whole_numbers),
+        Value::Object(entries) => entries.values_mut().for_each(whole_numbers),
+        Value::Null | Value::Bool(_) | Value::String(_) => {}
+    }
+}
+
+fn env(spec: &Entries<'_>, obstacle: &mut Obstacle, findings: &mut Findings) -> Vec<(Arc<str>, Arc<str>)> {
+    let Some(vm_config) = spec.get("vmConfig") else { return Vec::new() };
+    let mut env: Vec<(Arc<str>, Arc<str>)> = Vec::new();
+    for node in vm_config.map(&["env"], findings).bounded_list("env", ENV_MAX, findings) {
+        let entries = node.map(&["name", "value", "valueFrom"], findings);
+        let name =
+            entries.require("name", findings).and_then(|node| node.filled(findings)).unwrap_or_default();
+        let value = entries.text("value", findings).unwrap_or_default();
+        let from_host = entries
+            .get("valueFrom")
+            .and_then(|node| node.choice(&[("INLINE", false), ("HOST", true)], findings));
+        if from_host == Some(true) {
+            let reason = "environment variables of the proxy are not given to plugins".to_owned();
+            *obstacle = Some((entries.at.key("valueFrom"), reason));
+        }
+        if name.len() > NAME_LEN_MAX || value.len() > ENV_VALUE_LEN_MAX {
+            findings.refuse("invalid-value", &node.at, "name or value is too long");
+        }
+        if env.iter().any(|(known, _)| **known == *name) {
+            findings.refuse("invalid-value", &node.at, format!("`{name}` is set twice"));
+        }
+        env.push((name.into(), value.into()));
+    }
+    env
+}
+
+fn plugin_type(spec: &Entries<'_>, obstacle: &mut Obstacle, findings: &mut Findings) {
+    const TYPES: [(&str, bool); 3] = [("UNSPECIFIED_PLUGIN_TYPE", true), ("HTTP", true), ("NETWORK", false)];
+    let Some(node) = spec.get("type") else { return };
+    if node.choice(&TYPES, findings) == Some(false) {
+        *obstacle = Some((node.at, "plugins of type NETWORK are not supported yet".to_owned()));
+    }
+}
+
+/// Whether `match` takes traffic on the server's side.
+fn selects_servers(spec: &Entries<'_>, obstacle: &mut Obstacle, findings: &mut Findings) -> bool {
+    const MODES: [(&str, bool); 4] =
+        [("UNDEFINED", true), ("CLIENT", false), ("SERVER", true), ("CLIENT_AND_SERVER", true)];
+    let selectors = spec.list("match", findings);
+    let mut runs = selectors.is_empty();
+    for node in &selectors {
+        let entries = node.map(&["mode", "ports"], findings);
+        runs |= entries.get("mode").is_none_or(|node| node.choice(&MODES, findings).unwrap_or(true));
+        if let Some(ports) = entries.get("ports").filter(|ports| !ports.list(findings).is_empty()) {
+            *obstacle = Some((ports.at, "plugins for some ports only are not supported yet".to_owned()));
+        }
+    }
+    runs
+}
+
+/// Fields that mean something only for modules that are fetched, which is said of the url.
+fn unused_fields(spec: &Entries<'_>, findings: &mut Findings) {
+    for key in ["imagePullPolicy", "imagePullSecret", "verificationKey"] {
+        if let Some(node) = spec.get(key) {
+            node.text(findings);
+        }
+    }
+}
