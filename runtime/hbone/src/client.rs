@@ -5,16 +5,18 @@ use crate::wire::Wire;
 use crate::{ConnectError, PoolSettings, PoolTarget, TunnelStream};
 use bytes::Bytes;
 use h2::client::SendRequest;
+use h2::{Ping, PingPong};
 use http::uri::Authority;
 use http::{HeaderMap, Method, Request, StatusCode, Version};
 use parking_lot::Mutex;
 use rustls_pki_types::ServerName;
 use std::future::{Future, poll_fn};
+use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::SystemTime;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
@@ -51,9 +53,7 @@ impl Client {
         let tcp = tcp.map_err(|error| ConnectError::Tcp(Arc::new(error)))?;
         let handshake =
             tokio::time::timeout(settings.handshake_timeout, handshake(tcp, target, settings)).await;
-        let (requests, mut connection, wire) = handshake.unwrap_or(Err(ConnectError::Timeout))?;
-        let ping = KeepaliveSettings { interval: settings.ping_interval, timeout: settings.ping_timeout };
-        let keepalive = Keepalive::new(connection.ping_pong(), ping);
+        let (requests, driver) = handshake.unwrap_or(Err(ConnectError::Timeout))?;
         let client = Arc::new(Self {
             requests,
             not_before: target.certificate.not_before,
@@ -62,7 +62,7 @@ impl Client {
             broken: AtomicBool::new(false),
             idle_since: Mutex::new(Instant::now()),
         });
-        Ok((client, Driver { connection, wire, keepalive }))
+        Ok((client, driver))
     }
 
     /// Whether new tunnels can be opened: neither broken nor told to go away.
@@ -150,12 +150,12 @@ async fn handshake(
     tcp: TcpStream,
     target: &PoolTarget,
     settings: &PoolSettings,
-) -> Result<(SendRequest<Bytes>, Connection, Wire), ConnectError> {
+) -> Result<(SendRequest<Bytes>, Driver), ConnectError> {
     let config = target.certificate.client_config(&target.identities);
     // The name plays no part: the verifier looks for an identity, and nothing is sent.
     let name = ServerName::IpAddress(IpAddr::V4(Ipv4Addr::UNSPECIFIED).into());
     let tls = TlsConnector::from(config).connect(name, tcp).await;
-    let wire = Wire::new(tls.map_err(|error| ConnectError::Tls(Arc::new(error)))?);
+    let wire = Wire::new(tls.map_err(tls_error)?);
     let mut beginning = pin!(
         h2::client::Builder::new()
             .initial_window_size(settings.stream_window)
@@ -168,9 +168,45 @@ async fn handshake(
             .handshake(wire.clone())
     );
     let begun = poll_fn(|cx| wire.drive(cx, |cx| beginning.as_mut().poll(cx))).await;
-    let begun = begun.map_err(|error| ConnectError::Tls(Arc::new(error)))?;
-    let (requests, connection) = begun.map_err(|error| ConnectError::Http2(Arc::new(error)))?;
-    Ok((requests, connection, wire))
+    let (requests, mut connection) = begun.map_err(tls_error)?.map_err(begin_error)?;
+    let mut ping = connection.ping_pong();
+    if let Some(ping) = &mut ping {
+        confirm(&mut connection, &wire, ping).await?;
+    }
+    let keepalive = KeepaliveSettings { interval: settings.ping_interval, timeout: settings.ping_timeout };
+    Ok((requests, Driver { connection, wire, keepalive: Keepalive::new(ping, keepalive) }))
+}
+
+/// Waits for the peer's first word, by a PING. In TLS 1.3 the client is done before the server has looked at its
+/// certificate, and in HTTP/2 it may send before it knows how many streams it may open; after this, both are certain.
+async fn confirm(connection: &mut Connection, wire: &Wire, ping: &mut PingPong) -> Result<(), ConnectError> {
+    ping.send_ping(Ping::opaque()).map_err(begin_error)?;
+    poll_fn(|cx| {
+        if let Poll::Ready(Ok(_)) = ping.poll_pong(cx) {
+            return Poll::Ready(Ok(()));
+        }
+        let ended = ready!(wire.drive(cx, |cx| Pin::new(&mut *connection).poll(cx)));
+        Poll::Ready(match ended {
+            Err(error) => Err(tls_error(error)),
+            Ok(Err(error)) => Err(begin_error(error)),
+            Ok(Ok(())) => Err(tls_error(io::ErrorKind::UnexpectedEof.into())),
+        })
+    })
+    .await
+}
+
+fn tls_error(error: io::Error) -> ConnectError {
+    ConnectError::Tls(Arc::new(error))
+}
+
+/// Before the peer's first word, a connection that breaks is the peer's way of refusing our certificate.
+fn begin_error(error: h2::Error) -> ConnectError {
+    if error.is_io()
+        && let Some(error) = error.get_io()
+    {
+        return tls_error(io::Error::new(error.kind(), error.to_string()));
+    }
+    ConnectError::Http2(Arc::new(error))
 }
 
 /// What moves the bytes of a connection.
@@ -200,7 +236,7 @@ impl Driver {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DriveError {
     #[error("cannot send to the peer")]
-    Send(#[source] std::io::Error),
+    Send(#[source] io::Error),
     #[error("HTTP/2 failed")]
     Http2(#[source] h2::Error),
     #[error("the peer did not answer a PING")]

@@ -17,3 +17,6 @@ pub use headers::{baggage, forwarded, forwarded_host, traceparent};
 pub use pool::{ConnectError, Pool, PoolSettings, PoolTarget};
 pub use server::{Connect, Downstream, ServeError, ServerSettings, serve};
 pub use tunnel::{TunnelError, TunnelStream};
+
+#[cfg(test)]
+mod tests;

@@ -394,3 +394,12 @@ impl Kept {
         }
     }
 }
+
+#[cfg(test)]
+impl Pool {
+    /// Whether nothing is kept, not even for a peer without connections.
+    pub(crate) fn shared_is_empty(&self) -> bool {
+        let state = self.shared.state.lock();
+        state.peers.is_empty() && state.connections == 0
+    }
+}

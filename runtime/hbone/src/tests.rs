@@ -1,0 +1,612 @@
+//! Both ends together: real TLS over loopback, certificates of a CA made for the test.
+
+use crate::{
+    Authority, Connect, ConnectError, Downstream, Pool, PoolSettings, PoolTarget, ServeError, ServerSettings,
+    TunnelStream, serve,
+};
+use cairn_identity::WorkloadCertificate;
+use cairn_mesh::Identity;
+use cairn_net::{ConnectOptions, Drain, DrainTrigger, ListenOptions, drain};
+use http::{HeaderMap, HeaderValue, Method, Request, StatusCode};
+use rustls_pki_types::ServerName;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tokio::task::{JoinHandle, JoinSet};
+use tokio_rustls::TlsConnector;
+
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// What no test should ever take.
+const LONG: Duration = Duration::from_secs(30);
+
+fn identity(name: &str) -> Identity {
+    Identity::new("cluster.local", "a", name).unwrap()
+}
+
+/// A CA, and certificates of it.
+struct Ca {
+    authority: cairn_identity::Authority,
+    _dir: tempfile::TempDir,
+}
+
+impl Ca {
+    fn new(trust_domain: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let authority = cairn_identity::Authority::open(dir.path(), trust_domain).unwrap();
+        Self { authority, _dir: dir }
+    }
+
+    async fn certificate(&self, identity: &Identity) -> Arc<WorkloadCertificate> {
+        Arc::new(WorkloadCertificate::request(&self.authority, identity, DAY).await.unwrap())
+    }
+}
+
+/// A server whose connections end up in `ended` with their result.
+struct Server {
+    address: SocketAddr,
+    ended: mpsc::UnboundedReceiver<Result<(), ServeError>>,
+    accepted: mpsc::UnboundedReceiver<()>,
+    _accepting: JoinHandle<()>,
+}
+
+impl Server {
+    fn start(
+        certificate: &Arc<WorkloadCertificate>,
+        settings: ServerSettings,
+        drain_of: impl Fn(usize) -> Drain + Send + 'static,
+        handler: impl Fn(Connect) + Send + Sync + 'static,
+    ) -> Self {
+        let listener = listener();
+        let address = listener.local_addr().unwrap();
+        let (ended_sender, ended) = mpsc::unbounded_channel();
+        let (accepted_sender, accepted) = mpsc::unbounded_channel();
+        let (certificate, handler) = (Arc::clone(certificate), Arc::new(handler));
+        let accepting = tokio::spawn(async move {
+            for number in 0.. {
+                let (tcp, _) = listener.accept().await.unwrap();
+                accepted_sender.send(()).unwrap();
+                let (settings, drain) = (settings.clone(), drain_of(number));
+                let (tls, handler) = (certificate.server_config(), Arc::clone(&handler));
+                let ended = ended_sender.clone();
+                tokio::spawn(async move {
+                    // The test may be over already.
+                    let _ = ended.send(serve(tcp, tls, &settings, drain, |connect| handler(connect)).await);
+                });
+            }
+        });
+        Self { address, ended, accepted, _accepting: accepting }
+    }
+
+    /// One that sends back what it gets.
+    fn echo(certificate: &Arc<WorkloadCertificate>) -> Self {
+        let (_, never) = drain();
+        Self::start(certificate, ServerSettings::default(), move |_| never.clone(), spawn_echo)
+    }
+
+    fn accepted_count(&mut self) -> usize {
+        std::iter::from_fn(|| self.accepted.try_recv().ok()).count()
+    }
+}
+
+fn listener() -> TcpListener {
+    cairn_net::listen("127.0.0.1:0".parse().unwrap(), &ListenOptions::default()).unwrap()
+}
+
+fn spawn_echo(connect: Connect) {
+    tokio::spawn(async move { echo(connect.accept(HeaderMap::new()).unwrap()).await });
+}
+
+async fn echo(stream: TunnelStream) {
+    let (mut read, mut write) = tokio::io::split(stream);
+    // The peer may cancel.
+    if tokio::io::copy(&mut read, &mut write).await.is_ok() {
+        let _ = write.shutdown().await;
+    }
+}
+
+fn target(certificate: &Arc<WorkloadCertificate>, connect: SocketAddr, server: &Identity) -> PoolTarget {
+    PoolTarget {
+        certificate: Arc::clone(certificate),
+        connect,
+        identities: vec![server.clone()],
+        options: ConnectOptions::default(),
+        authority: "10.0.0.7:8080".to_owned(),
+    }
+}
+
+async fn expect_echo(stream: &mut TunnelStream, text: &str) {
+    stream.write_all(text.as_bytes()).await.unwrap();
+    let mut back = vec![0; text.len()];
+    stream.read_exact(&mut back).await.unwrap();
+    assert_eq!(back, text.as_bytes());
+}
+
+/// Client, server and their certificates.
+struct Pair {
+    ca: Ca,
+    client: Arc<WorkloadCertificate>,
+    server: Arc<WorkloadCertificate>,
+}
+
+impl Pair {
+    async fn new() -> Self {
+        let ca = Ca::new("cluster.local");
+        let client = ca.certificate(&identity("client")).await;
+        let server = ca.certificate(&identity("server")).await;
+        Self { ca, client, server }
+    }
+
+    fn target(&self, connect: SocketAddr) -> PoolTarget {
+        target(&self.client, connect, &self.server.identity)
+    }
+}
+
+#[tokio::test]
+async fn tunnel_carries_bytes_identities_and_headers() {
+    let pair = Pair::new().await;
+    let (seen_sender, mut seen) = mpsc::unbounded_channel();
+    let (_, never) = drain();
+    let handler = move |connect: Connect| {
+        let downstream: Downstream = (**connect.downstream()).clone();
+        let baggage = connect.headers().get("baggage").cloned();
+        seen_sender.send((connect.authority().clone(), downstream, baggage)).unwrap();
+        let answer = [("baggage", "service.name=server")]
+            .into_iter()
+            .map(|(name, value)| (name.parse().unwrap(), HeaderValue::from_static(value)));
+        let stream = connect.accept(answer.collect()).unwrap();
+        tokio::spawn(echo(stream));
+    };
+    let server = Server::start(&pair.server, ServerSettings::default(), move |_| never.clone(), handler);
+    let pool = Pool::new(PoolSettings::default());
+    let mut headers = HeaderMap::new();
+    headers.insert("baggage", HeaderValue::from_static("service.name=client"));
+    let mut target = pair.target(server.address);
+    target.options.bind = Some("127.0.0.3".parse().unwrap());
+    let mut stream = pool.connect(&target, headers).await.unwrap();
+    expect_echo(&mut stream, "hello").await;
+    assert_eq!(stream.headers().get("baggage").unwrap(), "service.name=server");
+
+    let (authority, downstream, baggage) = seen.recv().await.unwrap();
+    assert_eq!(authority, Authority::Address("10.0.0.7:8080".parse().unwrap()));
+    assert_eq!(downstream.identity, pair.client.identity);
+    assert_eq!(downstream.local, server.address);
+    assert_eq!(downstream.address.ip(), Ipv4Addr::new(127, 0, 0, 3));
+    assert_eq!(baggage.unwrap(), "service.name=client");
+}
+
+#[tokio::test]
+async fn client_may_half_close_first() {
+    let pair = Pair::new().await;
+    let (_, never) = drain();
+    let handler = |connect: Connect| {
+        tokio::spawn(async move {
+            let mut stream = connect.accept(HeaderMap::new()).unwrap();
+            let mut question = String::new();
+            stream.read_to_string(&mut question).await.unwrap();
+            stream.write_all(format!("you said {question}").as_bytes()).await.unwrap();
+            stream.shutdown().await.unwrap();
+        });
+    };
+    let server = Server::start(&pair.server, ServerSettings::default(), move |_| never.clone(), handler);
+    let pool = Pool::new(PoolSettings::default());
+    let mut stream = pool.connect(&pair.target(server.address), HeaderMap::new()).await.unwrap();
+    stream.write_all(b"hello").await.unwrap();
+    stream.shutdown().await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    assert_eq!(answer, "you said hello");
+    assert!(stream.write_all(b"more").await.is_err());
+}
+
+#[tokio::test]
+async fn server_may_half_close_first() {
+    let pair = Pair::new().await;
+    let (received_sender, mut received) = mpsc::unbounded_channel();
+    let (_, never) = drain();
+    let handler = move |connect: Connect| {
+        let received = received_sender.clone();
+        tokio::spawn(async move {
+            let mut stream = connect.accept(HeaderMap::new()).unwrap();
+            stream.write_all(b"welcome").await.unwrap();
+            stream.shutdown().await.unwrap();
+            let mut text = String::new();
+            stream.read_to_string(&mut text).await.unwrap();
+            received.send(text).unwrap();
+        });
+    };
+    let server = Server::start(&pair.server, ServerSettings::default(), move |_| never.clone(), handler);
+    let pool = Pool::new(PoolSettings::default());
+    let mut stream = pool.connect(&pair.target(server.address), HeaderMap::new()).await.unwrap();
+    let mut welcome = String::new();
+    stream.read_to_string(&mut welcome).await.unwrap();
+    assert_eq!(welcome, "welcome");
+    stream.write_all(b"thank you").await.unwrap();
+    stream.shutdown().await.unwrap();
+    assert_eq!(received.recv().await.unwrap(), "thank you");
+}
+
+#[tokio::test]
+async fn cancelled_tunnel_ends_for_the_other_side() {
+    let pair = Pair::new().await;
+    let (ended_sender, mut ended) = mpsc::unbounded_channel();
+    let (_, never) = drain();
+    let handler = move |connect: Connect| {
+        let ended = ended_sender.clone();
+        tokio::spawn(async move {
+            let mut stream = connect.accept(HeaderMap::new()).unwrap();
+            let mut start = [0; 4];
+            stream.read_exact(&mut start).await.unwrap();
+            stream.write_all(&start).await.unwrap();
+            let mut rest = String::new();
+            ended.send(stream.read_to_string(&mut rest).await).unwrap();
+        });
+    };
+    let server = Server::start(&pair.server, ServerSettings::default(), move |_| never.clone(), handler);
+    let pool = Pool::new(PoolSettings::default());
+    let mut stream = pool.connect(&pair.target(server.address), HeaderMap::new()).await.unwrap();
+    expect_echo(&mut stream, "half").await;
+    drop(stream);
+    // As if it had ended in order: no error, nothing more.
+    assert_eq!(ended.recv().await.unwrap().unwrap(), 0);
+}
+
+#[tokio::test]
+async fn refusal_reaches_the_client_and_leaves_the_connection_usable() {
+    let pair = Pair::new().await;
+    let (_, never) = drain();
+    let handler = |connect: Connect| match connect.authority() {
+        Authority::Address(_) => spawn_echo(connect),
+        Authority::Host { port, .. } => {
+            let status = StatusCode::from_u16(*port).unwrap();
+            connect.refuse(status);
+        }
+    };
+    let mut server = Server::start(&pair.server, ServerSettings::default(), move |_| never.clone(), handler);
+    let pool = Pool::new(PoolSettings::default());
+    let mut target = pair.target(server.address);
+    for status in [400, 401, 403, 404, 503] {
+        target.authority = format!("status:{status}");
+        let error = pool.connect(&target, HeaderMap::new()).await.err().unwrap();
+        assert!(matches!(error, ConnectError::Refused(refused) if refused == status), "{error}");
+    }
+    let mut stream = pool.connect(&pair.target(server.address), HeaderMap::new()).await.unwrap();
+    expect_echo(&mut stream, "still here").await;
+    assert_eq!(server.accepted_count(), 1);
+}
+
+#[tokio::test]
+async fn what_is_no_tunnel_is_answered_400() {
+    let pair = Pair::new().await;
+    let server = Server::echo(&pair.server);
+    let config = pair.client.client_config(std::slice::from_ref(&pair.server.identity));
+    let tcp = TcpStream::connect(server.address).await.unwrap();
+    let name = ServerName::try_from("127.0.0.1").unwrap();
+    let tls = TlsConnector::from(config).connect(name, tcp).await.unwrap();
+    let (mut requests, connection) = h2::client::handshake(tls).await.unwrap();
+    tokio::spawn(connection);
+    for (name, method, uri) in [
+        ("a GET", Method::GET, "https://10.0.0.7:8080/"),
+        ("no port", Method::CONNECT, "10.0.0.7"),
+        ("a user", Method::CONNECT, "me@10.0.0.7:80"),
+    ] {
+        let request =
+            Request::builder().method(method).uri(uri).version(http::Version::HTTP_2).body(()).unwrap();
+        let (answer, _) = requests.send_request(request, true).unwrap();
+        assert_eq!(answer.await.unwrap().status(), StatusCode::BAD_REQUEST, "{name}");
+    }
+}
+
+#[tokio::test]
+async fn server_with_another_identity_is_refused() {
+    let pair = Pair::new().await;
+    let mut server = Server::echo(&pair.server);
+    let pool = Pool::new(PoolSettings::default());
+    let wrong = target(&pair.client, server.address, &identity("someone-else"));
+    let error = pool.connect(&wrong, HeaderMap::new()).await.err().unwrap();
+    assert!(matches!(error, ConnectError::Tls(_)), "{error}");
+    assert!(matches!(server.ended.recv().await.unwrap(), Err(ServeError::Tls(_))));
+    assert_eq!(pool.connection_count(), 0);
+}
+
+#[tokio::test]
+async fn client_of_another_trust_domain_is_refused() {
+    let pair = Pair::new().await;
+    // The same root, so that only the trust domain differs.
+    let dir = tempfile::tempdir().unwrap();
+    drop(cairn_identity::Authority::open(dir.path(), "cluster.local").unwrap());
+    let (cert, key) = (dir.path().join("root-cert.pem"), dir.path().join("root-key.pem"));
+    let both = Ca { authority: cairn_identity::Authority::from_files(&cert, &key).unwrap(), _dir: dir };
+    let own = both.certificate(&pair.server.identity).await;
+    let stranger = both.certificate(&Identity::new("elsewhere", "a", "client").unwrap()).await;
+    let mut server = Server::echo(&own);
+    let pool = Pool::new(PoolSettings::default());
+    let target = target(&stranger, server.address, &own.identity);
+    let error = pool.connect(&target, HeaderMap::new()).await.err().unwrap();
+    assert!(matches!(error, ConnectError::Tls(_)), "{error:?}");
+    assert!(matches!(server.ended.recv().await.unwrap(), Err(ServeError::Tls(_))));
+}
+
+#[tokio::test]
+async fn plaintext_client_is_refused() {
+    let pair = Pair::new().await;
+    let mut server = Server::echo(&pair.server);
+    let mut tcp = TcpStream::connect(server.address).await.unwrap();
+    tcp.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
+    assert!(matches!(server.ended.recv().await.unwrap(), Err(ServeError::Tls(_))));
+}
+
+#[tokio::test]
+async fn unreachable_peer_fails_everyone_who_waits() {
+    let pair = Pair::new().await;
+    let address = listener().local_addr().unwrap();
+    let pool = Pool::new(PoolSettings::default());
+    let mut waiting = JoinSet::new();
+    for _ in 0..5 {
+        let (pool, target) = (pool.clone(), pair.target(address));
+        waiting.spawn(async move { pool.connect(&target, HeaderMap::new()).await.err() });
+    }
+    for error in waiting.join_all().await {
+        assert!(matches!(error, Some(ConnectError::Tcp(_))));
+    }
+    assert!(pool.shared_is_empty());
+}
+
+#[tokio::test]
+async fn drain_sends_new_tunnels_elsewhere_and_lets_open_ones_finish() {
+    let pair = Pair::new().await;
+    let (trigger, first): (DrainTrigger, Drain) = drain();
+    let (_, later) = drain();
+    let drain_of = move |number| if number == 0 { first.clone() } else { later.clone() };
+    let mut server = Server::start(&pair.server, ServerSettings::default(), drain_of, spawn_echo);
+    let pool = Pool::new(PoolSettings::default());
+    let target = pair.target(server.address);
+    let mut open = pool.connect(&target, HeaderMap::new()).await.unwrap();
+    expect_echo(&mut open, "before").await;
+    assert_eq!(server.accepted_count(), 1);
+
+    trigger.start();
+    // The news takes a moment; no tunnel fails meanwhile.
+    let mut tunnels = 0;
+    while server.accepted_count() == 0 {
+        let mut stream = pool.connect(&target, HeaderMap::new()).await.unwrap();
+        expect_echo(&mut stream, "meanwhile").await;
+        tunnels += 1;
+        assert!(tunnels < 1000, "never told to go away");
+    }
+    expect_echo(&mut open, "after").await;
+    assert!(!trigger.finished(Duration::from_millis(10)).await);
+    open.shutdown().await.unwrap();
+    let mut rest = Vec::new();
+    open.read_to_end(&mut rest).await.unwrap();
+    drop(open);
+    assert!(trigger.finished(LONG).await);
+    assert!(server.ended.recv().await.unwrap().is_ok());
+}
+
+#[tokio::test]
+async fn many_tunnels_spread_over_connections_which_are_used_again() {
+    let pair = Pair::new().await;
+    let mut server = Server::echo(&pair.server);
+    let pool = Pool::new(PoolSettings::default());
+    for round in ["first", "second"] {
+        let mut opening = JoinSet::new();
+        for _ in 0..300 {
+            let (pool, target) = (pool.clone(), pair.target(server.address));
+            opening.spawn(async move {
+                let mut stream = pool.connect(&target, HeaderMap::new()).await.unwrap();
+                expect_echo(&mut stream, "hello").await;
+                stream
+            });
+        }
+        let open = opening.join_all().await;
+        assert_eq!(open.len(), 300);
+        assert_eq!(pool.connection_count(), 3, "{round}");
+        drop(open);
+    }
+    assert_eq!(server.accepted_count(), 3);
+}
+
+#[tokio::test]
+async fn peers_own_limit_is_kept() {
+    let pair = Pair::new().await;
+    let (_, never) = drain();
+    let settings = ServerSettings { streams_max: 10, ..Default::default() };
+    let server = Server::start(&pair.server, settings, move |_| never.clone(), spawn_echo);
+    let pool = Pool::new(PoolSettings::default());
+    let mut opening = JoinSet::new();
+    for _ in 0..25 {
+        let (pool, target) = (pool.clone(), pair.target(server.address));
+        opening.spawn(async move { pool.connect(&target, HeaderMap::new()).await.unwrap() });
+    }
+    let open = opening.join_all().await;
+    assert_eq!(pool.connection_count(), 3);
+    drop(open);
+}
+
+#[tokio::test]
+async fn new_certificate_loses_no_tunnel() {
+    let pair = Pair::new().await;
+    let mut server = Server::echo(&pair.server);
+    let pool = Pool::new(PoolSettings::default());
+    let (rotate, rotated) = tokio::sync::watch::channel(Arc::clone(&pair.client));
+    let mut load = JoinSet::new();
+    for _ in 0..20 {
+        let (pool, mut rotated) = (pool.clone(), rotated.clone());
+        let (address, peer) = (server.address, pair.server.identity.clone());
+        load.spawn(async move {
+            let old = target(&rotated.borrow_and_update().clone(), address, &peer);
+            let mut kept = pool.connect(&old, HeaderMap::new()).await.unwrap();
+            expect_echo(&mut kept, "before").await;
+            rotated.changed().await.unwrap();
+            for _ in 0..20 {
+                let new = target(&rotated.borrow().clone(), address, &peer);
+                let mut stream = pool.connect(&new, HeaderMap::new()).await.unwrap();
+                expect_echo(&mut stream, "during").await;
+                expect_echo(&mut kept, "still").await;
+            }
+        });
+    }
+    while pool.connection_count() == 0 {
+        tokio::task::yield_now().await;
+    }
+    // Certificates begin at whole seconds, so a newer one needs a later second.
+    let newer = loop {
+        let certificate = pair.ca.certificate(&pair.client.identity).await;
+        if certificate.not_before > pair.client.not_before {
+            break certificate;
+        }
+        tokio::task::yield_now().await;
+    };
+    rotate.send(newer).unwrap();
+    load.join_all().await;
+    // The old connection has closed itself once its tunnels were done.
+    assert!(server.ended.recv().await.unwrap().is_ok());
+    assert_eq!(pool.connection_count(), 1);
+    assert_eq!(server.accepted_count(), 2);
+}
+
+#[tokio::test]
+async fn bulk_arrives_whole_through_the_smallest_windows() {
+    let pair = Pair::new().await;
+    let (_, never) = drain();
+    let settings = ServerSettings {
+        stream_window: 65_535,
+        connection_window: 65_535,
+        frame_bytes_max: 16_384,
+        send_buffer_bytes_max: 10_000,
+        ..Default::default()
+    };
+    let server = Server::start(&pair.server, settings, move |_| never.clone(), spawn_echo);
+    let pool = Pool::new(PoolSettings {
+        stream_window: 65_535,
+        connection_window: 65_535,
+        frame_bytes_max: 16_384,
+        ..Default::default()
+    });
+    let mut transfers = JoinSet::new();
+    for seed in 0..3_u32 {
+        let stream = pool.connect(&pair.target(server.address), HeaderMap::new()).await.unwrap();
+        transfers.spawn(async move {
+            let data: Vec<u8> = (0..3_000_000).map(|i: u32| (i.wrapping_mul(31) + seed) as u8).collect();
+            let (mut read, mut write) = tokio::io::split(stream);
+            let sent = data.clone();
+            let send = tokio::spawn(async move {
+                for part in sent.chunks(17_000) {
+                    write.write_all(part).await.unwrap();
+                }
+                write.shutdown().await.unwrap();
+            });
+            let mut back = Vec::new();
+            read.read_to_end(&mut back).await.unwrap();
+            send.await.unwrap();
+            assert!(back == data);
+        });
+    }
+    transfers.join_all().await;
+}
+
+#[tokio::test]
+async fn idle_connection_is_closed() {
+    let pair = Pair::new().await;
+    let mut server = Server::echo(&pair.server);
+    let pool = Pool::new(PoolSettings {
+        idle_timeout: Duration::from_millis(20),
+        ping_interval: Duration::from_millis(20),
+        ..Default::default()
+    });
+    let target = pair.target(server.address);
+    let mut stream = pool.connect(&target, HeaderMap::new()).await.unwrap();
+    expect_echo(&mut stream, "hello").await;
+    drop(stream);
+    assert!(tokio::time::timeout(LONG, server.ended.recv()).await.unwrap().unwrap().is_ok());
+    assert!(pool.shared_is_empty());
+    let mut stream = pool.connect(&target, HeaderMap::new()).await.unwrap();
+    expect_echo(&mut stream, "again").await;
+}
+
+#[tokio::test]
+async fn silent_server_ends_its_tunnels() {
+    let pair = Pair::new().await;
+    let listener = listener();
+    let address = listener.local_addr().unwrap();
+    let tls = tokio_rustls::TlsAcceptor::from(pair.server.server_config());
+    let (open_sender, open) = tokio::sync::oneshot::channel::<()>();
+    tokio::spawn(async move {
+        let (tcp, _) = listener.accept().await.unwrap();
+        let mut connection = h2::server::handshake(tls.accept(tcp).await.unwrap()).await.unwrap();
+        let (_, mut answer) = connection.accept().await.unwrap().unwrap();
+        let stream = answer.send_response(http::Response::new(()), false).unwrap();
+        // Serves until the tunnel is open, and then never again.
+        tokio::select! {
+            _ = connection.accept() => {}
+            _ = open => {}
+        }
+        std::future::pending::<()>().await;
+        drop((stream, connection));
+    });
+    let pool = Pool::new(PoolSettings {
+        ping_interval: Duration::from_millis(20),
+        ping_timeout: Duration::from_millis(50),
+        ..Default::default()
+    });
+    let mut stream = pool.connect(&pair.target(address), HeaderMap::new()).await.unwrap();
+    open_sender.send(()).unwrap();
+    let read = tokio::time::timeout(LONG, stream.read_u8()).await.unwrap();
+    assert_ne!(read.unwrap_err().kind(), std::io::ErrorKind::UnexpectedEof);
+    assert!(pool.shared_is_empty());
+}
+
+#[tokio::test]
+async fn silent_client_ends_its_connection() {
+    let pair = Pair::new().await;
+    let (_, never) = drain();
+    let settings = ServerSettings {
+        ping_interval: Duration::from_millis(20),
+        ping_timeout: Duration::from_millis(50),
+        ..Default::default()
+    };
+    let mut server = Server::start(&pair.server, settings, move |_| never.clone(), spawn_echo);
+    let config = pair.client.client_config(std::slice::from_ref(&pair.server.identity));
+    let tcp = TcpStream::connect(server.address).await.unwrap();
+    let name = ServerName::try_from("127.0.0.1").unwrap();
+    let tls = TlsConnector::from(config).connect(name, tcp).await.unwrap();
+    // Begins, and never reads again.
+    let kept = h2::client::handshake(tls).await.unwrap();
+    let ended = tokio::time::timeout(LONG, server.ended.recv()).await.unwrap().unwrap();
+    assert!(matches!(ended, Err(ServeError::NoAnswer(_))), "{ended:?}");
+    drop(kept);
+}
+
+#[tokio::test]
+async fn handshake_has_a_deadline() {
+    let pair = Pair::new().await;
+    let (_, never) = drain();
+    let settings = ServerSettings { handshake_timeout: Duration::from_millis(20), ..Default::default() };
+    let mut server = Server::start(&pair.server, settings, move |_| never.clone(), spawn_echo);
+    let silent = TcpStream::connect(server.address).await.unwrap();
+    assert!(matches!(server.ended.recv().await.unwrap(), Err(ServeError::HandshakeTimeout(_))));
+    drop(silent);
+
+    let listener = listener();
+    let pool = Pool::new(PoolSettings { handshake_timeout: Duration::from_millis(20), ..Default::default() });
+    let target = pair.target(listener.local_addr().unwrap());
+    let error = pool.connect(&target, HeaderMap::new()).await.err().unwrap();
+    assert!(matches!(error, ConnectError::Timeout));
+}
+
+#[tokio::test]
+async fn unanswered_connect_has_a_deadline() {
+    let pair = Pair::new().await;
+    let (kept_sender, mut kept) = mpsc::unbounded_channel();
+    let (_, never) = drain();
+    let handler = move |connect: Connect| kept_sender.send(connect).unwrap();
+    let server = Server::start(&pair.server, ServerSettings::default(), move |_| never.clone(), handler);
+    let pool = Pool::new(PoolSettings { answer_timeout: Duration::from_millis(20), ..Default::default() });
+    let error = pool.connect(&pair.target(server.address), HeaderMap::new()).await.err().unwrap();
+    assert!(matches!(error, ConnectError::Timeout));
+    assert!(kept.recv().await.is_some());
+}
