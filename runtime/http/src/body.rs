@@ -1,0 +1,160 @@
+//! Bodies in passing: frames go on as they come, and are counted.
+
+use crate::record::{Ending, Record};
+use crate::reply::{GRPC_STATUS, grpc_status};
+use crate::upstream::Lease;
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::task::{Context, Poll, ready};
+
+/// How far a request's body has come.
+#[derive(Debug, Default)]
+pub(crate) struct Progress {
+    pub(crate) bytes: AtomicU64,
+    /// The client ended it before its end.
+    pub(crate) broken: AtomicBool,
+}
+
+/// A request's body on its way upstream.
+pub(crate) struct RequestBody {
+    /// `None`: there is no body.
+    incoming: Option<(Incoming, Arc<Progress>)>,
+}
+
+impl RequestBody {
+    pub(crate) fn none() -> Self {
+        Self { incoming: None }
+    }
+
+    /// The body, and how to follow it if there is one.
+    pub(crate) fn new(incoming: Incoming) -> (Self, Option<Arc<Progress>>) {
+        if incoming.is_end_stream() {
+            return (Self { incoming: None }, None);
+        }
+        let progress = Arc::new(Progress::default());
+        (Self { incoming: Some((incoming, Arc::clone(&progress))) }, Some(progress))
+    }
+}
+
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let Some((incoming, progress)) = &mut self.incoming else { return Poll::Ready(None) };
+        let frame = ready!(Pin::new(incoming).poll_frame(cx));
+        match &frame {
+            Some(Ok(frame)) => {
+                let length = frame.data_ref().map_or(0, Bytes::len);
+                progress.bytes.fetch_add(length as u64, Relaxed);
+            }
+            Some(Err(_)) => progress.broken.store(true, Relaxed),
+            None => {}
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.incoming.as_ref().is_none_or(|(incoming, _)| incoming.is_end_stream())
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.incoming.as_ref().map_or_else(|| SizeHint::with_exact(0), |(incoming, _)| incoming.size_hint())
+    }
+}
+
+/// A response's body on its way to the client. It holds the exchange's record, which is finished when the body is
+/// over or dropped, and the upstream connection, which goes back to the pool when the body is over.
+pub(crate) struct ResponseBody {
+    content: Content,
+    record: Option<Box<Record>>,
+    lease: Option<Lease>,
+}
+
+enum Content {
+    Full(Bytes),
+    Upstream(Incoming),
+}
+
+impl ResponseBody {
+    pub(crate) fn full(bytes: Bytes, record: Option<Box<Record>>) -> Self {
+        Self { content: Content::Full(bytes), record, lease: None }
+    }
+
+    pub(crate) fn upstream(incoming: Incoming, record: Box<Record>, lease: Lease) -> Self {
+        Self { content: Content::Upstream(incoming), record: Some(record), lease: Some(lease) }
+    }
+
+    fn is_over(&self) -> bool {
+        match &self.content {
+            Content::Full(bytes) => bytes.is_empty(),
+            Content::Upstream(incoming) => incoming.is_end_stream(),
+        }
+    }
+
+    fn finish(&mut self, ending: Ending) {
+        if let Some(mut record) = self.record.take() {
+            record.end(ending);
+        }
+        if let Some(lease) = self.lease.take().filter(|_| ending == Ending::Complete) {
+            lease.put_back();
+        }
+    }
+}
+
+impl Body for ResponseBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let this = &mut *self;
+        let frame = match &mut this.content {
+            Content::Full(bytes) if bytes.is_empty() => None,
+            Content::Full(bytes) => Some(Ok(Frame::data(std::mem::take(bytes)))),
+            Content::Upstream(incoming) => ready!(Pin::new(incoming).poll_frame(cx)),
+        };
+        match &frame {
+            None => this.finish(Ending::Complete),
+            Some(Err(_)) => this.finish(Ending::UpstreamCut),
+            Some(Ok(frame)) => {
+                if let Some(record) = &mut this.record {
+                    record.response_body_bytes += frame.data_ref().map_or(0, Bytes::len) as u64;
+                    if let Some(status) = frame.trailers_ref().and_then(|trailers| trailers.get(GRPC_STATUS))
+                    {
+                        record.grpc_status = Some(grpc_status(status));
+                    }
+                }
+            }
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.is_over()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.content {
+            Content::Full(bytes) => SizeHint::with_exact(bytes.len() as u64),
+            Content::Upstream(incoming) => incoming.size_hint(),
+        }
+    }
+}
+
+impl Drop for ResponseBody {
+    fn drop(&mut self) {
+        // Who reads a body of known length does not ask for its end.
+        let ending = if self.is_over() { Ending::Complete } else { Ending::ClientGone };
+        self.finish(ending);
+    }
+}

@@ -1,0 +1,175 @@
+//! The conditions of a route, compiled: regular expressions built, names parsed.
+
+use cairn_filter::RequestHead;
+use cairn_mesh::{NameMatch, PathRule, RouteMatch, ValueMatch};
+use http::{HeaderName, Method};
+use regex::Regex;
+use std::borrow::Cow;
+use std::cmp::Reverse;
+use std::sync::Arc;
+
+/// One alternative of a rule, compiled.
+#[derive(Clone, Debug)]
+pub(crate) struct Matcher {
+    path: PathMatcher,
+    method: Option<Method>,
+    headers: Vec<(HeaderName, ValueMatcher)>,
+    query: Vec<(Arc<str>, ValueMatcher)>,
+}
+
+/// Why an alternative cannot be compiled.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum MatcherError {
+    #[error("`{0}` is not a regular expression")]
+    Regex(Arc<str>),
+    #[error("`{0}` is not a header name")]
+    HeaderName(Arc<str>),
+    #[error("`{0}` is not a method")]
+    Method(Arc<str>),
+}
+
+/// Where an alternative stands among all of a destination: lower is tried first.
+///
+/// Exact paths, then prefixes, then expressions, each longer first; then with a method, more headers, more query
+/// parameters (facts: Istio's order for HTTPRoutes; the Gateway API leaves expressions open).
+pub(crate) type Precedence = (u8, Reverse<usize>, Reverse<bool>, Reverse<usize>, Reverse<usize>);
+
+impl Matcher {
+    pub(crate) fn compile(rule: &RouteMatch) -> Result<Self, MatcherError> {
+        let path = PathMatcher::compile(&rule.path)?;
+        let method = rule.method.as_ref().map(|method| {
+            Method::from_bytes(method.as_bytes()).map_err(|_| MatcherError::Method(Arc::clone(method)))
+        });
+        let header = |rule: &NameMatch| {
+            let name = HeaderName::from_bytes(rule.name.as_bytes())
+                .map_err(|_| MatcherError::HeaderName(Arc::clone(&rule.name)))?;
+            Ok((name, ValueMatcher::compile(&rule.value)?))
+        };
+        let query = |rule: &NameMatch| Ok((Arc::clone(&rule.name), ValueMatcher::compile(&rule.value)?));
+        Ok(Self {
+            path,
+            method: method.transpose()?,
+            headers: rule.headers.iter().map(header).collect::<Result<_, _>>()?,
+            query: rule.query.iter().map(query).collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// A matcher for an alternative that does not compile: by its path alone, and by any path if that is what does
+    /// not compile. It stands in front of an error answer, so it may take too much but never too little.
+    pub(crate) fn of_path_alone(rule: &RouteMatch) -> Self {
+        let path = PathMatcher::compile(&rule.path).unwrap_or(PathMatcher::Prefix("".into()));
+        Self { path, method: None, headers: Vec::new(), query: Vec::new() }
+    }
+
+    /// The place of `rule`, which need not compile.
+    pub(crate) fn precedence(rule: &RouteMatch) -> Precedence {
+        let (rank, length) = match &rule.path {
+            PathRule::Exact(path) => (0, path.len()),
+            PathRule::Prefix(prefix) => (1, prefix.trim_end_matches('/').len()),
+            PathRule::Regex(expression) => (2, expression.len()),
+        };
+        let has_method = rule.method.is_some();
+        (rank, Reverse(length), Reverse(has_method), Reverse(rule.headers.len()), Reverse(rule.query.len()))
+    }
+
+    pub(crate) fn matches(&self, head: &RequestHead) -> bool {
+        self.path.matches(head.path.path())
+            && self.method.as_ref().is_none_or(|method| *method == head.method)
+            && self
+                .headers
+                .iter()
+                .all(|(name, value)| header(head, name).is_some_and(|text| value.matches(&text)))
+            && self.query.iter().all(|(name, value)| {
+                parameter(head.path.query().unwrap_or(""), name).is_some_and(|text| value.matches(text))
+            })
+    }
+
+    /// The prefix that a rewrite replaces, if the path is matched by one.
+    pub(crate) fn prefix(&self) -> Option<&Arc<str>> {
+        match &self.path {
+            PathMatcher::Prefix(prefix) => Some(prefix),
+            PathMatcher::Exact(_) | PathMatcher::Regex(_) => None,
+        }
+    }
+
+    pub(crate) fn looks_at_headers(&self) -> bool {
+        !self.headers.is_empty()
+    }
+}
+
+#[derive(Clone, Debug)]
+enum PathMatcher {
+    Exact(Arc<str>),
+    /// Without a trailing `/`: the root is the empty text.
+    Prefix(Arc<str>),
+    Regex(Regex),
+}
+
+impl PathMatcher {
+    fn compile(rule: &PathRule) -> Result<Self, MatcherError> {
+        Ok(match rule {
+            PathRule::Exact(path) => Self::Exact(Arc::clone(path)),
+            PathRule::Prefix(prefix) => Self::Prefix(prefix.trim_end_matches('/').into()),
+            PathRule::Regex(expression) => Self::Regex(full_match(expression)?),
+        })
+    }
+
+    fn matches(&self, path: &str) -> bool {
+        match self {
+            Self::Exact(exact) => **exact == *path,
+            Self::Prefix(prefix) => {
+                path.strip_prefix(&**prefix).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+            }
+            Self::Regex(regex) => regex.is_match(path),
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+enum ValueMatcher {
+    Exact(Arc<str>),
+    Regex(Regex),
+}
+
+impl ValueMatcher {
+    fn compile(value: &ValueMatch) -> Result<Self, MatcherError> {
+        Ok(match value {
+            ValueMatch::Exact(text) => Self::Exact(Arc::clone(text)),
+            ValueMatch::Regex(expression) => Self::Regex(full_match(expression)?),
+        })
+    }
+
+    fn matches(&self, text: &str) -> bool {
+        match self {
+            Self::Exact(exact) => **exact == *text,
+            Self::Regex(regex) => regex.is_match(text),
+        }
+    }
+}
+
+/// An expression that must match the whole text, as RE2's full match in Envoy.
+fn full_match(expression: &Arc<str>) -> Result<Regex, MatcherError> {
+    Regex::new(&format!("^(?:{expression})$")).map_err(|_| MatcherError::Regex(Arc::clone(expression)))
+}
+
+/// A header's value; those of a repeated header joined by commas, as Envoy looks at them.
+fn header<'a>(head: &'a RequestHead, name: &HeaderName) -> Option<Cow<'a, str>> {
+    if *name == http::header::HOST {
+        return head.authority.to_str().ok().map(Cow::Borrowed);
+    }
+    let mut values = head.headers.get_all(name).iter();
+    let first = values.next()?.to_str().ok()?;
+    let mut joined = Cow::Borrowed(first);
+    for value in values {
+        let joined = joined.to_mut();
+        joined.push(',');
+        joined.push_str(value.to_str().ok()?);
+    }
+    Some(joined)
+}
+
+/// The first value of a query parameter, as sent: not decoded.
+fn parameter<'a>(query: &'a str, name: &str) -> Option<&'a str> {
+    let pairs = query.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
+    pairs.into_iter().find(|(key, _)| *key == name).map(|(_, value)| value)
+}

@@ -1,0 +1,28 @@
+//! The compiled configuration of one destination, pinned once by each exchange.
+
+use crate::RouteTable;
+use arc_swap::ArcSwap;
+use cairn_filter::Chain;
+use cairn_mesh::{AppProtocol, PathNormalization, Service, Workload};
+use std::sync::Arc;
+
+/// What is done with the traffic to one destination: a port of a service, or a workload.
+pub struct Site {
+    /// The filters.
+    pub chain: Chain,
+    /// The routes.
+    pub routes: RouteTable,
+    /// The service; `None` for traffic addressed to a workload.
+    pub service: Option<Arc<Service>>,
+    /// The port addressed.
+    pub port: u16,
+    /// What the port is declared to carry.
+    pub protocol: AppProtocol,
+    /// How paths are normalised.
+    pub normalization: PathNormalization,
+    /// The waypoint's own workload, from whose place in the world endpoints are preferred.
+    pub viewpoint: Option<Arc<Workload>>,
+}
+
+/// Where the current [`Site`] of a destination is found.
+pub type SiteHandle = Arc<ArcSwap<Site>>;

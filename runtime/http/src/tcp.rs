@@ -1,0 +1,115 @@
+//! Connections that carry no HTTP: an endpoint is chosen and bytes are copied.
+
+use crate::endpoint::{Chosen, choose};
+use crate::route::Target;
+use crate::stream::Upstream;
+use crate::{Failure, Site, SiteHandle, Worker, upstream};
+use cairn_filter::Connection;
+use cairn_net::ByteCounts;
+use cairn_telemetry::{Direction, PeerLabels, Reporter, Security, TcpConnection, TcpLabels, TcpRecord};
+use std::io;
+use std::pin::pin;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant, SystemTime};
+use tokio::io::{AsyncRead, AsyncWrite};
+
+/// How often the bytes of a connection that lasts are counted.
+const REPORT_EVERY: Duration = Duration::from_secs(5);
+
+/// Copies between `stream` and an endpoint of its destination.
+pub(crate) async fn serve<S>(mut stream: S, connection: &Connection, site: &SiteHandle, worker: &Worker)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send,
+{
+    let started = (Instant::now(), SystemTime::now());
+    let site = site.load_full();
+    let counts = ByteCounts::default();
+    let (chosen, outcome) = match open(connection, &site, worker).await {
+        Ok((chosen, mut server)) => {
+            let mut counted =
+                TcpConnection::open(&worker.telemetry().metrics, labels(connection, Some(&chosen), "-"));
+            let copied = copy(&mut stream, &mut server, &counts, &mut counted).await;
+            counted.close("-");
+            (Some(chosen), copied.map_err(|error| error.to_string()))
+        }
+        Err(failure) => {
+            let labels = labels(connection, None, failure.answer().flags);
+            TcpConnection::failed(&worker.telemetry().metrics, &labels);
+            (None, Err(failure.to_string()))
+        }
+    };
+    let workload = chosen.as_ref().map(|chosen| &chosen.workload);
+    let upstream = chosen.as_ref().map(|chosen| chosen.active.host());
+    worker.telemetry().record_tcp(&TcpRecord {
+        started: started.1,
+        duration: started.0.elapsed(),
+        direction: Direction::Inbound,
+        source: connection.source.address,
+        source_workload: connection.source.workload.as_ref(),
+        source_identity: connection.source.identity.as_ref(),
+        destination: upstream.map_or(connection.destination, |host| host.address),
+        hbone_authority: &connection.destination.to_string(),
+        service: connection.service.as_ref(),
+        destination_workload: workload,
+        destination_identity: upstream.and_then(|host| host.identity.as_ref()),
+        bytes_sent: counts.sent.load(Relaxed),
+        bytes_received: counts.received.load(Relaxed),
+        error: outcome.as_ref().err().map_or("", String::as_str),
+        plan: "waypoint",
+        decision: "",
+        policy: "",
+    });
+}
+
+async fn open(connection: &Connection, site: &Site, worker: &Worker) -> Result<(Chosen, Upstream), Failure> {
+    let target = match &site.service {
+        Some(service) => Target::Service { key: service.key(), port: site.port },
+        None => Target::Addressed,
+    };
+    let mut tried = Vec::new();
+    loop {
+        let chosen = choose(worker, site, &target, connection, &tried)?;
+        match upstream::open(worker, chosen.active.host()).await {
+            Ok(server) => return Ok((chosen, server)),
+            Err(failure) if !failure.answer().retry || tried.len() == worker.settings.retries_max => {
+                return Err(failure);
+            }
+            Err(_) => tried.push(chosen.active.host().address),
+        }
+    }
+}
+
+async fn copy<S>(
+    client: &mut S,
+    server: &mut Upstream,
+    counts: &ByteCounts,
+    counted: &mut TcpConnection,
+) -> io::Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send,
+{
+    let mut copying = pin!(cairn_net::copy(client, server, counts));
+    let outcome = loop {
+        match tokio::time::timeout(REPORT_EVERY, copying.as_mut()).await {
+            Ok(outcome) => break outcome,
+            Err(_elapsed) => counted.report(counts.received.load(Relaxed), counts.sent.load(Relaxed)),
+        }
+    };
+    counted.report(counts.received.load(Relaxed), counts.sent.load(Relaxed));
+    outcome
+}
+
+fn labels(connection: &Connection, chosen: Option<&Chosen>, response_flags: &'static str) -> TcpLabels {
+    let source = PeerLabels::of(connection.source.workload.as_ref(), connection.source.identity.as_ref());
+    let workload = chosen.map(|chosen| &chosen.workload);
+    let destination = PeerLabels::of(workload, workload.map(|workload| &workload.identity));
+    let security = Security::between(&source, &destination);
+    TcpLabels {
+        reporter: Reporter::Waypoint,
+        source,
+        destination,
+        service: connection.service.clone(),
+        response_flags,
+        security,
+    }
+}
