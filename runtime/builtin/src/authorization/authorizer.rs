@@ -212,9 +212,9 @@ impl Ruleset {
     fn explain(&self, alive: &Alive, facts: &ConnectionFacts, head: &RequestHead) -> String {
         let open = alive.open.iter().filter_map(|open| self.rule(open.rule));
         let looked_at = open.chain(&self.rules).take(RULES_EXPLAINED_MAX);
-        let distances = looked_at.filter_map(|rule| Some((rule, rule.distance(facts, head)?)));
-        match distances.min_by_key(|(_, (count, _))| *count) {
-            Some((rule, (_, miss))) => {
+        let nearest = looked_at.min_by_key(|rule| rule.distance(facts, head));
+        match nearest.and_then(|rule| Some((rule, rule.first_miss(facts, head)?))) {
+            Some((rule, miss)) => {
                 format!("ALLOW {} rule {} failed on {}: {}", rule.policy, rule.index, miss.field, miss.text)
             }
             None => match self.policies.first() {

@@ -55,48 +55,65 @@ pub(super) enum OfConnection {
 impl OfConnection {
     /// Whether it holds. A peer without identity matches no value of any kind.
     pub(super) fn holds(&self, facts: &ConnectionFacts) -> bool {
-        self.look(facts).is_none()
+        let identity = facts.identity.as_ref();
+        let is = |test: &dyn Fn(&Identity) -> bool| identity.is_some_and(test);
+        let destination = facts.destination;
+        match self {
+            Self::Principal(values) => values.hold(|text| is(&|peer| text.matches(peer.principal()))),
+            Self::Namespace(values) => values.hold(|pattern| is(&|peer| glob(pattern, peer.namespace()))),
+            Self::ServiceAccount(values) => values.hold(|account| {
+                is(&|peer| {
+                    *account.namespace == *peer.namespace() && *account.name == *peer.service_account()
+                })
+            }),
+            Self::TrustDomain(values) => values.hold(|text| is(&|peer| text.matches(peer.trust_domain()))),
+            Self::SourceIp(values) => values.hold(|block| block.contains(&facts.source)),
+            Self::DestinationIp(values) => {
+                values.hold(|block| block.contains(&destination.ip().to_canonical()))
+            }
+            Self::DestinationPort(values) => values.hold(|port| *port == destination.port()),
+            Self::Sni(values) => values.hold(|text| text.matches("")),
+        }
     }
 
-    /// Why it does not hold.
-    pub(super) fn look(&self, facts: &ConnectionFacts) -> Option<Miss> {
-        let identity = facts.identity.as_ref();
-        let of_identity = |part: for<'a> fn(&'a Identity) -> &'a str| identity.map(part);
-        let destination = facts.destination.ip().to_canonical();
+    /// What it looks at and finds instead, when it does not hold.
+    pub(super) fn miss(&self, facts: &ConnectionFacts) -> Miss {
+        let found = |part: fn(&Identity) -> String| match &facts.identity {
+            Some(identity) => part(identity),
+            None => "a peer without identity".to_owned(),
+        };
+        let destination = facts.destination;
         match self {
             Self::Principal(values) => {
-                let principal = of_identity(Identity::principal);
-                miss("principal", values, principal, |text, principal| text.matches(principal))
+                Miss::new("principal", found(|peer| peer.principal().to_owned()), values, ToString::to_string)
             }
             Self::Namespace(values) => {
-                let namespace = of_identity(Identity::namespace);
-                miss("namespace", values, namespace, |pattern, namespace| glob(pattern, namespace))
+                Miss::new("namespace", found(|peer| peer.namespace().to_owned()), values, ToString::to_string)
             }
             Self::ServiceAccount(values) => {
-                let named = |account: &ServiceAccount, identity: &Identity| {
-                    *account.namespace == *identity.namespace()
-                        && *account.name == *identity.service_account()
-                };
-                let account =
-                    |identity: &Identity| format!("{}/{}", identity.namespace(), identity.service_account());
-                let describe = |account: &ServiceAccount| format!("{}/{}", account.namespace, account.name);
-                let holds = values.hold(|account| identity.is_some_and(|identity| named(account, identity)));
-                (!holds).then(|| Miss::new("service account", identity.map(account), values, describe))
+                let found = found(|peer| format!("{}/{}", peer.namespace(), peer.service_account()));
+                let name = |account: &ServiceAccount| format!("{}/{}", account.namespace, account.name);
+                Miss::new("service account", found, values, name)
             }
-            Self::TrustDomain(values) => {
-                let domain = of_identity(Identity::trust_domain);
-                miss("trust domain", values, domain, |text, domain| text.matches(domain))
-            }
+            Self::TrustDomain(values) => Miss::new(
+                "trust domain",
+                found(|peer| peer.trust_domain().to_owned()),
+                values,
+                ToString::to_string,
+            ),
             Self::SourceIp(values) => {
-                miss("source ip", values, Some(facts.source), |block, ip| block.contains(&ip))
+                Miss::new("source ip", facts.source.to_string(), values, ToString::to_string)
             }
             Self::DestinationIp(values) => {
-                miss("destination ip", values, Some(destination), |block, ip| block.contains(&ip))
+                let found = destination.ip().to_canonical().to_string();
+                Miss::new("destination ip", found, values, ToString::to_string)
             }
             Self::DestinationPort(values) => {
-                miss("port", values, Some(facts.destination.port()), |wanted, port| *wanted == port)
+                Miss::new("port", destination.port().to_string(), values, ToString::to_string)
             }
-            Self::Sni(values) => miss("sni", values, Some(""), |text, sni| text.matches(sni)),
+            Self::Sni(values) => {
+                Miss::new("sni", "a tunnelled connection".to_owned(), values, ToString::to_string)
+            }
         }
     }
 }
@@ -171,25 +188,18 @@ impl OfRequest {
         }
     }
 
-    /// Why it does not hold. Values of headers may be secrets, so they are not told.
-    pub(super) fn look(&self, head: &RequestHead, source: IpAddr) -> Option<Miss> {
-        if self.holds(head, source) {
-            return None;
-        }
-        Some(match self {
+    /// What it looks at and finds instead, when it does not hold. Values of headers may be secrets, so they are not
+    /// told.
+    pub(super) fn miss(&self, head: &RequestHead, source: IpAddr) -> Miss {
+        match self {
             Self::Host(values) => {
                 let host = String::from_utf8_lossy(head.authority.as_bytes()).into_owned();
-                Miss::new("host", Some(host), values, ToString::to_string)
+                Miss::new("host", host, values, ToString::to_string)
             }
-            Self::Method(values) => {
-                Miss::new("method", Some(head.method.to_string()), values, ToString::to_string)
-            }
-            Self::Path(values) => {
-                Miss::new("path", Some(head.path.path().to_owned()), values, ToString::to_string)
-            }
+            Self::Method(values) => Miss::new("method", head.method.to_string(), values, ToString::to_string),
+            Self::Path(values) => Miss::new("path", head.path.path().to_owned(), values, ToString::to_string),
             Self::Header(header, values) => {
-                let present = header.value(head).is_some();
-                let text = match (present, values.any.is_empty()) {
+                let text = match (header.value(head).is_some(), values.any.is_empty()) {
                     (false, _) => "it is absent",
                     (true, true) => "its value is excluded",
                     (true, false) => "its value is none of those asked for",
@@ -197,9 +207,9 @@ impl OfRequest {
                 Miss { field: format!("header {}", header.name).into(), text: text.to_owned() }
             }
             Self::RemoteIp(values) => {
-                Miss::new("remote ip", Some(remote_ip(head, source).to_string()), values, ToString::to_string)
+                Miss::new("remote ip", remote_ip(head, source).to_string(), values, ToString::to_string)
             }
-        })
+        }
     }
 }
 
@@ -308,16 +318,8 @@ const VALUES_NAMED_MAX: usize = 3;
 const SUBJECT_CHARS_MAX: usize = 128;
 
 impl Miss {
-    fn new<T>(
-        field: &'static str,
-        found: Option<String>,
-        values: &Values<T>,
-        name: impl Fn(&T) -> String,
-    ) -> Self {
-        let found = match found {
-            Some(found) => found.chars().take(SUBJECT_CHARS_MAX).collect(),
-            None => "a peer without identity".to_owned(),
-        };
+    fn new<T>(field: &'static str, found: String, values: &Values<T>, name: impl Fn(&T) -> String) -> Self {
+        let found: String = found.chars().take(SUBJECT_CHARS_MAX).collect();
         let (verb, wanted) =
             if values.any.is_empty() { ("excluded by", &values.none) } else { ("not", &values.any) };
         let named: Vec<String> = wanted.iter().take(VALUES_NAMED_MAX).map(name).collect();
@@ -325,17 +327,6 @@ impl Miss {
         let more = if more > 0 { format!(" or {more} more") } else { String::new() };
         Self { field: field.into(), text: format!("{found} is {verb} {}{more}", named.join(" or ")) }
     }
-}
-
-/// Whether `values` miss what was found, and how. Nothing found (no identity) matches no value.
-fn miss<T: fmt::Display, F: Copy + fmt::Display>(
-    field: &'static str,
-    values: &Values<T>,
-    found: Option<F>,
-    matches: impl Fn(&T, F) -> bool,
-) -> Option<Miss> {
-    let holds = values.hold(|value| found.is_some_and(|found| matches(value, found)));
-    (!holds).then(|| Miss::new(field, found.map(|found| found.to_string()), values, ToString::to_string))
 }
 
 #[cfg(test)]

@@ -92,18 +92,28 @@ impl Rule {
         holds(&open.to, &self.to) && holds(&open.from, &self.from) && self.when.hold_of(facts, head)
     }
 
-    /// How far a request is from matching: how many checks fail, at least one, and the first of them.
-    pub(super) fn distance(&self, facts: &ConnectionFacts, head: &RequestHead) -> Option<(usize, Miss)> {
-        let nearest = |alternatives: &[Checks]| {
-            let distances =
-                alternatives.iter().take(ALTERNATIVES_EXPLAINED_MAX).map(|c| c.distance(facts, head));
-            distances.min_by_key(|(count, _)| *count).unwrap_or((0, None))
-        };
-        let parts = [nearest(&self.from), nearest(&self.to), self.when.distance(facts, head)];
-        let count = parts.iter().map(|(count, _)| count).sum();
-        let first = parts.into_iter().find_map(|(_, miss)| miss)?;
-        Some((count, first))
+    /// How far a request is from matching: how many checks fail, in the alternatives where the fewest do.
+    pub(super) fn distance(&self, facts: &ConnectionFacts, head: &RequestHead) -> usize {
+        let nearest = |alternatives| nearest(alternatives, facts, head).map_or(0, |(distance, _)| distance);
+        nearest(&self.from) + nearest(&self.to) + self.when.distance(facts, head)
     }
+
+    /// The first check that fails on the shortest way to a match.
+    pub(super) fn first_miss(&self, facts: &ConnectionFacts, head: &RequestHead) -> Option<Miss> {
+        let from = nearest(&self.from, facts, head).map(|(_, checks)| checks);
+        let to = nearest(&self.to, facts, head).map(|(_, checks)| checks);
+        from.into_iter().chain(to).chain([&self.when]).find_map(|checks| checks.first_miss(facts, head))
+    }
+}
+
+/// Of alternatives, the one of which the fewest checks fail, and how many do.
+fn nearest<'a>(
+    alternatives: &'a [Checks],
+    facts: &ConnectionFacts,
+    head: &RequestHead,
+) -> Option<(usize, &'a Checks)> {
+    let looked_at = alternatives.iter().take(ALTERNATIVES_EXPLAINED_MAX);
+    looked_at.map(|checks| (checks.distance(facts, head), checks)).min_by_key(|(distance, _)| *distance)
 }
 
 /// The most alternatives of a rule that an explanation looks at: refusing must stay cheap.
@@ -190,11 +200,16 @@ impl Checks {
         self.request.iter().all(|check| check.holds(head, facts.source))
     }
 
-    fn distance(&self, facts: &ConnectionFacts, head: &RequestHead) -> (usize, Option<Miss>) {
-        let of_connection = self.connection.iter().filter_map(|check| check.look(facts));
-        let of_request = self.request.iter().filter_map(|check| check.look(head, facts.source));
-        let mut misses = of_connection.chain(of_request);
-        let first = misses.next();
-        (usize::from(first.is_some()) + misses.count(), first)
+    fn distance(&self, facts: &ConnectionFacts, head: &RequestHead) -> usize {
+        let of_connection = self.connection.iter().filter(|check| !check.holds(facts)).count();
+        of_connection + self.request.iter().filter(|check| !check.holds(head, facts.source)).count()
+    }
+
+    fn first_miss(&self, facts: &ConnectionFacts, head: &RequestHead) -> Option<Miss> {
+        let of_connection = self.connection.iter().find(|check| !check.holds(facts));
+        let of_request = || self.request.iter().find(|check| !check.holds(head, facts.source));
+        of_connection
+            .map(|check| check.miss(facts))
+            .or_else(|| of_request().map(|check| check.miss(head, facts.source)))
     }
 }
