@@ -6,7 +6,6 @@
 use crate::mesh::{Mesh, Writer};
 use crate::object::value_to_proto;
 use crate::session::{ObjectDecoder, Session};
-use crate::tls::{ConnectError, Target, connect};
 use cairn_proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use cairn_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
 use std::future::Future;
@@ -16,7 +15,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::metadata::{Ascii, MetadataValue};
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
 use tonic::{Request, Status, Streaming};
 use tracing::{debug, info, warn};
 
@@ -26,6 +25,10 @@ const RESPONSE_BYTES_MAX: usize = 200 << 20;
 const RESPONSES_MAX: usize = 4;
 /// Requests that wait for the network: the subscriptions, and one answer per response.
 const REQUESTS_MAX: usize = 256;
+/// How long a connection may take, as a ztunnel's.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How much a server may send ahead: the first state of a large mesh is tens of megabytes.
+const STREAM_WINDOW: u32 = 4 << 20;
 /// A connection that lived so long was a good one: the next attempt is immediate.
 const GOOD_CONNECTION: Duration = Duration::from_secs(1);
 
@@ -84,12 +87,18 @@ impl FollowSettings {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum FollowError {
-    /// It did not come about.
-    #[error(transparent)]
-    Connect(#[from] ConnectError),
-    /// A file of credentials could not be read.
-    #[error("cannot read the token {path}")]
-    Token {
+    /// The address is not `https://host:port`.
+    #[error("`{address}` is not https://host:port")]
+    Address {
+        /// The address.
+        address: String,
+    },
+    /// It did not come about: TCP, TLS or HTTP/2 failed.
+    #[error("cannot connect")]
+    Connect(#[from] tonic::transport::Error),
+    /// The file of roots or of the token could not be read.
+    #[error("cannot read {path}")]
+    File {
         /// The file.
         path: PathBuf,
         /// Why.
@@ -229,16 +238,17 @@ impl Connector {
     }
 
     async fn channel(&self) -> Result<Channel, FollowError> {
-        let target = Target::parse(&self.settings.address)?;
-        let configure = |endpoint: Endpoint| {
-            endpoint
-                .http2_keep_alive_interval(Duration::from_secs(30))
-                .keep_alive_timeout(Duration::from_secs(10))
-                .keep_alive_while_idle(true)
-                .initial_stream_window_size(4 << 20)
-                .initial_connection_window_size(8 << 20)
-        };
-        Ok(connect(&target, &self.settings.roots, configure).await?)
+        let roots = Certificate::from_pem(read(&self.settings.roots)?);
+        let channel = Endpoint::from_shared(https(&self.settings.address)?)?
+            .tls_config(ClientTlsConfig::new().ca_certificate(roots))?
+            .connect_timeout(CONNECT_TIMEOUT)
+            .tcp_keepalive(Some(Duration::from_secs(300)))
+            .http2_keep_alive_interval(Duration::from_secs(30))
+            .keep_alive_timeout(Duration::from_secs(10))
+            .keep_alive_while_idle(true)
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(2 * STREAM_WINDOW);
+        Ok(channel.connect().await?)
     }
 
     fn request<T>(&self, body: T) -> Result<Request<T>, FollowError> {
@@ -246,8 +256,9 @@ impl Connector {
         let header =
             |what, text: &str| text.parse::<MetadataValue<Ascii>>().map_err(|_| FollowError::Header { what });
         if let Some(path) = &self.settings.token {
-            let token = read_token(path)?;
-            request.metadata_mut().insert("authorization", header("token", &format!("Bearer {token}"))?);
+            let mut bearer = header("token", &format!("Bearer {}", read(path)?.trim()))?;
+            bearer.set_sensitive(true);
+            request.metadata_mut().insert("authorization", bearer);
         }
         if !self.settings.cluster_id.is_empty() {
             request.metadata_mut().insert("clusterid", header("cluster id", &self.settings.cluster_id)?);
@@ -256,11 +267,18 @@ impl Connector {
     }
 }
 
-fn read_token(path: &Path) -> Result<String, FollowError> {
-    // A file of a kilobyte on a local or memory file system: read in place.
-    let text = std::fs::read_to_string(path)
-        .map_err(|source| FollowError::Token { path: path.to_owned(), source })?;
-    Ok(text.trim().to_owned())
+/// The address with its scheme; what names another scheme is refused, since a token goes there.
+fn https(address: &str) -> Result<String, FollowError> {
+    match address.split_once("://") {
+        None => Ok(format!("https://{address}")),
+        Some(("https", _)) => Ok(address.to_owned()),
+        Some(_) => Err(FollowError::Address { address: address.to_owned() }),
+    }
+}
+
+/// Reads a small file in place: this is the control thread, and the file system local.
+fn read(path: &Path) -> Result<String, FollowError> {
+    std::fs::read_to_string(path).map_err(|source| FollowError::File { path: path.to_owned(), source })
 }
 
 fn call_error(status: Status) -> FollowError {

@@ -7,6 +7,7 @@
 pub mod authorization;
 pub mod workload;
 
+mod accept;
 mod error;
 mod follow;
 mod gate;
@@ -16,7 +17,6 @@ mod published;
 mod server;
 mod session;
 mod subscriber;
-mod tls;
 mod tokens;
 mod unknown;
 
@@ -27,7 +27,6 @@ pub use object::{Object, ObjectEvent};
 pub use published::Served;
 pub use server::{Rejection, ServeError, Server};
 pub use session::{ObjectDecoder, Problem};
-pub use tls::ConnectError;
 pub use tokens::{Role, Tokens};
 
 /// The type of workloads and services.

@@ -1,8 +1,8 @@
 //! Our own control plane's wire side: delta ADS, and the certificate service over the embedded CA.
 
+use crate::accept::incoming;
 use crate::published::{Published, Served};
 use crate::subscriber::{Heard, Subscriber};
-use crate::tls::incoming;
 use crate::tokens::{Role, Tokens};
 use cairn_identity::Authority;
 use cairn_mesh::Identity;
@@ -124,7 +124,9 @@ impl Server {
     fn note(&self, stream: u64, node: &str, heard: Heard) {
         let Heard::Answer { type_url, refused, taken } = heard else { return };
         let mut rejections = self.rejections.lock();
-        for name in taken {
+        // A refusal without a name was of a whole response; one that is accepted ends it.
+        let unnamed = refused.is_empty().then(String::new);
+        for name in taken.into_iter().chain(unnamed) {
             rejections.remove(&(stream, Arc::clone(&type_url), name));
         }
         for (name, reason) in refused {

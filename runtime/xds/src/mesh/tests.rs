@@ -1,1 +1,129 @@
-//! Tests.
+//! When the writer publishes, and what readers see.
+
+use super::*;
+use cairn_mesh::{Authorization, Identity, PolicyAction, ResourceName, Scope, Workload};
+use cairn_proto::discovery::DeltaDiscoveryRequest;
+
+fn received(index: usize, generation: Option<u64>, changes: Vec<Change>) -> Received {
+    Received {
+        answer: DeltaDiscoveryRequest { type_url: "t".into(), ..DeltaDiscoveryRequest::default() },
+        subscription: Some(index),
+        changes,
+        problems: vec![],
+        settled: vec![],
+        generation,
+    }
+}
+
+fn workload(policies: &[&str]) -> Change {
+    let identity = Identity::new("td", "ns", "sa").unwrap();
+    let names = policies.iter().map(|name| ResourceName::new("ns", *name));
+    Change::Workload(Workload {
+        authorization_policies: names.collect(),
+        ..Workload::new("u", "w", identity)
+    })
+}
+
+fn policy(name: &str) -> Change {
+    Change::Authorization(Authorization {
+        name: ResourceName::new("ns", name),
+        scope: Scope::WorkloadSelector,
+        action: PolicyAction::Allow,
+        rules: vec![],
+        dry_run: false,
+    })
+}
+
+fn policies(mesh: &Mesh) -> Vec<String> {
+    let snapshot = mesh.snapshot();
+    let workload = snapshot.workload("u").expect("known");
+    workload.authorization_policies.iter().map(ToString::to_string).collect()
+}
+
+#[test]
+fn nothing_is_shown_before_every_type_has_arrived() {
+    let mesh = Mesh::new();
+    let mut writer = Writer::new(Arc::clone(&mesh), 2);
+    let now = Instant::now();
+    writer.take(received(0, None, vec![workload(&[])]), now);
+    assert!(mesh.snapshot().workload("u").is_none());
+    assert!(!mesh.is_ready());
+    writer.take(received(1, None, vec![]), now);
+    assert!(mesh.snapshot().workload("u").is_some());
+    assert!(mesh.is_ready());
+}
+
+#[test]
+fn a_mesh_with_nothing_in_it_becomes_ready() {
+    let mesh = Mesh::new();
+    let mut writer = Writer::new(Arc::clone(&mesh), 1);
+    writer.take(received(0, Some(1), vec![]), Instant::now());
+    assert!(mesh.is_ready());
+}
+
+#[test]
+fn what_lags_behind_its_generation_is_published_at_its_deadline() {
+    let mesh = Mesh::new();
+    let mut writer = Writer::new(Arc::clone(&mesh), 2);
+    let now = Instant::now();
+    writer.take(received(0, Some(1), vec![]), now);
+    writer.take(received(1, Some(1), vec![]), now);
+    writer.take(received(0, Some(2), vec![workload(&[])]), now);
+    assert!(mesh.snapshot().workload("u").is_none());
+    let deadline = writer.deadline().expect("something waits");
+    assert_eq!(deadline, now + crate::gate::GENERATION_WAIT);
+    writer.tick(deadline);
+    assert!(mesh.snapshot().workload("u").is_some());
+    assert_eq!(writer.deadline(), None);
+}
+
+#[test]
+fn a_workload_waits_for_its_policy_and_then_no_longer() {
+    let mesh = Mesh::new();
+    let mut writer = Writer::new(Arc::clone(&mesh), 1);
+    let now = Instant::now();
+    writer.take(received(0, None, vec![policy("old"), workload(&["old"])]), now);
+    writer.take(received(0, None, vec![workload(&["new"])]), now);
+    assert_eq!(policies(&mesh), ["ns/old"], "the previous policies stay until the new one arrives");
+    assert_eq!(writer.deadline(), Some(now + POLICY_WAIT));
+
+    let later = now + POLICY_WAIT / 2;
+    writer.take(received(0, None, vec![workload(&["new"])]), later);
+    assert_eq!(writer.deadline(), Some(now + POLICY_WAIT), "an update does not extend the wait");
+    writer.tick(later);
+    assert_eq!(policies(&mesh), ["ns/old"]);
+    writer.tick(now + POLICY_WAIT);
+    assert_eq!(policies(&mesh), ["ns/new"], "what names an unknown policy is denied from now on");
+    assert_eq!(writer.deadline(), None);
+}
+
+#[test]
+fn a_policy_that_arrives_ends_the_wait() {
+    let mesh = Mesh::new();
+    let mut writer = Writer::new(Arc::clone(&mesh), 1);
+    let now = Instant::now();
+    writer.take(received(0, None, vec![policy("old"), workload(&["old"])]), now);
+    writer.take(received(0, None, vec![workload(&["new"])]), now);
+    writer.take(received(0, None, vec![policy("new")]), now);
+    assert_eq!(policies(&mesh), ["ns/new"]);
+    assert_eq!(writer.deadline(), None);
+}
+
+#[test]
+fn problems_stay_until_their_resource_is_fine() {
+    let mesh = Mesh::new();
+    let mut writer = Writer::new(Arc::clone(&mesh), 1);
+    let problem = |name: &str| Problem {
+        type_url: "t".into(),
+        name: name.to_owned(),
+        reason: "why".to_owned(),
+        refused: true,
+    };
+    let now = Instant::now();
+    writer.take(Received { problems: vec![problem("a"), problem("b")], ..received(0, None, vec![]) }, now);
+    writer.take(Received { settled: vec!["a".to_owned()], ..received(0, None, vec![]) }, now);
+    assert_eq!(mesh.problems(), [problem("b")]);
+    let many = (0..2 * PROBLEMS_MAX).map(|index| problem(&index.to_string())).collect();
+    writer.take(Received { problems: many, ..received(0, None, vec![]) }, now);
+    assert_eq!(mesh.problems().len(), PROBLEMS_MAX);
+}

@@ -1,1 +1,298 @@
-//! Tests.
+//! The client's protocol, response by response.
+
+use super::*;
+use crate::authorization::authorization_to_proto;
+use crate::workload::{service_to_proto, workload_to_proto};
+use cairn_mesh::{Authorization, Identity, L4Rule, PolicyAction, Scope, Service, Workload};
+use cairn_proto::workload::address;
+use serde_json::json;
+
+const ROUTES: &str = "gateway.networking.k8s.io/v1/HTTPRoute";
+
+fn session() -> Session {
+    Session::new(Node { id: "me".into(), ..Node::default() }, [ROUTES.to_owned()])
+}
+
+fn workload(name: &str) -> Resource {
+    let workload = Workload::new(name, name, Identity::new("td", "ns", "sa").unwrap());
+    address(name, address::Type::Workload(workload_to_proto(&workload)))
+}
+
+fn service(name: &str) -> Resource {
+    let service = Service {
+        name: name.into(),
+        namespace: "ns".into(),
+        hostname: name.into(),
+        vips: vec![],
+        ports: vec![],
+        subject_alt_names: vec![],
+        waypoint: None,
+        load_balancing: Default::default(),
+        canonical: true,
+    };
+    address(&format!("ns/{name}"), address::Type::Service(service_to_proto(&service)))
+}
+
+fn address(name: &str, message: address::Type) -> Resource {
+    let message = Address { r#type: Some(message) };
+    resource(name, ADDRESS_TYPE, message.encode_to_vec())
+}
+
+fn policy(name: &str, action: i32) -> Resource {
+    let policy = Authorization {
+        name: ResourceName::new("ns", name),
+        scope: Scope::Namespace,
+        action: PolicyAction::Allow,
+        rules: vec![],
+        dry_run: false,
+    };
+    let mut message = authorization_to_proto(&policy).unwrap();
+    message.action = action;
+    resource(&format!("ns/{name}"), AUTHORIZATION_TYPE, message.encode_to_vec())
+}
+
+fn route(name: &str) -> Resource {
+    let object = Object {
+        group: "gateway.networking.k8s.io".into(),
+        version: "v1".into(),
+        kind: "HTTPRoute".into(),
+        name: ResourceName::new("ns", name),
+        labels: Default::default(),
+        annotations: Default::default(),
+        created: String::new(),
+        spec: json!({}),
+        gateways: vec![],
+    };
+    Resource { resource: Some(object.to_any()), ..resource(&format!("ns/{name}"), ROUTES, vec![]) }
+}
+
+fn resource(name: &str, type_url: &str, value: Vec<u8>) -> Resource {
+    Resource {
+        version: "v1".into(),
+        resource: Some(Any { type_url: type_url.into(), value }),
+        name: name.into(),
+        aliases: vec![],
+    }
+}
+
+fn response(type_url: &str, resources: Vec<Resource>, removed: &[&str]) -> DeltaDiscoveryResponse {
+    DeltaDiscoveryResponse {
+        system_version_info: "cairn:7".into(),
+        resources,
+        type_url: type_url.into(),
+        nonce: "n".into(),
+        removed_resources: removed.iter().map(|name| (*name).to_owned()).collect(),
+    }
+}
+
+/// A decoder that names the Gateway after the object, and refuses what is called `bad`.
+fn decoder() -> ObjectDecoder {
+    Box::new(|event| match event {
+        ObjectEvent::Put(object) if &*object.name.name == "bad" => Err("too bad".to_owned()),
+        ObjectEvent::Put(object) => Ok(vec![Change::Gateway(object.name.clone())]),
+        ObjectEvent::Removed { name, .. } => Ok(vec![Change::L7Removed(cairn_mesh::ResourceKey {
+            kind: cairn_mesh::Kind::HttpRoute,
+            name: name.clone(),
+        })]),
+    })
+}
+
+fn words(changes: &[Change]) -> Vec<String> {
+    let word = |change: &Change| match change {
+        Change::Workload(it) => format!("+workload {}", it.uid),
+        Change::WorkloadRemoved(it) => format!("-workload {it}"),
+        Change::Service(it) => format!("+service {}", it.key()),
+        Change::ServiceRemoved(it) => format!("-service {it}"),
+        Change::Authorization(it) if it.rules == [L4Rule::default()] => format!("+deny-all {}", it.name),
+        Change::Authorization(it) => format!("+policy {}", it.name),
+        Change::AuthorizationRemoved(it) => format!("-policy {it}"),
+        Change::Gateway(it) => format!("+object {it}"),
+        Change::L7Removed(it) => format!("-object {}", it.name),
+        other => panic!("unexpected {other:?}"),
+    };
+    changes.iter().map(word).collect()
+}
+
+fn held(session: &Session, type_url: &str) -> Vec<String> {
+    let request = session.connect().into_iter().find(|request| request.type_url == type_url).unwrap();
+    let versions = request.initial_resource_versions.iter();
+    versions.map(|(name, version)| format!("{name}={version}")).collect()
+}
+
+#[test]
+fn a_connection_begins_with_one_wildcard_per_type_policies_first() {
+    let requests = session().connect();
+    let types: Vec<&str> = requests.iter().map(|request| request.type_url.as_str()).collect();
+    assert_eq!(types, [AUTHORIZATION_TYPE, ADDRESS_TYPE, ROUTES]);
+    for request in &requests {
+        assert_eq!(request.node.as_ref().unwrap().id, "me");
+        assert!(request.resource_names_subscribe.is_empty() && request.resource_names_unsubscribe.is_empty());
+        assert!(request.initial_resource_versions.is_empty() && request.response_nonce.is_empty());
+    }
+}
+
+#[test]
+fn each_response_has_one_answer_and_its_changes() {
+    struct Row {
+        name: &'static str,
+        response: DeltaDiscoveryResponse,
+        changes: &'static [&'static str],
+        refused: &'static [&'static str],
+        held: &'static [&'static str],
+    }
+    let other_type =
+        Resource { resource: Some(Any { type_url: "x".into(), value: vec![] }), ..workload("a") };
+    let rows = [
+        Row {
+            name: "workloads and services",
+            response: response(ADDRESS_TYPE, vec![workload("a"), service("s")], &[]),
+            changes: &["+workload a", "+service ns/s"],
+            refused: &[],
+            held: &["a=v1", "ns/s=v1"],
+        },
+        Row {
+            name: "nothing",
+            response: response(ADDRESS_TYPE, vec![], &[]),
+            changes: &[],
+            refused: &[],
+            held: &[],
+        },
+        Row {
+            name: "removal of what is not held",
+            response: response(ADDRESS_TYPE, vec![], &["ns/x"]),
+            changes: &[],
+            refused: &[],
+            held: &[],
+        },
+        Row {
+            name: "a bad one among good ones",
+            response: response(
+                ADDRESS_TYPE,
+                vec![workload("a"), resource("b", ADDRESS_TYPE, vec![0xff]), workload("c")],
+                &[],
+            ),
+            changes: &["+workload a", "+workload c"],
+            refused: &["b"],
+            held: &["a=v1", "c=v1"],
+        },
+        Row {
+            name: "content of another type",
+            response: response(ADDRESS_TYPE, vec![other_type], &[]),
+            changes: &[],
+            refused: &["a"],
+            held: &[],
+        },
+        Row {
+            name: "no content",
+            response: response(ADDRESS_TYPE, vec![Resource { resource: None, ..workload("a") }], &[]),
+            changes: &[],
+            refused: &["a"],
+            held: &[],
+        },
+        Row {
+            name: "a name that is not its content's",
+            response: response(ADDRESS_TYPE, vec![Resource { name: "other".into(), ..workload("a") }], &[]),
+            changes: &[],
+            refused: &["other"],
+            held: &[],
+        },
+        Row {
+            name: "an unreadable policy has a stand-in that is asked for again",
+            response: response(AUTHORIZATION_TYPE, vec![policy("p", 0), policy("q", 9)], &[]),
+            changes: &["+policy ns/p", "+deny-all ns/q"],
+            refused: &["ns/q"],
+            held: &["ns/p=v1", "ns/q="],
+        },
+        Row {
+            name: "an object that the decoder refuses",
+            response: response(ROUTES, vec![route("bad"), route("good")], &[]),
+            changes: &["+object ns/good"],
+            refused: &["ns/bad"],
+            held: &["ns/good=v1"],
+        },
+    ];
+    let decoder = decoder();
+    for row in rows {
+        let mut session = session();
+        let type_url = row.response.type_url.clone();
+        let received = session.receive(row.response, Some(&decoder));
+        assert_eq!(words(&received.changes), row.changes, "{}", row.name);
+        assert_eq!(
+            (received.answer.type_url.as_str(), received.answer.response_nonce.as_str()),
+            (type_url.as_str(), "n")
+        );
+        let refused = received.answer.error_detail.as_ref().map(refused_resources).unwrap_or_default();
+        let names: Vec<&str> = refused.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, row.refused, "{}", row.name);
+        let mut held = held(&session, &type_url);
+        held.sort();
+        assert_eq!(held, row.held, "{}", row.name);
+        assert_eq!(received.generation, Some(7));
+    }
+}
+
+#[test]
+fn removal_is_of_the_kind_that_was_held() {
+    let decoder = decoder();
+    let mut session = session();
+    session.receive(response(ADDRESS_TYPE, vec![workload("ns/odd"), service("s")], &[]), None);
+    session.receive(response(AUTHORIZATION_TYPE, vec![policy("p", 0), policy("q", 9)], &[]), None);
+    session.receive(response(ROUTES, vec![route("r")], &[]), Some(&decoder));
+    let removed = session.receive(response(ADDRESS_TYPE, vec![], &["ns/odd", "ns/s"]), None);
+    assert_eq!(words(&removed.changes), ["-workload ns/odd", "-service ns/s"]);
+    let removed = session.receive(response(AUTHORIZATION_TYPE, vec![], &["ns/p", "ns/q"]), None);
+    assert_eq!(words(&removed.changes), ["-policy ns/p", "-policy ns/q"], "a stand-in goes too");
+    let removed = session.receive(response(ROUTES, vec![], &["ns/r"]), Some(&decoder));
+    assert_eq!(words(&removed.changes), ["-object ns/r"]);
+    for type_url in [ADDRESS_TYPE, AUTHORIZATION_TYPE, ROUTES] {
+        assert!(held(&session, type_url).is_empty(), "{type_url}");
+    }
+}
+
+#[test]
+fn a_refused_update_leaves_the_version_that_is_held() {
+    let mut session = session();
+    session.receive(response(AUTHORIZATION_TYPE, vec![policy("p", 0)], &[]), None);
+    let bad = Resource { version: "v2".into(), ..policy("p", 9) };
+    let received = session.receive(response(AUTHORIZATION_TYPE, vec![bad], &[]), None);
+    assert!(received.changes.is_empty(), "the old policy stays in force");
+    assert!(received.answer.error_detail.is_some());
+    assert_eq!(held(&session, AUTHORIZATION_TYPE), ["ns/p=v1"]);
+}
+
+#[test]
+fn a_policy_understood_in_part_is_reported_and_not_refused() {
+    let mut resource = policy("p", 0);
+    resource.resource.as_mut().unwrap().value.extend([0x98, 0x06, 0x01]);
+    let received = session().receive(response(AUTHORIZATION_TYPE, vec![resource], &[]), None);
+    assert_eq!(received.answer.error_detail, None);
+    let [problem] = received.problems.as_slice() else { panic!("{:?}", received.problems) };
+    assert_eq!((problem.name.as_str(), problem.refused), ("ns/p", false));
+}
+
+#[test]
+fn a_type_that_was_not_asked_for_is_refused() {
+    let received = session().receive(response("x", vec![], &[]), None);
+    assert!(received.answer.error_detail.is_some());
+    assert_eq!(received.subscription, None);
+}
+
+#[test]
+fn a_refusal_is_bounded() {
+    let bad = |index: usize| resource(&format!("bad-{index}"), ADDRESS_TYPE, vec![0xff]);
+    let received = session().receive(response(ADDRESS_TYPE, (0..500).map(bad).collect(), &[]), None);
+    let error = received.answer.error_detail.unwrap();
+    assert_eq!(refused_resources(&error).len(), REFUSED_NAMED_MAX);
+    assert!(error.message.ends_with("and 484 more"), "{}", error.message);
+    assert!(error.encoded_len() < 8192);
+}
+
+#[test]
+fn only_our_own_server_has_generations() {
+    for (text, expected) in
+        [("cairn:12", Some(12)), ("2026-01-02T03:04:05Z/12", None), ("12", None), ("", None)]
+    {
+        assert_eq!(generation(text), expected, "{text}");
+    }
+    assert_eq!(generation(&generation_text(9)), Some(9));
+}
