@@ -510,6 +510,25 @@ const FRAMES_MAX: usize = 20;
 fn backtrace_line(backtrace: &WasmBacktrace) -> String {
     // Frames print as `  0:  0x1a2 - <module>!function`, demangled.
     let text = backtrace.to_string();
-    let frames = text.lines().filter_map(|line| line.split_once(" - ")).map(|(_, frame)| frame.trim());
-    frames.take(FRAMES_MAX).collect::<Vec<_>>().join(" < ")
+    let frames = text.lines().filter_map(|line| line.split_once(" - "));
+    let mut line = String::new();
+    let mut last = "";
+    for (_, frame) in frames.take(FRAMES_MAX) {
+        let function = frame.split_once('!').map_or(frame, |(_, function)| function);
+        if function == last {
+            if !line.ends_with(REPEATED) {
+                line.push_str(REPEATED);
+            }
+            continue;
+        }
+        if !line.is_empty() {
+            line.push_str(" < ");
+        }
+        line.push_str(function);
+        last = function;
+    }
+    line
 }
+
+/// Stands behind a function that called itself.
+const REPEATED: &str = " (repeated)";

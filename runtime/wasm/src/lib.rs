@@ -28,3 +28,6 @@ pub use abi::AbiVersion;
 pub use engine::{Engine, EngineSettings};
 pub use error::PluginError;
 pub use module::Module;
+
+#[cfg(test)]
+mod tests;

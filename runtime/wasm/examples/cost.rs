@@ -1,0 +1,122 @@
+//! What a plugin costs: memory and start of an engine with one plugin, and the time per exchange.
+//!
+//! `cargo run --release -p cairn-wasm --example cost -- target/plugins/tag.wasm '{"request": [], …}'`
+//!
+//! The exchange is one request and one response without a network, with the plugin's header phases and its end.
+
+#![allow(clippy::expect_used, reason = "a measuring tool may stop with a message")]
+
+use cairn_filter::{Connection, Exchange, Peer, Protocol, RequestHead, ResponseHead};
+use cairn_mesh::{FailStrategy, Identity, PluginPhase, ResourceName, WasmPlugin, Workload};
+use cairn_wasm::{Engine, EngineSettings};
+use http::uri::PathAndQuery;
+use http::{HeaderMap, HeaderValue, Method, StatusCode, Version};
+use std::sync::Arc;
+use std::time::{Instant, SystemTime};
+
+const WORKERS: usize = 2;
+const ROUNDS: u32 = 200_000;
+
+fn main() {
+    let mut arguments = std::env::args().skip(1);
+    let path = arguments.next().expect("the path of a module");
+    let config = arguments.next().unwrap_or_default();
+    println!("before: {} KiB resident", resident_kib());
+    let engine =
+        Engine::new(EngineSettings { workers: WORKERS, ..EngineSettings::default() }).expect("an engine");
+    println!("engine: {} KiB resident", resident_kib());
+    let bytes = std::fs::read(&path).expect("the module can be read");
+    let started = Instant::now();
+    let module = engine.compile(&bytes).expect("the module compiles");
+    drop(bytes);
+    println!("compiled in {:?}: {} KiB resident", started.elapsed(), resident_kib());
+    let started = Instant::now();
+    let factory = engine.factory(module, &plugin(&config)).expect("the plugin starts");
+    println!("{WORKERS} instances in {:?}: {} KiB resident", started.elapsed(), resident_kib());
+
+    let connection = connection();
+    let bare = per_round(|| {
+        let (mut head, mut response, exchange) = exchange(&connection);
+        std::hint::black_box((&mut head, &mut response, exchange));
+    });
+    let with_plugin = per_round(|| {
+        let (mut head, mut response, mut exchange) = exchange(&connection);
+        let mut filter = factory.start(&exchange).expect("the plugin takes part");
+        std::hint::black_box(filter.request_headers(&mut exchange, &mut head, true));
+        std::hint::black_box(filter.response_headers(&mut exchange, &mut response, true));
+        filter.finish(&mut exchange);
+        std::hint::black_box((&head, &response, exchange));
+    });
+    println!("per exchange: {} ns added ({bare} ns of the measurement itself)", with_plugin - bare);
+    println!("after {ROUNDS} exchanges: {} KiB resident", resident_kib());
+}
+
+fn per_round(mut round: impl FnMut()) -> u128 {
+    for _ in 0..ROUNDS / 10 {
+        round();
+    }
+    let started = Instant::now();
+    for _ in 0..ROUNDS {
+        round();
+    }
+    started.elapsed().as_nanos() / u128::from(ROUNDS)
+}
+
+fn connection() -> Arc<Connection> {
+    let identity = Identity::new("cluster.local", "shop", "web").expect("an identity");
+    let workload = Workload::new("k//Pod/shop/web-1", "web-1", identity.clone());
+    Arc::new(Connection {
+        id: 1,
+        worker: 0,
+        source: Peer {
+            address: ([10, 0, 0, 1], 5000).into(),
+            identity: Some(identity),
+            workload: Some(Arc::new(workload)),
+        },
+        destination: ([10, 0, 1, 1], 80).into(),
+        service: None,
+        local: None,
+    })
+}
+
+fn exchange(connection: &Arc<Connection>) -> (RequestHead, ResponseHead, Exchange) {
+    let mut headers = HeaderMap::new();
+    for (name, value) in
+        [("user-agent", "load"), ("accept", "*/*"), ("x-request-id", "1234"), ("x-team", "blue")]
+    {
+        headers.insert(name, HeaderValue::from_static(value));
+    }
+    let head = RequestHead {
+        method: Method::GET,
+        scheme: HeaderValue::from_static("http"),
+        authority: HeaderValue::from_static("shop"),
+        path: PathAndQuery::from_static("/items"),
+        headers,
+        version: Version::HTTP_11,
+    };
+    let response = ResponseHead { status: StatusCode::OK, headers: HeaderMap::new() };
+    let exchange = Exchange::new(Arc::clone(connection), Protocol::Http11, Instant::now(), SystemTime::now());
+    (head, response, exchange)
+}
+
+fn plugin(config: &str) -> WasmPlugin {
+    WasmPlugin {
+        name: ResourceName::new("shop", "cost"),
+        targets: Vec::new(),
+        url: "".into(),
+        sha256: None,
+        plugin_name: "".into(),
+        config: config.into(),
+        phase: PluginPhase::Unspecified,
+        priority: 0,
+        fail_strategy: FailStrategy::Close,
+        env: Vec::new(),
+    }
+}
+
+/// What the process holds in memory; 0 where there is no procfs.
+fn resident_kib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    line.and_then(|line| line.split_whitespace().next()).and_then(|kib| kib.parse().ok()).unwrap_or(0)
+}
