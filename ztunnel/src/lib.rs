@@ -15,6 +15,7 @@ mod pods;
 mod settings;
 mod socks;
 
+pub use pods::twin;
 pub use settings::{Capture, CaptureKind, Options, Settings};
 
 use anyhow::Context;

@@ -6,7 +6,7 @@ use crate::stream::Upstream;
 use crate::{Failure, Worker};
 use cairn_hbone::{ConnectError, PoolTarget};
 use cairn_mesh::Identity;
-use cairn_net::{ConnectOptions, NetError};
+use cairn_net::NetError;
 use http::{HeaderMap, Request, Response, Version};
 use http_body::Body;
 use hyper::body::Incoming;
@@ -219,8 +219,7 @@ pub(crate) async fn open(worker: &Worker, host: &Host) -> Result<Upstream, Failu
 }
 
 async fn open_plain(worker: &Worker, address: SocketAddr) -> Result<Upstream, Failure> {
-    let options = ConnectOptions { timeout: worker.settings.connect_timeout, ..ConnectOptions::default() };
-    match cairn_net::connect(address, &options).await {
+    match cairn_net::connect(address, &worker.connect_options()).await {
         Ok(stream) => Ok(Box::new(stream)),
         Err(NetError::ConnectTimeout { .. }) => Err(Failure::ConnectTimeout),
         Err(_) => Err(Failure::Connect),
@@ -243,7 +242,7 @@ async fn open_tunnel(worker: &Worker, address: SocketAddr, identity: &Identity) 
         certificate,
         connect: SocketAddr::new(address.ip(), HBONE_PORT),
         identities: vec![identity.clone()],
-        options: ConnectOptions { timeout: worker.settings.connect_timeout, ..ConnectOptions::default() },
+        options: worker.connect_options(),
         authority: address.to_string(),
     };
     match tunnels.pool.connect(&target, HeaderMap::new()).await {

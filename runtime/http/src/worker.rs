@@ -5,9 +5,10 @@ use arc_swap::{ArcSwap, Guard};
 use cairn_hbone::Pool;
 use cairn_identity::Certificates;
 use cairn_mesh::{Identity, Snapshot};
-use cairn_net::Drain;
+use cairn_net::{ConnectOptions, Drain};
 use cairn_telemetry::Telemetry;
 use http::HeaderValue;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
@@ -27,6 +28,8 @@ pub enum Balancer {
 pub struct WorkerSettings {
     /// How an endpoint is chosen.
     pub balancer: Balancer,
+    /// The address that upstream connections come from: the waypoint pod's own; the kernel's choice if unset.
+    pub bind: Option<IpAddr>,
     /// How long an endpoint may take to accept a connection. Default: 10 s (Istio `meshConfig.connectTimeout`).
     pub connect_timeout: Duration,
     /// How often a request is tried again on another endpoint. Default: 2 (Istio's default retry policy).
@@ -51,6 +54,7 @@ impl Default for WorkerSettings {
     fn default() -> Self {
         Self {
             balancer: Balancer::default(),
+            bind: None,
             connect_timeout: Duration::from_secs(10),
             retries_max: 2,
             upstream_idle: Duration::from_secs(90),
@@ -113,6 +117,12 @@ impl Worker {
                 _ = tick.tick() => self.hosts.prune(self.settings.upstream_idle),
             }
         }
+    }
+
+    /// How upstream connections are made.
+    pub(crate) fn connect_options(&self) -> ConnectOptions {
+        let WorkerSettings { bind, connect_timeout: timeout, .. } = self.settings;
+        ConnectOptions { bind, timeout, ..ConnectOptions::default() }
     }
 
     pub(crate) fn snapshot(&self) -> Guard<Arc<Snapshot>> {

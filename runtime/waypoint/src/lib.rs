@@ -1,1 +1,255 @@
-//! The L7 proxy of a namespace or service: tunnel, HTTP engine, tunnel.
+//! The L7 proxy of a namespace or service: tunnel → HTTP engine → tunnel.
+//!
+//! Peers' tunnels are accepted in `accept.rs`; what is done with the traffic of each destination is compiled in
+//! `sites.rs` from what `scope.rs` says applies to it; plugins load in `plugins.rs`; the HTTP engine does the rest.
+
+mod accept;
+mod admin;
+mod objects;
+mod plugins;
+mod scope;
+mod settings;
+mod sites;
+
+pub use objects::OBJECT_TYPES;
+pub use settings::{BalancerKind, Options, Settings};
+
+use anyhow::Context;
+use arc_swap::ArcSwap;
+use cairn_http::{Balancer, Tunnels, Worker, WorkerSettings};
+use cairn_identity::{CaClient, CaSettings, CertificateSettings, Certificates};
+use cairn_mesh::Snapshot;
+use cairn_net::{Drain, ListenOptions};
+use cairn_process::{Operators, Pending, Readiness, Workers};
+use cairn_telemetry::{Telemetry, TelemetrySettings};
+use cairn_wasm::{Engine, EngineSettings};
+use cairn_xds::{FollowSettings, Mesh};
+use plugins::{Plugins, Standing};
+use scope::Own;
+use sites::{Sites, Table};
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+/// What all connections of the process share.
+struct Waypoint {
+    settings: Settings,
+    mesh: Arc<Mesh>,
+    /// The state that the sites were compiled from, published with them.
+    snapshot: Arc<ArcSwap<Snapshot>>,
+    table: ArcSwap<Table>,
+    plugin_list: ArcSwap<Vec<(String, String, Standing)>>,
+    certificates: Arc<Certificates>,
+    telemetry: Arc<Telemetry>,
+    workers: Workers,
+    /// One HTTP engine per worker.
+    engines: Box<[Arc<Worker>]>,
+    drain: Drain,
+}
+
+/// Runs a waypoint until SIGTERM or SIGINT, and drains. Starts its own threads: call it from `main`.
+///
+/// # Errors
+/// When settings are not valid, a port cannot be had or a thread cannot be started.
+pub fn run(options: Options) -> anyhow::Result<()> {
+    let settings = options.resolve()?;
+    cairn_process::init_logging(&settings.log, settings.log_format)?;
+    let workers = Workers::start(settings.workers)?;
+    cairn_process::control_runtime()?.block_on(serve(settings, workers))
+}
+
+async fn serve(settings: Settings, workers: Workers) -> anyhow::Result<()> {
+    let telemetry_settings = TelemetrySettings { access_log: settings.access_log, ..Default::default() };
+    let telemetry =
+        Telemetry::new("waypoint", env!("CARGO_PKG_VERSION"), &telemetry_settings, std::io::stdout());
+    let issuer = CaClient::new(CaSettings {
+        address: settings.ca_address.clone(),
+        roots: settings.xds_root.clone(),
+        token: settings.token.clone(),
+        cluster_id: settings.cluster_id.clone(),
+        impersonate: false,
+    });
+    let certificate_settings = CertificateSettings { ttl: settings.certificate_ttl, ..Default::default() };
+    let certificates = Certificates::new(Arc::new(issuer), certificate_settings);
+    tokio::spawn(Arc::clone(&certificates).renew());
+
+    let (trigger, drain) = cairn_net::drain();
+    let snapshot = Arc::new(ArcSwap::from_pointee(Snapshot::default()));
+    let engines = (0..workers.count())
+        .map(|_| engine(&settings, &snapshot, &certificates, &telemetry))
+        .collect::<Box<[_]>>();
+    let waypoint = Arc::new(Waypoint {
+        mesh: Mesh::new(),
+        snapshot,
+        table: ArcSwap::default(),
+        plugin_list: ArcSwap::default(),
+        certificates,
+        telemetry,
+        workers,
+        engines,
+        drain: drain.clone(),
+        settings,
+    });
+    for engine in &waypoint.engines {
+        let (engine, drain) = (Arc::clone(engine), drain.clone());
+        waypoint.workers.run(move |_| engine.maintain(drain)).await;
+    }
+
+    let node = vec![
+        ("id".to_owned(), node_id(&waypoint.settings)),
+        ("metadata.NAMESPACE".to_owned(), waypoint.settings.gateway.namespace.to_string()),
+        ("metadata.NAME".to_owned(), waypoint.settings.gateway.name.to_string()),
+    ];
+    let wasm = Engine::new(EngineSettings { workers: waypoint.workers.count(), node, ..Default::default() })?;
+    let wasm = Arc::new(wasm);
+    let readiness = Readiness::default();
+    let (state, plugins) = (readiness.wait_for("state"), readiness.wait_for("plugins"));
+    let (certificate, listening) = (readiness.wait_for("certificate"), readiness.wait_for("listener"));
+    start_operators(&waypoint, &wasm, readiness)?;
+    tokio::spawn(follow(Arc::clone(&waypoint)));
+    tokio::spawn(compile(Arc::clone(&waypoint), wasm, state, plugins));
+    tokio::spawn(first_certificate(Arc::clone(&waypoint), certificate));
+
+    let listener = cairn_net::listen(waypoint.settings.hbone, &ListenOptions::default())?;
+    let accepting = tokio::spawn({
+        let waypoint = Arc::clone(&waypoint);
+        async move {
+            waypoint.mesh.ready().await;
+            listening.done();
+            accept::run(waypoint, listener).await;
+        }
+    });
+
+    let signal = cairn_process::stop_signal().await.context("cannot watch for signals")?;
+    tracing::info!(signal, "draining");
+    trigger.start();
+    let all_ended = trigger.finished(waypoint.settings.drain).await;
+    accepting.abort();
+    tracing::info!(all_ended, "stopped");
+    Ok(())
+}
+
+fn engine(
+    settings: &Settings,
+    snapshot: &Arc<ArcSwap<Snapshot>>,
+    certificates: &Arc<Certificates>,
+    telemetry: &Arc<Telemetry>,
+) -> Arc<Worker> {
+    let balancer = match settings.balancer {
+        BalancerKind::LeastRequest => Balancer::LeastRequest,
+        BalancerKind::RoundRobin => Balancer::RoundRobin,
+    };
+    let tunnels = Tunnels {
+        pool: cairn_hbone::Pool::new(cairn_hbone::PoolSettings::default()),
+        certificates: Arc::clone(certificates),
+        identity: settings.identity.clone(),
+    };
+    let worker_settings =
+        WorkerSettings { balancer, bind: Some(settings.hbone.ip()), ..WorkerSettings::default() };
+    Worker::new(worker_settings, Arc::clone(snapshot), Some(tunnels), Arc::clone(telemetry))
+}
+
+fn start_operators(waypoint: &Arc<Waypoint>, wasm: &Arc<Engine>, readiness: Readiness) -> anyhow::Result<()> {
+    let at = |port| SocketAddr::new(waypoint.settings.hbone.ip(), port);
+    let (telemetry, wasm) = (Arc::clone(&waypoint.telemetry), Arc::clone(wasm));
+    Operators {
+        readiness_address: at(15021),
+        metrics_address: at(15020),
+        admin_address: at(15000),
+        readiness,
+        metrics: Arc::new(move || telemetry.metrics.encode() + &wasm.encode_metrics()),
+        admin: admin::router(Arc::clone(waypoint)),
+    }
+    .start()?;
+    Ok(())
+}
+
+async fn first_certificate(waypoint: Arc<Waypoint>, pending: Pending) {
+    loop {
+        match waypoint.certificates.get(&waypoint.settings.identity).await {
+            Ok(_) => return pending.done(),
+            Err(error) => {
+                tracing::warn!(error = %chain(&error), "no certificate yet, will retry");
+                tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+            }
+        }
+    }
+}
+
+/// Compiles sites whenever the mesh or a plugin changes.
+async fn compile(waypoint: Arc<Waypoint>, wasm: Arc<Engine>, state: Pending, settled: Pending) {
+    let own = Own { gateway: waypoint.settings.gateway.clone(), address: waypoint.settings.hbone.ip() };
+    let mut sites = Sites::new(own);
+    let (mut plugins, mut finished) = Plugins::new(wasm);
+    let mut changes = waypoint.mesh.changes();
+    waypoint.mesh.ready().await;
+    let (mut state, mut settled) = (Some(state), Some(settled));
+    loop {
+        changes.borrow_and_update();
+        let snapshot = waypoint.mesh.snapshot();
+        let table = sites.update(&snapshot, &mut plugins);
+        waypoint.snapshot.store(snapshot);
+        waypoint.table.store(Arc::new(table));
+        waypoint.plugin_list.store(Arc::new(plugins.list()));
+        if let Some(state) = state.take() {
+            state.done();
+        }
+        if plugins.settled()
+            && let Some(settled) = settled.take()
+        {
+            settled.done();
+        }
+        tokio::select! {
+            changed = changes.changed() => if changed.is_err() { return },
+            ended = finished.recv() => match ended {
+                Some(ended) => plugins.take(ended),
+                None => return,
+            },
+            () = waypoint.drain.started() => return,
+        }
+    }
+}
+
+fn node_id(settings: &Settings) -> String {
+    let Settings { gateway, hbone, .. } = settings;
+    format!(
+        "waypoint~{}~{}-0.{}~{}.svc.cluster.local",
+        hbone.ip(),
+        gateway.name,
+        gateway.namespace,
+        gateway.namespace
+    )
+}
+
+async fn follow(waypoint: Arc<Waypoint>) {
+    let settings = &waypoint.settings;
+    let mut follow =
+        FollowSettings::new(settings.xds_address.clone(), settings.xds_root.clone(), node_id(settings));
+    follow.token = settings.token.clone();
+    follow.cluster_id = settings.cluster_id.clone();
+    follow.node_metadata = vec![
+        ("NAMESPACE".to_owned(), (*settings.gateway.namespace).into()),
+        ("CLUSTER_ID".to_owned(), settings.cluster_id.as_str().into()),
+    ];
+    follow.object_types = OBJECT_TYPES.iter().map(|kind| (*kind).to_owned()).collect();
+    let drain = waypoint.drain.clone();
+    let decoder = objects::decoder();
+    cairn_xds::follow(
+        follow,
+        Some(decoder),
+        Arc::clone(&waypoint.mesh),
+        async move { drain.started().await },
+    )
+    .await;
+}
+
+/// An error with its causes, on one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(next) = cause {
+        text.push_str(": ");
+        text.push_str(&next.to_string());
+        cause = next.source();
+    }
+    text
+}

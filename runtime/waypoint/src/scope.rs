@@ -1,0 +1,207 @@
+//! Which resources apply to which destination of this waypoint. Pure.
+
+use cairn_mesh::{
+    AuthorizationPolicy, GatewayAddress, GatewayTarget, HttpRoute, L7, NetworkAddress, ResourceName, Service,
+    Snapshot, TargetKind, TargetRef, Unenforceable, WasmPlugin, Workload,
+};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+/// The class of Istio's waypoints: what `targetRefs` of kind GatewayClass must name.
+const WAYPOINT_CLASS: &str = "istio-waypoint";
+
+/// Who this waypoint is.
+#[derive(Clone, Debug)]
+pub struct Own {
+    /// Its Gateway.
+    pub gateway: ResourceName,
+    /// Its pod's address.
+    pub address: IpAddr,
+}
+
+/// What traffic is addressed to.
+#[derive(Clone, Copy, Debug)]
+pub enum Addressed<'a> {
+    /// A service: its port matters to routes.
+    Service(&'a Service),
+    /// A pod.
+    Workload(&'a Workload),
+}
+
+impl Own {
+    /// Whether a binding names this waypoint: its service has our address among its endpoints, or its address is ours.
+    pub fn is_named_by(&self, snapshot: &Snapshot, reference: &GatewayAddress) -> bool {
+        let serves = |key: &ResourceName| {
+            snapshot.service(key).is_some_and(|state| {
+                let mut workloads = state.endpoints.iter().map(|endpoint| &endpoint.workload);
+                workloads.any(|workload| workload.addresses.contains(&self.address))
+            })
+        };
+        match &reference.target {
+            GatewayTarget::Hostname(key) => serves(key),
+            GatewayTarget::Address(NetworkAddress { network, address }) => {
+                let at = NetworkAddress { network: Arc::clone(network), address: *address };
+                *address == self.address
+                    || snapshot.services_at(&at).any(|state| serves(&state.service.key()))
+            }
+        }
+    }
+
+    /// Whether a resource of `namespace` with `targets` applies to what is addressed (Istio: targetRefs to the
+    /// Gateway, to its class from the root namespace, or to the service from its own namespace).
+    fn is_target(
+        &self,
+        namespace: &str,
+        targets: &[TargetRef],
+        addressed: Addressed<'_>,
+        root: &str,
+    ) -> bool {
+        targets.iter().any(|target| match target.kind {
+            TargetKind::Gateway => {
+                *target.name == *self.gateway.name && *namespace == *self.gateway.namespace
+            }
+            TargetKind::GatewayClass => &*target.name == WAYPOINT_CLASS && namespace == root,
+            TargetKind::Service => match addressed {
+                Addressed::Service(service) => {
+                    *target.name == *service.name && *namespace == *service.namespace
+                }
+                Addressed::Workload(_) => false,
+            },
+            TargetKind::ServiceEntry => false,
+        })
+    }
+
+    /// The policies that apply, by name.
+    pub fn policies(&self, l7: &L7, addressed: Addressed<'_>, root: &str) -> Vec<Arc<AuthorizationPolicy>> {
+        let applies = |policy: &&Arc<AuthorizationPolicy>| {
+            self.is_target(&policy.name.namespace, &policy.targets, addressed, root)
+        };
+        l7.policies.values().filter(applies).cloned().collect()
+    }
+
+    /// The plugins that apply, by name.
+    pub fn plugins(&self, l7: &L7, addressed: Addressed<'_>, root: &str) -> Vec<Arc<WasmPlugin>> {
+        let applies = |plugin: &&Arc<WasmPlugin>| {
+            self.is_target(&plugin.name.namespace, &plugin.targets, addressed, root)
+        };
+        l7.plugins.values().filter(applies).cloned().collect()
+    }
+
+    /// What is attached and cannot be enforced. One whose targets cannot be read applies to its whole namespace, and
+    /// from the root namespace to everything.
+    pub fn unenforceable(&self, l7: &L7, addressed: Addressed<'_>, root: &str) -> Vec<Arc<Unenforceable>> {
+        let namespace = match addressed {
+            Addressed::Service(service) => &service.namespace,
+            Addressed::Workload(workload) => &workload.namespace,
+        };
+        let applies = |what: &&Arc<Unenforceable>| {
+            if what.targets.is_empty() {
+                let place = &*what.namespace;
+                return place == root || *place == **namespace || *place == *self.gateway.namespace;
+            }
+            self.is_target(&what.namespace, &what.targets, addressed, root)
+        };
+        l7.unenforceable.values().filter(applies).cloned().collect()
+    }
+
+    /// The routes of a service's port: those of the service's namespace, else of the waypoint's (Istio ignores other
+    /// namespaces' routes at a waypoint).
+    pub fn routes(&self, l7: &L7, service: &Service, port: u16) -> Vec<Arc<HttpRoute>> {
+        let attached = |route: &&Arc<HttpRoute>| {
+            let near =
+                route.name.namespace == service.namespace || route.name.namespace == self.gateway.namespace;
+            near && route.parents.iter().any(|parent| {
+                parent.service.name == service.name
+                    && parent.service.namespace == service.namespace
+                    && parent.port.is_none_or(|only| only == port)
+            })
+        };
+        l7.routes.values().filter(attached).cloned().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cairn_mesh::{Change, Identity, PolicyAction, Store};
+
+    fn service(namespace: &str, name: &str) -> Service {
+        Service {
+            name: name.into(),
+            namespace: namespace.into(),
+            hostname: format!("{name}.{namespace}.svc.cluster.local").into(),
+            vips: Vec::new(),
+            ports: Vec::new(),
+            subject_alt_names: Vec::new(),
+            waypoint: None,
+            load_balancing: Default::default(),
+            canonical: true,
+        }
+    }
+
+    #[test]
+    fn policies_apply_as_istio_attaches_them() {
+        let own = Own { gateway: ResourceName::new("shop", "wp"), address: "10.0.0.1".parse().unwrap() };
+        let shop = service("shop", "catalog");
+        let other = service("other", "catalog");
+        let pod = Workload::new("p", "p", Identity::new("td", "shop", "x").unwrap());
+        for (name, namespace, kind, target, addressed, expected) in [
+            ("gateway", "shop", TargetKind::Gateway, "wp", Addressed::Service(&shop), true),
+            ("gateway, pod addressed", "shop", TargetKind::Gateway, "wp", Addressed::Workload(&pod), true),
+            ("another gateway", "shop", TargetKind::Gateway, "x", Addressed::Service(&shop), false),
+            (
+                "gateway of another namespace",
+                "other",
+                TargetKind::Gateway,
+                "wp",
+                Addressed::Service(&shop),
+                false,
+            ),
+            (
+                "class in the root namespace",
+                "root",
+                TargetKind::GatewayClass,
+                "istio-waypoint",
+                Addressed::Service(&shop),
+                true,
+            ),
+            (
+                "class elsewhere",
+                "shop",
+                TargetKind::GatewayClass,
+                "istio-waypoint",
+                Addressed::Service(&shop),
+                false,
+            ),
+            ("another class", "root", TargetKind::GatewayClass, "x", Addressed::Service(&shop), false),
+            ("service", "shop", TargetKind::Service, "catalog", Addressed::Service(&shop), true),
+            (
+                "service, pod addressed",
+                "shop",
+                TargetKind::Service,
+                "catalog",
+                Addressed::Workload(&pod),
+                false,
+            ),
+            (
+                "service of another namespace",
+                "shop",
+                TargetKind::Service,
+                "catalog",
+                Addressed::Service(&other),
+                false,
+            ),
+        ] {
+            let mut store = Store::new();
+            store.apply([Change::Policy(AuthorizationPolicy {
+                name: ResourceName::new(namespace, "p"),
+                targets: vec![TargetRef { kind, name: target.into() }],
+                action: PolicyAction::Allow,
+                rules: Vec::new(),
+                dry_run: false,
+            })]);
+            let found = own.policies(store.current().l7(), addressed, "root");
+            assert_eq!(!found.is_empty(), expected, "{name}");
+        }
+    }
+}

@@ -1,0 +1,248 @@
+//! From the mesh to compiled sites: which destinations are ours, and what is done with traffic to each.
+//!
+//! This is the one place where built-in filters and plugins meet. A site is compiled again only when something it is
+//! made of changed; connections find the new one at their next exchange.
+
+use crate::plugins::{Plugins, Standing};
+use crate::scope::{Addressed, Own};
+use arc_swap::ArcSwap;
+use cairn_filter::{Chain, Position, Slot, sort_factories};
+use cairn_http::{RouteTable, Site, SiteHandle};
+use cairn_mesh::{
+    AppProtocol, AuthorizationPolicy, FailStrategy, HttpRoute, MeshSettings, NetworkAddress, PluginPhase,
+    Service, Snapshot, Unenforceable, WasmPlugin, Workload,
+};
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+/// What traffic is addressed to, as a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Key {
+    /// A service's VIP and port.
+    Service(SocketAddr),
+    /// A pod, whatever its port.
+    Workload(IpAddr),
+}
+
+/// The destinations of this waypoint, for workers to look up.
+#[derive(Default)]
+pub struct Table {
+    sites: HashMap<Key, SiteHandle>,
+    /// VIPs and ports by hostname, for authorities that name a host.
+    hostnames: HashMap<Arc<str>, IpAddr>,
+}
+
+impl Table {
+    /// The site of an address: a service's port, or any port of a pod.
+    pub fn at(&self, destination: SocketAddr) -> Option<&SiteHandle> {
+        let pod = || self.sites.get(&Key::Workload(destination.ip()));
+        self.sites.get(&Key::Service(destination)).or_else(pod)
+    }
+
+    /// The VIP of a service of ours.
+    pub fn vip(&self, hostname: &str) -> Option<IpAddr> {
+        self.hostnames.get(hostname).copied()
+    }
+
+    /// The destinations and the filters of each, in request order.
+    pub fn list(&self) -> Vec<(String, Vec<String>)> {
+        let view = |(key, handle): (&Key, &SiteHandle)| {
+            let site = handle.load();
+            let host = site.service.as_ref().map_or("", |service| &*service.hostname);
+            let name = match key {
+                Key::Service(address) => format!("{host}:{} ({address})", address.port()),
+                Key::Workload(address) => format!("pod {address}"),
+            };
+            (name, site.chain.names().map(str::to_owned).collect())
+        };
+        let mut list: Vec<_> = self.sites.iter().map(view).collect();
+        list.sort();
+        list
+    }
+}
+
+/// What a site is made of; equal parts make an equal site.
+struct Parts {
+    service: Option<Arc<Service>>,
+    workload: Option<Arc<Workload>>,
+    viewpoint: Option<Arc<Workload>>,
+    settings: Arc<MeshSettings>,
+    policies: Vec<Arc<AuthorizationPolicy>>,
+    plugins: Vec<(Arc<WasmPlugin>, Standing)>,
+    unenforceable: Vec<Arc<Unenforceable>>,
+    routes: Vec<Arc<HttpRoute>>,
+}
+
+impl Parts {
+    fn same(&self, other: &Self) -> bool {
+        let standing = |a: &Standing, b: &Standing| match (a, b) {
+            (Standing::Ready(a, _), Standing::Ready(b, _)) => Arc::ptr_eq(a, b),
+            (Standing::Failed(a), Standing::Failed(b)) => a == b,
+            (Standing::Loading, Standing::Loading) => true,
+            _ => false,
+        };
+        self.service == other.service
+            && self.workload == other.workload
+            && self.viewpoint == other.viewpoint
+            && self.settings == other.settings
+            && same_all(&self.policies, &other.policies)
+            && same_all(&self.unenforceable, &other.unenforceable)
+            && same_all(&self.routes, &other.routes)
+            && self.plugins.len() == other.plugins.len()
+            && self.plugins.iter().zip(&other.plugins).all(|(a, b)| a.0 == b.0 && standing(&a.1, &b.1))
+    }
+}
+
+fn same_all<T: PartialEq>(a: &[Arc<T>], b: &[Arc<T>]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| Arc::ptr_eq(a, b) || a == b)
+}
+
+/// Compiles sites.
+pub struct Sites {
+    own: Own,
+    known: HashMap<Key, (Parts, SiteHandle)>,
+}
+
+impl Sites {
+    /// None yet.
+    pub fn new(own: Own) -> Self {
+        Self { own, known: HashMap::new() }
+    }
+
+    /// Compiles what changed and returns the table of all. `plugins` starts to load what is new.
+    pub fn update(&mut self, snapshot: &Snapshot, plugins: &mut Plugins) -> Table {
+        let l7 = snapshot.l7();
+        plugins.want(l7.plugins.values());
+        let mut table = Table::default();
+        let mut known = std::mem::take(&mut self.known);
+        for (key, parts, port, protocol) in self.wanted(snapshot, plugins) {
+            if let (Key::Service(address), Some(service)) = (key, &parts.service) {
+                table.hostnames.insert(Arc::clone(&service.hostname), address.ip());
+            }
+            let handle = match known.remove(&key) {
+                Some((before, handle)) if before.same(&parts) => handle,
+                Some((_, handle)) => {
+                    handle.store(Arc::new(compile(&parts, port, protocol)));
+                    handle
+                }
+                None => Arc::new(ArcSwap::from_pointee(compile(&parts, port, protocol))),
+            };
+            table.sites.insert(key, Arc::clone(&handle));
+            self.known.insert(key, (parts, handle));
+        }
+        table
+    }
+
+    /// The destinations that are ours, with what each is made of.
+    fn wanted(&self, snapshot: &Snapshot, plugins: &Plugins) -> Vec<(Key, Parts, u16, AppProtocol)> {
+        let mut wanted = Vec::new();
+        for state in snapshot.services() {
+            let service = &state.service;
+            let ours = service.waypoint.as_ref().is_some_and(|at| self.own.is_named_by(snapshot, at));
+            if !ours {
+                continue;
+            }
+            for port in &service.ports {
+                for vip in &service.vips {
+                    let parts = self.parts(snapshot, plugins, Addressed::Service(service), port.port);
+                    let parts = Parts { service: Some(Arc::clone(service)), ..parts };
+                    let key = Key::Service(SocketAddr::new(vip.address, port.port));
+                    wanted.push((key, parts, port.port, port.protocol));
+                }
+            }
+        }
+        for workload in snapshot.workloads() {
+            let ours = workload.waypoint.as_ref().is_some_and(|at| self.own.is_named_by(snapshot, at));
+            if !ours {
+                continue;
+            }
+            for address in &workload.addresses {
+                let parts = self.parts(snapshot, plugins, Addressed::Workload(workload), 0);
+                let parts = Parts { workload: Some(Arc::clone(workload)), ..parts };
+                wanted.push((Key::Workload(*address), parts, 0, AppProtocol::Unknown));
+            }
+        }
+        wanted
+    }
+
+    fn parts(&self, snapshot: &Snapshot, plugins: &Plugins, addressed: Addressed<'_>, port: u16) -> Parts {
+        let (l7, settings) = (snapshot.l7(), snapshot.settings());
+        let root = &settings.root_namespace;
+        let own = NetworkAddress { network: "".into(), address: self.own.address };
+        let attached = self.own.plugins(l7, addressed, root).into_iter();
+        Parts {
+            service: None,
+            workload: None,
+            viewpoint: snapshot.workload_at(&own).cloned(),
+            settings: Arc::clone(settings),
+            policies: self.own.policies(l7, addressed, root),
+            plugins: attached
+                .map(|plugin| (plugins.standing(&plugin.name), plugin))
+                .map(|(s, p)| (p, s))
+                .collect(),
+            unenforceable: self.own.unenforceable(l7, addressed, root),
+            routes: match addressed {
+                Addressed::Service(service) => self.own.routes(l7, service, port),
+                Addressed::Workload(_) => Vec::new(),
+            },
+        }
+    }
+}
+
+fn compile(parts: &Parts, port: u16, protocol: AppProtocol) -> Site {
+    Site {
+        chain: Chain::new(sort_factories(slots(parts))),
+        routes: RouteTable::compile(
+            &parts.routes,
+            parts.service.as_deref(),
+            port,
+            &parts.settings.cluster_domain,
+        ),
+        service: parts.service.clone(),
+        port,
+        protocol,
+        normalization: parts.settings.path_normalization,
+        viewpoint: parts.viewpoint.clone(),
+    }
+}
+
+/// A filter specification becomes a factory: the one `match` where built-ins and plugins meet.
+fn slots(parts: &Parts) -> Vec<Slot> {
+    let mut slots = Vec::new();
+    let built_in = |position, factory| Slot { position, priority: 0, factory };
+    let mut unenforceable = parts.unenforceable.clone();
+    for (plugin, standing) in &parts.plugins {
+        match standing {
+            Standing::Ready(factory, _) => slots.push(Slot {
+                position: match plugin.phase {
+                    PluginPhase::Authn => Position::PluginAuthn,
+                    PluginPhase::Authz => Position::PluginAuthz,
+                    PluginPhase::Stats => Position::PluginStats,
+                    PluginPhase::Unspecified => Position::PluginUnspecified,
+                },
+                priority: plugin.priority,
+                factory: Arc::clone(factory),
+            }),
+            Standing::Loading | Standing::Failed(_) if plugin.fail_strategy == FailStrategy::Open => {}
+            Standing::Loading => unenforceable.push(not_running(plugin, "it is still being loaded")),
+            Standing::Failed(reason) => unenforceable.push(not_running(plugin, reason)),
+        }
+    }
+    if !unenforceable.is_empty() {
+        slots.push(built_in(Position::Unenforceable, cairn_builtin::unenforceable(&unenforceable)));
+    }
+    if !parts.policies.is_empty() {
+        slots.push(built_in(Position::Authorization, cairn_builtin::authorization(&parts.policies)));
+    }
+    slots
+}
+
+fn not_running(plugin: &WasmPlugin, reason: &str) -> Arc<Unenforceable> {
+    Arc::new(Unenforceable {
+        what: format!("WasmPlugin {}", plugin.name).into(),
+        targets: plugin.targets.clone(),
+        namespace: Arc::clone(&plugin.name.namespace),
+        reason: reason.into(),
+    })
+}
