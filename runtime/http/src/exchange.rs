@@ -323,5 +323,8 @@ fn protocol(version: Version) -> Protocol {
 }
 
 #[cfg(test)]
+#[path = "exchange/harness.rs"]
+mod harness;
+#[cfg(test)]
 #[path = "exchange/tests.rs"]
 mod tests;

@@ -3,10 +3,7 @@
 use crate::Failure;
 use cairn_filter::RequestHead;
 use cairn_mesh::{PathNormalization, normalize_path};
-use http::header::{
-    CONNECTION, EXPECT, HOST, HeaderName, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, SERVER, TE,
-    TRANSFER_ENCODING, UPGRADE,
-};
+use http::header::{CONNECTION, EXPECT, HOST, HeaderName, SERVER, TE, TRANSFER_ENCODING, UPGRADE};
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderMap, HeaderValue, Method, Uri, Version, request};
 
@@ -122,9 +119,6 @@ fn set_own_request_headers(headers: &mut HeaderMap) {
     // Waiting for a 100 is between us and the client: hyper sends it when the upstream begins to take the body.
     headers.remove(EXPECT);
     headers.remove(FORWARDED_CLIENT_CERT);
-    for name in [PROXY_AUTHENTICATE, PROXY_AUTHORIZATION] {
-        headers.remove(name);
-    }
     headers.entry(FORWARDED_PROTO).or_insert_with(|| HeaderValue::from_static("http"));
     headers.entry(REQUEST_ID).or_insert_with(new_request_id);
 }

@@ -77,7 +77,12 @@ pub async fn serve<S>(
             return;
         }
         AppProtocol::Http11 | AppProtocol::Http2 | AppProtocol::Grpc => {
-            declared(stream, worker.settings.downstream_idle).await
+            tokio::select! {
+                biased;
+                outcome = declared(stream, worker.settings.downstream_idle) => outcome,
+                // It has not asked for anything yet.
+                () = drain.started() => return,
+            }
         }
         AppProtocol::Unknown => undeclared(stream, worker.settings.sniff_wait).await,
     };

@@ -289,8 +289,10 @@ impl HttpExplanation {
         copy_text(&mut self.cluster, record.cluster);
         self.upstream = record.upstream;
         self.upstream_workload = record.upstream_workload.cloned();
-        self.notes.clear();
-        self.notes
-            .extend(record.notes.iter().map(|(filter, text)| ((*filter).to_owned(), (*text).to_owned())));
+        self.notes.resize_with(record.notes.len(), Default::default);
+        for (kept, (filter, text)) in self.notes.iter_mut().zip(&record.notes) {
+            copy_text(&mut kept.0, filter);
+            copy_text(&mut kept.1, text);
+        }
     }
 }
