@@ -336,3 +336,6 @@ fn until_half_life(certificate: &WorkloadCertificate, now: SystemTime) -> Durati
     (certificate.not_before + life / 2).duration_since(now).unwrap_or_default()
 }
 
+#[cfg(test)]
+#[path = "certificates/tests.rs"]
+mod tests;

@@ -17,3 +17,6 @@ pub use certificate::{ChainError, WorkloadCertificate};
 pub use certificates::{CertificateError, CertificateSettings, Certificates};
 pub use issuer::{IssueError, Issuer};
 pub use verify::peer_identity;
+
+#[cfg(test)]
+mod tests;
