@@ -1,0 +1,486 @@
+//! `cairn up`: the whole mesh of a directory of manifests on this machine.
+
+use crate::addresses::{Addresses, Block};
+use crate::client::{self, Way};
+use crate::control::{Addressing, Control, Reading};
+use crate::forward::Forwarders;
+use crate::netns::Network;
+use crate::supervise::{Program, Supervisor};
+use anyhow::{Context, Result};
+use cairn_manifest::{GatewayEntry, Object, Watch};
+use cairn_mesh::{TunnelProtocol, Workload};
+use cairn_net::ListenOptions;
+use cairn_xds::{Mesh, Role};
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+/// `cairn up`.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct Options {
+    /// The directory (or file) of manifests.
+    pub directory: PathBuf,
+    /// Where addresses, tokens, the CA and logs are kept.
+    #[arg(long, env = "CAIRN_STATE", default_value = ".cairn")]
+    pub state: PathBuf,
+    /// The block of loopback used: pods in 127.N/16, services ten above, applications twenty above.
+    #[arg(long, default_value_t = 10)]
+    pub block: u8,
+    /// Gives each pod a network namespace with real redirection. Needs root.
+    #[arg(long)]
+    pub netns: bool,
+    /// With --netns: what the namespaces' names begin with.
+    #[arg(long, default_value = "cairn")]
+    pub netns_prefix: String,
+    /// Runs the commands that pods' `cairn.dev/command` annotations give. They run as you.
+    #[arg(long)]
+    pub run: bool,
+    /// A CA certificate to use in place of a self-made one, PEM.
+    #[arg(long, requires = "ca_key")]
+    pub ca_cert: Option<PathBuf>,
+    /// Its key, PEM.
+    #[arg(long, requires = "ca_cert")]
+    pub ca_key: Option<PathBuf>,
+    /// Lifetime of certificates in seconds.
+    #[arg(long, default_value_t = 86_400)]
+    pub certificate_seconds: u64,
+    /// Worker threads of each proxy.
+    #[arg(long)]
+    pub workers: Option<usize>,
+}
+
+/// The port of xDS and CA.
+const XDS_PORT: u16 = 15012;
+
+/// How long the mesh may take to come up.
+const START_MAX: Duration = Duration::from_secs(60);
+
+/// The annotation that asks for an application of ours: its value is `echo`.
+const RUN: &str = "cairn.dev/run";
+
+/// The annotation that gives a command to run.
+const COMMAND: &str = "cairn.dev/command";
+
+/// A running mesh.
+pub struct Up {
+    /// The mesh as its control plane knows it.
+    pub mesh: Arc<Mesh>,
+    /// How operators' ports are reached.
+    pub way: Way,
+    /// The addresses of ztunnels' ports for operators, by node.
+    pub ztunnels: BTreeMap<String, IpAddr>,
+    /// The waypoints.
+    pub waypoints: BTreeMap<String, IpAddr>,
+    /// What pods' applications must listen on, by pod, and whether something of ours does.
+    pub applications: Vec<(String, Vec<SocketAddr>, bool)>,
+    /// Where the logs are.
+    pub logs: PathBuf,
+    stop: Option<oneshot::Sender<()>>,
+    task: JoinHandle<()>,
+}
+
+impl Up {
+    /// Starts the mesh and waits until every proxy is ready.
+    ///
+    /// # Errors
+    /// When the directory has errors that leave no mesh, a port is taken, or a proxy does not become ready.
+    pub async fn start(options: Options) -> Result<Self> {
+        let mut runner = Runner::open(options)?;
+        let reading = runner.refresh().await?;
+        let way = Way::Direct(runner.network.as_ref().map(Network::node).transpose()?);
+        let up = Self {
+            mesh: Arc::clone(&runner.control.mesh),
+            way: way.clone(),
+            ztunnels: runner.ztunnels.clone(),
+            waypoints: runner.waypoints(&reading),
+            applications: runner.applications.clone(),
+            logs: runner.logs.clone(),
+            stop: None,
+            task: tokio::spawn(std::future::ready(())),
+        };
+        let (stop, stopped) = oneshot::channel();
+        let task = tokio::spawn(runner.run(stopped));
+        let up = Self { stop: Some(stop), task, ..up };
+        for address in up.ztunnels.values().chain(up.waypoints.values()) {
+            if let Err(error) = client::wait_ready(&way, *address, START_MAX).await {
+                let logs = up.logs.clone();
+                up.stop().await;
+                return Err(error)
+                    .with_context(|| format!("the mesh did not come up; see {}", logs.display()));
+            }
+        }
+        Ok(up)
+    }
+
+    /// Ends every process of the mesh.
+    pub async fn stop(mut self) {
+        if let Some(stop) = self.stop.take() {
+            // A runner that is gone has stopped already.
+            let _stopped = stop.send(());
+        }
+        if let Err(error) = self.task.await {
+            tracing::error!(%error, "the mesh did not stop cleanly");
+        }
+    }
+}
+
+/// `cairn up`: runs until SIGTERM or SIGINT.
+///
+/// # Errors
+/// When the mesh cannot be started.
+pub async fn run(options: Options) -> Result<()> {
+    let up = Up::start(options.clone()).await?;
+    describe(&up);
+    let signal = cairn_process::stop_signal().await?;
+    println!("{signal}: stopping");
+    up.stop().await;
+    Ok(())
+}
+
+/// Prints who is where.
+pub fn describe(up: &Up) {
+    let snapshot = up.mesh.snapshot();
+    let mut workloads: Vec<&Arc<Workload>> = snapshot.workloads().collect();
+    workloads.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
+    println!("{:<36} {:<16} IDENTITY", "POD", "ADDRESS");
+    for workload in workloads {
+        let address = workload.addresses.first().map_or_else(|| "-".to_owned(), ToString::to_string);
+        let meshed = workload.protocol == TunnelProtocol::Hbone;
+        let identity = if meshed { workload.identity.as_str() } else { "(not in the mesh)" };
+        println!("{:<36} {address:<16} {identity}", format!("{}/{}", workload.namespace, workload.name));
+    }
+    let mut services: Vec<_> = snapshot.services().collect();
+    services.sort_by_key(|state| state.service.key());
+    println!("\n{:<36} {:<24} ENDPOINTS", "SERVICE", "ADDRESS");
+    for state in services {
+        let service = &state.service;
+        for port in &service.ports {
+            let vip = service
+                .vips
+                .first()
+                .map_or_else(|| "-".to_owned(), |vip| format!("{}:{}", vip.address, port.port));
+            println!(
+                "{:<36} {vip:<24} {}",
+                format!("{}/{}", service.namespace, service.name),
+                state.endpoints.len()
+            );
+        }
+    }
+    for (pod, addresses, ours) in &up.applications {
+        if !ours && !addresses.is_empty() {
+            let list: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+            println!("\nThe application of {pod} is yours to start: let it listen on {}.", list.join(", "));
+        }
+    }
+    println!("\nLogs are in {}.", up.logs.display());
+}
+
+/// What keeps a mesh running.
+struct Runner {
+    options: Options,
+    control: Control,
+    block: Block,
+    watch: Watch,
+    network: Option<Network>,
+    forwarders: Option<Forwarders>,
+    supervisor: Supervisor,
+    server: JoinHandle<()>,
+    tokens: BTreeMap<String, PathBuf>,
+    ztunnels: BTreeMap<String, IpAddr>,
+    applications: Vec<(String, Vec<SocketAddr>, bool)>,
+    executable: PathBuf,
+    logs: PathBuf,
+}
+
+impl Runner {
+    fn open(options: Options) -> Result<Self> {
+        let block = if options.netns { Block::namespaces() } else { Block::loopback(options.block)? };
+        std::fs::create_dir_all(&options.state)
+            .with_context(|| format!("cannot create {}", options.state.display()))?;
+        let state = options.state.canonicalize()?;
+        let options = Options { state: state.clone(), ..options };
+        let ca = options.ca_cert.as_deref().zip(options.ca_key.as_deref());
+        let addresses = Addresses::open(&state, block)?;
+        let control = Control::open(&options.directory, &state, Addressing::Block(addresses), ca)?;
+        let watch = Watch::start(&options.directory).context("cannot watch the manifests")?;
+        let logs = state.join("logs");
+        std::fs::create_dir_all(&logs).with_context(|| format!("cannot create {}", logs.display()))?;
+        let network = options
+            .netns
+            .then(|| Network::create(&options.netns_prefix, block.node(), &state))
+            .transpose()?;
+        let forwarders = (!options.netns).then(|| Forwarders::new(Arc::clone(&control.mesh)));
+        let server = serve(&control, block.node(), network.as_ref())?;
+        Ok(Self {
+            block,
+            control,
+            watch,
+            network,
+            forwarders,
+            supervisor: Supervisor::default(),
+            server,
+            tokens: BTreeMap::new(),
+            ztunnels: BTreeMap::new(),
+            applications: Vec::new(),
+            executable: std::env::current_exe().context("where am I?")?,
+            logs,
+            options,
+        })
+    }
+
+    /// Reads the manifests and makes the mesh be what they say.
+    async fn refresh(&mut self) -> Result<Reading> {
+        let reading = self.control.refresh()?;
+        if let Some(network) = &mut self.network {
+            network.follow(&self.control.mesh.snapshot())?;
+        }
+        let programs = self.programs(&reading)?;
+        self.supervisor.keep(programs).await;
+        if let Some(forwarders) = &mut self.forwarders {
+            forwarders.follow();
+        }
+        Ok(reading)
+    }
+
+    async fn run(mut self, mut stop: oneshot::Receiver<()>) {
+        loop {
+            tokio::select! {
+                () = self.watch.changed() => {
+                    if let Err(error) = self.refresh().await {
+                        tracing::error!(error = format!("{error:#}"), "the mesh could not follow the manifests");
+                    }
+                }
+                _ = &mut stop => break,
+            }
+        }
+        self.supervisor.stop().await;
+        self.server.abort();
+    }
+
+    fn waypoints(&self, reading: &Reading) -> BTreeMap<String, IpAddr> {
+        let address =
+            |gateway: &GatewayEntry| Some((gateway.name.to_string(), waypoint_address(reading, gateway)?));
+        reading.world.gateways.iter().filter_map(address).collect()
+    }
+
+    fn programs(&mut self, reading: &Reading) -> Result<BTreeMap<String, Program>> {
+        let mut programs = BTreeMap::new();
+        let nodes: BTreeSet<String> = reading
+            .world
+            .workloads
+            .iter()
+            .filter(|workload| workload.protocol == TunnelProtocol::Hbone && !workload.native_tunnel)
+            .map(|workload| workload.node.to_string())
+            .collect();
+        let mut ztunnels = BTreeMap::new();
+        for (index, node) in nodes.into_iter().enumerate() {
+            let [a, b, c, d] = self.block.ztunnel().octets();
+            let address = IpAddr::V4(Ipv4Addr::new(a, b, c, d.saturating_add(u8::try_from(index)?)));
+            let program = self.ztunnel(&node, address)?;
+            programs.insert(format!("ztunnel.{node}"), program);
+            ztunnels.insert(node, address);
+        }
+        self.ztunnels = ztunnels;
+        for gateway in &reading.world.gateways {
+            if let Some(address) = waypoint_address(reading, gateway) {
+                let program = self.waypoint(gateway, address, reading)?;
+                programs
+                    .insert(format!("waypoint.{}.{}", gateway.name.namespace, gateway.name.name), program);
+            }
+        }
+        self.applications.clear();
+        for workload in &reading.world.workloads {
+            if !workload.native_tunnel
+                && let Some((name, program)) = self.application(workload, reading)
+            {
+                programs.insert(name, program);
+            }
+        }
+        Ok(programs)
+    }
+
+    fn ztunnel(&mut self, node: &str, address: IpAddr) -> Result<Program> {
+        let token = self.token(&format!("ztunnel.{node}"), Role::Ztunnel { node: node.to_owned() })?;
+        let mut flags = self.common("ztunnel", &token);
+        flags.extend(["--node", node, "--address"].map(OsString::from));
+        flags.push(address.to_string().into());
+        match &self.network {
+            Some(network) => {
+                flags.extend(["--capture", "namespaces", "--netns-directory"].map(OsString::from));
+                flags.push(network.links().into());
+                flags = network.enter_node().into_iter().map(OsString::from).chain(flags).collect();
+            }
+            None => flags.extend(["--twin-addresses", "true"].map(OsString::from)),
+        }
+        Ok(Program { command: flags, log: self.logs.join(format!("ztunnel.{node}.log")) })
+    }
+
+    fn waypoint(&mut self, gateway: &GatewayEntry, address: IpAddr, reading: &Reading) -> Result<Program> {
+        let name = format!("waypoint.{}.{}", gateway.name.namespace, gateway.name.name);
+        let role = Role::Waypoint { gateway: gateway.name.clone(), identity: gateway.identity.clone() };
+        let token = self.token(&name, role)?;
+        let mut flags = self.common("waypoint", &token);
+        let pairs = [
+            ("--gateway", gateway.name.to_string()),
+            ("--address", address.to_string()),
+            ("--trust-domain", gateway.identity.trust_domain().to_owned()),
+            ("--service-account", gateway.identity.service_account().to_owned()),
+        ];
+        flags.extend(pairs.into_iter().flat_map(|(flag, value)| [OsString::from(flag), value.into()]));
+        if let Some(network) = &self.network {
+            let uid = gateway.workloads.first();
+            let pod = reading
+                .world
+                .workloads
+                .iter()
+                .find(|workload| Some(&*workload.uid) == uid.map(String::as_str));
+            if let Some(pod) = pod {
+                let enter = network.enter_pod(&pod.namespace, &pod.name);
+                flags = enter.into_iter().map(OsString::from).chain(flags).collect();
+            }
+        }
+        Ok(Program { command: flags, log: self.logs.join(format!("{name}.log")) })
+    }
+
+    /// What every proxy is told.
+    fn common(&self, role: &str, token: &std::path::Path) -> Vec<OsString> {
+        let mut flags: Vec<OsString> = vec![self.executable.clone().into(), role.into()];
+        let xds = format!("https://{}:{XDS_PORT}", self.block.node());
+        flags.extend(["--xds-address".into(), xds.into()]);
+        flags.extend(["--xds-root".into(), self.control.root_file().into()]);
+        flags.extend(["--token".into(), token.into()]);
+        flags.extend(["--certificate-seconds".into(), self.options.certificate_seconds.to_string().into()]);
+        if let Some(workers) = self.options.workers {
+            flags.extend(["--workers".into(), workers.to_string().into()]);
+        }
+        flags
+    }
+
+    fn token(&mut self, name: &str, role: Role) -> Result<PathBuf> {
+        if let Some(file) = self.tokens.get(name) {
+            return Ok(file.clone());
+        }
+        let file = self.control.token(name, role)?;
+        self.tokens.insert(name.to_owned(), file.clone());
+        Ok(file)
+    }
+
+    /// The application of a pod, if we are to run it; notes where it listens in any case.
+    fn application(&mut self, workload: &Workload, reading: &Reading) -> Option<(String, Program)> {
+        let address = *workload.addresses.first()?;
+        let pod = PodSource::find(workload, &reading.objects);
+        let ports = pod.as_ref().map(PodSource::ports).unwrap_or_default();
+        let meshed = workload.protocol == TunnelProtocol::Hbone;
+        let own = match (&self.network, meshed) {
+            (Some(_), _) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            (None, true) => cairn_ztunnel::twin(address),
+            (None, false) => address,
+        };
+        let listen: Vec<SocketAddr> = ports.iter().map(|port| SocketAddr::new(own, *port)).collect();
+        let name = format!("application.{}.{}", workload.namespace, workload.name);
+        let command = pod.as_ref().and_then(|pod| self.command(pod, workload, &listen));
+        let label = format!("{}/{}", workload.namespace, workload.name);
+        self.applications.push((label, listen, command.is_some()));
+        let mut command = command?;
+        if let Some(network) = &self.network {
+            let enter = network.enter_pod(&workload.namespace, &workload.name);
+            command = enter.into_iter().map(OsString::from).chain(command).collect();
+        }
+        Some((name.clone(), Program { command, log: self.logs.join(format!("{name}.log")) }))
+    }
+
+    fn command(
+        &self,
+        pod: &PodSource<'_>,
+        workload: &Workload,
+        listen: &[SocketAddr],
+    ) -> Option<Vec<OsString>> {
+        if pod.annotation(RUN) == Some("echo") && !listen.is_empty() {
+            let mut command: Vec<OsString> = vec![self.executable.clone().into(), "echo".into()];
+            command.extend(["--name".into(), OsString::from(&*workload.name)]);
+            command.extend(["--version".into(), OsString::from(&*workload.canonical_revision)]);
+            command.push("--listen".into());
+            command.extend(listen.iter().map(|address| OsString::from(address.to_string())));
+            return Some(command);
+        }
+        let text = pod.annotation(COMMAND).filter(|_| self.options.run)?;
+        let address = listen.first().map_or_else(String::new, ToString::to_string);
+        let words = [
+            "env".to_owned(),
+            format!("LISTEN_ADDRESS={address}"),
+            "sh".into(),
+            "-c".into(),
+            text.to_owned(),
+        ];
+        Some(words.into_iter().map(OsString::from).collect())
+    }
+}
+
+fn waypoint_address(reading: &Reading, gateway: &GatewayEntry) -> Option<IpAddr> {
+    let uid = gateway.workloads.first()?;
+    let workload = reading.world.workloads.iter().find(|workload| *workload.uid == **uid)?;
+    workload.addresses.first().copied()
+}
+
+/// Serves xDS and certificates on the node's address.
+fn serve(control: &Control, node: Ipv4Addr, network: Option<&Network>) -> Result<JoinHandle<()>> {
+    let address = SocketAddr::new(IpAddr::V4(node), XDS_PORT);
+    let listen = || cairn_net::listen(address, &ListenOptions::default());
+    let listener = match network {
+        Some(network) => network.node()?.within(listen)??,
+        None => listen()?,
+    };
+    let tls = control.authority.server_tls(&[node.to_string(), "localhost".to_owned()])?;
+    let server = Arc::clone(&control.server);
+    Ok(tokio::spawn(async move {
+        if let Err(error) = server.serve(listener, tls, std::future::pending()).await {
+            tracing::error!(%error, "xDS server ended");
+        }
+    }))
+}
+
+/// Where a pod is described: itself, or the template of what controls it.
+struct PodSource<'a> {
+    annotations: BTreeMap<&'a str, &'a str>,
+    spec: &'a serde_json::Value,
+}
+
+impl<'a> PodSource<'a> {
+    fn find(workload: &Workload, objects: &'a [Object]) -> Option<Self> {
+        let named = |object: &&Object, name: &str| {
+            *object.name.namespace == *workload.namespace && *object.name.name == *name
+        };
+        let pod = objects.iter().find(|object| object.kind == "Pod" && named(object, &workload.name));
+        if let Some(pod) = pod {
+            let annotations =
+                pod.annotations.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
+            return Some(Self { annotations, spec: pod.spec.get("spec")? });
+        }
+        let controller = objects.iter().find(|object| {
+            matches!(object.kind.as_str(), "Deployment" | "StatefulSet")
+                && named(object, &workload.workload_name)
+        })?;
+        let template = controller.spec.get("spec")?.get("template")?;
+        let annotations = template.get("metadata").and_then(|metadata| metadata.get("annotations"));
+        let annotations = annotations.and_then(serde_json::Value::as_object).into_iter().flatten();
+        let annotations =
+            annotations.filter_map(|(key, value)| Some((key.as_str(), value.as_str()?))).collect();
+        Some(Self { annotations, spec: template.get("spec")? })
+    }
+
+    fn annotation(&self, name: &str) -> Option<&'a str> {
+        self.annotations.get(name).copied()
+    }
+
+    fn ports(&self) -> Vec<u16> {
+        let containers =
+            self.spec.get("containers").and_then(serde_json::Value::as_array).into_iter().flatten();
+        let ports = containers.filter_map(|container| container.get("ports")?.as_array()).flatten();
+        ports.filter_map(|port| u16::try_from(port.get("containerPort")?.as_u64()?).ok()).collect()
+    }
+}
