@@ -194,15 +194,15 @@ fn nameplate(id: ObjectId, reason: String) -> Object {
 /// Makes `file://./…` and `file://../…` of a WasmPlugin relative to its manifest, so that an example works wherever
 /// it is checked out.
 fn with_paths(mut object: Object, file: &Path) -> Object {
-    if object.is("extensions.istio.io", "WasmPlugin") {
-        if let Some(Value::String(url)) = object.spec.get_mut("url") {
-            let relative =
-                url.strip_prefix("file://").filter(|path| path.starts_with("./") || path.starts_with("../"));
-            let base = file.parent().and_then(|parent| std::path::absolute(parent).ok());
-            if let Some((relative, base)) = relative.zip(base) {
-                *url = format!("file://{}", base.join(relative).display());
-            }
-        }
+    if !object.is("extensions.istio.io", "WasmPlugin") {
+        return object;
+    }
+    let Some(Value::String(url)) = object.spec.get_mut("url") else { return object };
+    let relative =
+        url.strip_prefix("file://").filter(|path| path.starts_with("./") || path.starts_with("../"));
+    let base = file.parent().and_then(|parent| std::path::absolute(parent).ok());
+    if let Some((relative, base)) = relative.zip(base) {
+        *url = format!("file://{}", base.join(relative).display());
     }
     object
 }
@@ -289,3 +289,7 @@ fn check(object: &Object, settings: &MeshSettings) -> (Vec<Finding>, bool) {
     findings.retain(|finding| seen.insert((finding.field.clone(), finding.code)));
     (findings, broken)
 }
+
+#[cfg(test)]
+#[path = "directory/tests.rs"]
+mod tests;

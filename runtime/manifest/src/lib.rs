@@ -9,6 +9,8 @@ mod files;
 mod kinds;
 mod object;
 mod reader;
+#[cfg(test)]
+mod testing;
 mod watch;
 mod world;
 

@@ -118,3 +118,7 @@ fn may_change(kind: &EventKind) -> bool {
         _ => true,
     }
 }
+
+#[cfg(test)]
+#[path = "watch/tests.rs"]
+mod tests;

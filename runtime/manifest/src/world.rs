@@ -147,10 +147,8 @@ impl<'a> Scene<'a> {
         let mut seen = BTreeSet::new();
         let mut diagnostics: Vec<Diagnostic> = Vec::new();
         for (index, finding) in &self.findings {
-            if let Some(object) = self.objects.get(*index) {
-                if seen.insert((index, &finding.field, finding.code)) {
-                    diagnostics.push(Diagnostic::at(object, finding));
-                }
+            if seen.insert((index, &finding.field, finding.code)) {
+                diagnostics.extend(self.objects.get(*index).map(|object| Diagnostic::at(object, finding)));
             }
         }
         diagnostics.sort_by(|a, b| (&a.file, a.line, a.column).cmp(&(&b.file, b.line, b.column)));

@@ -221,7 +221,8 @@ fn source(node: &Node<'_>, object: &Object, rule: &mut Rule, findings: &mut Find
         let reason = format!("has more than {SERVICE_ACCOUNTS_MAX} service accounts");
         findings.refuse("invalid-value", &node.at, reason);
     }
-    if !accounts.is_empty() && !(source.principals.is_empty() && source.namespaces.is_empty()) {
+    let has_others = !source.principals.is_empty() || !source.namespaces.is_empty();
+    if !accounts.is_empty() && has_others {
         let reason = "service accounts cannot be combined with principals or namespaces in one source";
         findings.refuse("invalid-value", &node.at, reason);
     }

@@ -1,1 +1,538 @@
-//! x
+//! Each field of each kind: what it becomes, or which finding it makes.
+
+use super::*;
+use crate::testing::{object, short};
+use cairn_mesh::{
+    AuthorizationPolicy, BackendKind, Condition, FailStrategy, HttpRoute, PathMatch, PathNormalization,
+    PathRewrite, PathRule, PluginPhase, PolicyAction, RouteFilter, TargetKind, TextMatch, ValueMatch,
+    WasmPlugin,
+};
+
+fn read(head: &str, spec: &str) -> Decoded {
+    let indented: String = spec.lines().map(|line| format!("  {line}\n")).collect();
+    decode(&object(&format!("{head}\nspec:\n{indented}")), &MeshSettings::default())
+}
+
+const TARGET: &str = "targetRefs: [{kind: Service, name: web}]\n";
+
+fn policy(spec: &str) -> Decoded {
+    read(
+        "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p, namespace: n}",
+        spec,
+    )
+}
+
+fn route(spec: &str) -> Decoded {
+    read("apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: r, namespace: n}", spec)
+}
+
+fn plugin(spec: &str) -> Decoded {
+    read(
+        "apiVersion: extensions.istio.io/v1alpha1\nkind: WasmPlugin\nmetadata: {name: w, namespace: n}",
+        spec,
+    )
+}
+
+fn shorts(decoded: &Decoded) -> Vec<String> {
+    decoded.findings.iter().map(short).collect()
+}
+
+fn the_policy(decoded: Decoded) -> AuthorizationPolicy {
+    assert_eq!(shorts(&decoded), [""; 0]);
+    match decoded.changes.into_iter().next() {
+        Some(Change::Policy(policy)) => policy,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn the_route(decoded: &Decoded) -> &HttpRoute {
+    assert!(!decoded.broken, "{:?}", decoded.findings);
+    match decoded.changes.as_slice() {
+        [Change::Route(route)] => route,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn the_plugin(decoded: Decoded) -> WasmPlugin {
+    assert_eq!(shorts(&decoded), [""; 0]);
+    match decoded.changes.into_iter().next() {
+        Some(Change::Plugin(plugin)) => plugin,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn the_refusal(decoded: &Decoded) -> &Unenforceable {
+    match decoded.changes.as_slice() {
+        [Change::Unenforceable(_, refusal)] => refusal,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn text(value: &str) -> TextMatch {
+    TextMatch::parse(value)
+}
+
+#[test]
+fn every_field_of_a_policy_is_read() {
+    let policy = the_policy(policy(&format!(
+        "{TARGET}action: DENY\nrules:\n- from:\n  - source:\n      principals: [a/ns/b/sa/c, \"x*\"]\n      \
+         notNamespaces: [dev]\n      ipBlocks: [10.0.0.1, fd00::/8]\n      trustDomains: [\"*.corp\"]\n  - source: \
+         {{serviceAccounts: [web, other/job]}}\n  to:\n  - operation:\n      hosts: [Shop.Example]\n      ports: \
+         [\"80\"]\n      notMethods: [GET]\n      paths: [/a, \"/b/{{**}}\"]\n  when:\n  - {{key: \
+         \"request.headers[X-Team]\", values: [\"*\"]}}\n  - {{key: destination.port, notValues: [\"81\"]}}\n"
+    )));
+    assert_eq!(policy.action, PolicyAction::Deny);
+    assert_eq!((policy.targets[0].kind, &*policy.targets[0].name), (TargetKind::Service, "web"));
+    let rule = &policy.rules[0];
+    let source = &rule.from[0];
+    assert_eq!(source.principals.any, [text("a/ns/b/sa/c"), text("x*")]);
+    assert_eq!(*source.namespaces.none[0], *"dev");
+    assert_eq!(source.ip_blocks.any[0].to_string(), "10.0.0.1/32");
+    assert_eq!(source.ip_blocks.any[1].to_string(), "fd00::/8");
+    assert_eq!(source.trust_domains.any, [text("*.corp")]);
+    let accounts: Vec<String> =
+        rule.from[1].service_accounts.any.iter().map(|a| format!("{}/{}", a.namespace, a.name)).collect();
+    assert_eq!(accounts, ["n/web", "other/job"]);
+    let operation = &rule.to[0];
+    assert_eq!(operation.hosts.any, [text("shop.example")], "hosts are compared in lower case");
+    assert_eq!(operation.ports.any, [80]);
+    assert_eq!(operation.methods.none, [text("GET")]);
+    assert_eq!(operation.paths.any, [PathMatch::Text(text("/a")), PathMatch::Template("/b/{**}".into())]);
+    assert!(matches!(&rule.when[0], Condition::RequestHeader(name, values)
+        if &**name == "x-team" && values.any == [TextMatch::Present]));
+    assert!(matches!(&rule.when[1], Condition::DestinationPort(values) if values.none == [81]));
+}
+
+#[test]
+fn a_policy_without_rules_allows_nothing() {
+    let policy = the_policy(policy(TARGET));
+    assert_eq!((policy.action, policy.rules.len()), (PolicyAction::Allow, 0));
+}
+
+#[test]
+fn wrong_policies_are_refused_at_the_exact_field() {
+    let source = "rules[0].from[0].source";
+    for (name, spec, expected) in [
+        ("unknown field", "rule: []".to_owned(), "unknown-field spec.rule".to_owned()),
+        (
+            "action in lower case",
+            "action: deny\nrules: [{}]".to_owned(),
+            "invalid-value spec.action".to_owned(),
+        ),
+        ("deny without rules", "action: DENY".to_owned(), "missing-field spec".to_owned()),
+        (
+            "provider without custom",
+            "provider: {name: x}".to_owned(),
+            "invalid-value spec.provider".to_owned(),
+        ),
+        ("from is empty", "rules: [{from: []}]".to_owned(), "invalid-value spec.rules[0].from".to_owned()),
+        (
+            "source is empty",
+            "rules: [{from: [{source: {}}]}]".to_owned(),
+            format!("invalid-value spec.{source}"),
+        ),
+        ("no source", "rules: [{from: [{}]}]".to_owned(), "missing-field spec.rules[0].from[0]".to_owned()),
+        (
+            "number for text",
+            "rules: [{to: [{operation: {ports: [80]}}]}]".to_owned(),
+            "wrong-type spec.rules[0].to[0].operation.ports[0]".to_owned(),
+        ),
+        (
+            "text for list",
+            "rules: [{from: [{source: {principals: \"*\"}}]}]".to_owned(),
+            format!("wrong-type spec.{source}.principals"),
+        ),
+        (
+            "empty text",
+            "rules: [{from: [{source: {principals: [a, \"\"]}}]}]".to_owned(),
+            format!("invalid-value spec.{source}.principals[1]"),
+        ),
+        (
+            "scheme in a principal",
+            "rules: [{from: [{source: {principals: [\"spiffe://a/ns/b/sa/c\"]}}]}]".to_owned(),
+            format!("invalid-value spec.{source}.principals[0]"),
+        ),
+        (
+            "bad block",
+            "rules: [{from: [{source: {ipBlocks: [10.0.0.0/33]}}]}]".to_owned(),
+            format!("invalid-value spec.{source}.ipBlocks[0]"),
+        ),
+        (
+            "two slashes in an account",
+            "rules: [{from: [{source: {serviceAccounts: [a/b/c]}}]}]".to_owned(),
+            format!("invalid-value spec.{source}.serviceAccounts[0]"),
+        ),
+        (
+            "accounts beside namespaces",
+            "rules: [{from: [{source: {serviceAccounts: [a], namespaces: [b]}}]}]".to_owned(),
+            format!("invalid-value spec.{source}"),
+        ),
+        (
+            "star inside a trust domain",
+            "rules: [{from: [{source: {trustDomains: [\"a*b\"]}}]}]".to_owned(),
+            format!("invalid-value spec.{source}.trustDomains[0]"),
+        ),
+        (
+            "port too high",
+            "rules: [{to: [{operation: {ports: [\"65536\"]}}]}]".to_owned(),
+            "invalid-value spec.rules[0].to[0].operation.ports[0]".to_owned(),
+        ),
+        (
+            "half a template",
+            "rules: [{to: [{operation: {paths: [\"/a/{*}.txt\"]}}]}]".to_owned(),
+            "invalid-value spec.rules[0].to[0].operation.paths[0]".to_owned(),
+        ),
+        (
+            "unknown condition",
+            "rules: [{when: [{key: source.user, values: [a]}]}]".to_owned(),
+            "invalid-value spec.rules[0].when[0].key".to_owned(),
+        ),
+        (
+            "condition without values",
+            "rules: [{when: [{key: source.ip}]}]".to_owned(),
+            "missing-field spec.rules[0].when[0]".to_owned(),
+        ),
+    ] {
+        let decoded = policy(&format!("{TARGET}{spec}"));
+        assert_eq!(shorts(&decoded), [format!("error {expected}")], "{name}");
+        assert!(decoded.broken, "{name}");
+        let refusal = the_refusal(&decoded);
+        assert_eq!(refusal.targets.len(), 1, "{name}: its target is refused");
+        assert!(refusal.reason.contains("spec"), "{name}: {}", refusal.reason);
+    }
+}
+
+#[test]
+fn all_mistakes_are_found_at_once() {
+    let decoded =
+        policy(&format!("{TARGET}actoin: DENY\nrules: [{{from: [{{source: {{x: [], ipBlocks: [y]}}}}]}}]"));
+    let expected = [
+        "error unknown-field spec.actoin",
+        "error unknown-field spec.rules[0].from[0].source.x",
+        "error invalid-value spec.rules[0].from[0].source.ipBlocks[0]",
+    ];
+    assert_eq!(shorts(&decoded), expected);
+}
+
+#[test]
+fn uncertain_targets_refuse_the_whole_namespace() {
+    for (name, spec) in [
+        ("unknown kind", "targetRefs: [{kind: Pod, name: x}]"),
+        ("no name", "targetRefs: [{kind: Service}]"),
+        ("another namespace", "targetRefs: [{kind: Service, name: x, namespace: other}]"),
+        ("wrong type", "targetRefs: web"),
+        ("empty", "targetRefs: []"),
+        (
+            "class outside the root namespace",
+            "targetRefs: [{group: gateway.networking.k8s.io, kind: GatewayClass, name: istio-waypoint}]",
+        ),
+        ("more than 16", &format!("targetRefs: [{}]", "{kind: Service, name: x}, ".repeat(17))),
+    ] {
+        let decoded = policy(spec);
+        assert!(decoded.broken, "{name}");
+        let refusal = the_refusal(&decoded);
+        assert_eq!((refusal.targets.len(), &*refusal.namespace), (0, "n"), "{name}");
+    }
+}
+
+#[test]
+fn a_broken_policy_for_workloads_is_not_the_waypoints_to_refuse() {
+    let decoded = policy("selector: {matchLabels: {app: web}}\nrules: [{x: 1}]");
+    assert!(decoded.broken);
+    assert!(matches!(decoded.changes.as_slice(), [Change::L7Removed(_)]));
+}
+
+#[test]
+fn selector_and_targets_together_are_refused() {
+    let decoded = policy(&format!("{TARGET}selector: {{matchLabels: {{app: web}}}}"));
+    assert_eq!(shorts(&decoded), ["error selector-and-target-refs spec.selector"]);
+    assert_eq!(the_refusal(&decoded).targets.len(), 1);
+}
+
+#[test]
+fn what_cannot_be_enforced_refuses_its_targets() {
+    let account = "rules: [{from: [{source: {requestPrincipals: [\"*\"]}}]}]";
+    let claim = "rules: [{when: [{key: \"request.auth.claims[groups]\", values: [a]}]}]";
+    let custom = "action: CUSTOM\nprovider: {name: x}\nrules: [{}]";
+    for (name, spec, field) in [
+        ("token principal", account, "spec.rules[0].from[0].source.requestPrincipals"),
+        ("claim", claim, "spec.rules[0].when[0].key"),
+        ("external authorization", custom, "spec.action"),
+    ] {
+        let decoded = policy(&format!("{TARGET}{spec}"));
+        assert_eq!(shorts(&decoded), [format!("error unenforceable {field}")], "{name}");
+        assert!(!decoded.broken, "{name}: it means something certain, so an older version must not stay");
+        assert_eq!(the_refusal(&decoded).targets.len(), 1, "{name}");
+    }
+    let head =
+        "apiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {name: j, namespace: n}";
+    let decoded = read(head, &format!("{TARGET}jwtRules: [{{issuer: a}}]"));
+    assert_eq!(shorts(&decoded), ["error unenforceable spec"]);
+    assert_eq!(&*the_refusal(&decoded).what, "RequestAuthentication n/j");
+    assert_eq!(shorts(&read(head, "jwtRules: []")), ["warning not-attached spec"]);
+}
+
+#[test]
+fn dry_run_is_read_from_its_annotation() {
+    let with = |value: &str, action: &str| {
+        let head = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata:\n  name: p\n  namespace: n\n";
+        let head = format!("{head}  annotations: {{istio.io/dry-run: \"{value}\"}}");
+        read(&head, &format!("{TARGET}action: {action}\nrules: [{{}}]"))
+    };
+    assert!(the_policy(with("true", "DENY")).dry_run);
+    assert!(!the_policy(with("false", "DENY")).dry_run);
+    let field = "metadata.annotations[\"istio.io/dry-run\"]";
+    assert_eq!(shorts(&with("yes", "DENY")), [format!("error invalid-value {field}")]);
+    assert_eq!(shorts(&with("true", "AUDIT")), [format!("error invalid-value {field}")]);
+}
+
+#[test]
+fn a_document_that_is_not_yaml_refuses_its_namespace() {
+    let mut broken = object(
+        "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p, namespace: n}",
+    );
+    broken.broken = Some("line 3: x".into());
+    let decoded = decode(&broken, &MeshSettings::default());
+    assert!(decoded.broken);
+    assert_eq!(the_refusal(&decoded).targets.len(), 0);
+    assert!(the_refusal(&decoded).reason.contains("line 3"));
+}
+
+#[test]
+fn every_field_of_a_route_is_read() {
+    let decoded = route(
+        "parentRefs: [{group: \"\", kind: Service, name: web, namespace: m, port: 80}]\nrules:\n- name: one\n  matches:\n  \
+         - path: {type: Exact, value: /a}\n    headers: [{name: X-A, value: b}, {name: x-a, value: c}]\n    queryParams: \
+         [{type: RegularExpression, name: q, value: \"[0-9]+\"}]\n    method: GET\n  - {}\n  filters:\n  - type: \
+         RequestHeaderModifier\n    requestHeaderModifier: {set: [{name: X-S, value: \"1\"}], remove: [X-R]}\n  \
+         backendRefs:\n  - {name: v1, port: 80, weight: 9}\n  - {name: v2, namespace: m, port: 81.0}\n  - {group: \
+         example.com, kind: Bucket, name: b}\n- filters:\n  - type: RequestRedirect\n    requestRedirect: {scheme: \
+         https, port: 8443, statusCode: 308, path: {type: ReplacePrefixMatch, replacePrefixMatch: /x}}\n",
+    );
+    let route = the_route(&decoded);
+    assert_eq!(route.parents[0].service.to_string(), "m/web");
+    assert_eq!(route.parents[0].port, Some(80));
+    let first = &route.rules[0];
+    assert_eq!(first.matches[0].path, PathRule::Exact("/a".into()));
+    assert_eq!(first.matches[0].headers.len(), 1, "of two with one name, the first counts");
+    assert_eq!(*first.matches[0].headers[0].name, *"x-a");
+    assert_eq!(first.matches[0].query[0].value, ValueMatch::Regex("[0-9]+".into()));
+    assert_eq!(first.matches[0].method.as_deref(), Some("GET"));
+    assert_eq!(first.matches[1].path, PathRule::Prefix("/".into()));
+    assert!(matches!(&first.filters[0], RouteFilter::RequestHeaders(changes)
+        if *changes.set[0].name == *"x-s" && *changes.remove[0] == *"x-r"));
+    assert_eq!(first.backends[0].weight, 9);
+    assert!(
+        matches!(&first.backends[1].kind, BackendKind::Service { service, port: 81 } if service.to_string() == "m/v2")
+    );
+    assert!(matches!(&first.backends[2].kind, BackendKind::Invalid(_)));
+    assert_eq!(first.broken, None, "one bad backend costs its own share only");
+    assert!(matches!(&route.rules[1].filters[0], RouteFilter::Redirect(redirect)
+        if redirect.status == 308 && redirect.path == Some(PathRewrite::Prefix("/x".into())) && redirect.port == Some(8443)));
+    assert_eq!(shorts(&decoded), ["error invalid-backend spec.rules[0].backendRefs[2]"]);
+}
+
+#[test]
+fn what_breaks_one_rule_leaves_the_others() {
+    let good = "backendRefs: [{name: v1, port: 80}]";
+    for (name, rule, expected) in [
+        (
+            "mirror",
+            format!("filters: [{{type: RequestMirror, requestMirror: {{}}}}]\n  {good}"),
+            "not-supported spec.rules[0].filters[0].type",
+        ),
+        (
+            "extension",
+            format!("filters: [{{type: ExtensionRef, extensionRef: {{}}}}]\n  {good}"),
+            "not-supported spec.rules[0].filters[0].type",
+        ),
+        (
+            "redirect with backends",
+            format!("filters: [{{type: RequestRedirect, requestRedirect: {{hostname: a}}}}]\n  {good}"),
+            "invalid-value spec.rules[0].filters",
+        ),
+        (
+            "prefix rewrite of an exact match",
+            format!(
+                "matches: [{{path: {{type: Exact, value: /a}}}}]\n  filters: [{{type: URLRewrite, urlRewrite: {{path: \
+                 {{type: ReplacePrefixMatch, replacePrefixMatch: /b}}}}}}]\n  {good}"
+            ),
+            "invalid-value spec.rules[0].filters",
+        ),
+        (
+            "one bad expression of two matches",
+            format!(
+                "matches: [{{path: {{type: RegularExpression, value: \"(\"}}}}, {{method: GET}}]\n  {good}"
+            ),
+            "invalid-value spec.rules[0].matches[0].path.value",
+        ),
+        (
+            "rewrite for one backend",
+            "backendRefs: [{name: v1, port: 80, filters: [{type: URLRewrite, urlRewrite: {hostname: a}}]}]"
+                .to_owned(),
+            "not-supported spec.rules[0].backendRefs[0].filters",
+        ),
+    ] {
+        let decoded = route(&format!("rules:\n- {rule}\n- {good}\n"));
+        assert_eq!(shorts(&decoded), [format!("error {expected}")], "{name}");
+        let route = the_route(&decoded);
+        assert!(route.rules[0].broken.is_some(), "{name}");
+        assert_eq!(route.rules[1].broken, None, "{name}");
+    }
+}
+
+#[test]
+fn a_rule_with_nothing_certain_to_match_is_left_out() {
+    let decoded = route(
+        "rules:\n- matches: [{path: {type: RegularExpression, value: \"(\"}}]\n- {backendRefs: [{name: a, port: 1}]}",
+    );
+    assert_eq!(the_route(&decoded).rules.len(), 1);
+}
+
+#[test]
+fn wrong_routes_are_refused_at_the_exact_field() {
+    for (name, spec, expected) in [
+        ("unknown field", "rules: [{backends: []}]", "unknown-field spec.rules[0].backends"),
+        (
+            "path without slash",
+            "rules: [{matches: [{path: {value: a}}], backendRefs: [{name: a, port: 1}]}]",
+            "invalid-value spec.rules[0].matches[0].path.value",
+        ),
+        (
+            "method in lower case",
+            "rules: [{matches: [{method: get}], backendRefs: [{name: a, port: 1}]}]",
+            "invalid-value spec.rules[0].matches[0].method",
+        ),
+        (
+            "bad header name",
+            "rules: [{matches: [{headers: [{name: \"a b\", value: c}]}], backendRefs: [{name: a, port: 1}]}]",
+            "invalid-value spec.rules[0].matches[0].headers[0].name",
+        ),
+        (
+            "port as text",
+            "rules: [{backendRefs: [{name: a, port: \"80\"}]}]",
+            "wrong-type spec.rules[0].backendRefs[0].port",
+        ),
+        (
+            "port by name",
+            "parentRefs: [{kind: Service, group: \"\", name: a, sectionName: http}]",
+            "not-supported spec.parentRefs[0].sectionName",
+        ),
+        (
+            "unknown filter",
+            "rules: [{filters: [{type: Magic}], backendRefs: [{name: a, port: 1}]}]",
+            "invalid-value spec.rules[0].filters[0].type",
+        ),
+    ] {
+        let decoded = route(spec);
+        assert!(decoded.broken && decoded.changes.is_empty(), "{name}");
+        assert!(shorts(&decoded).contains(&format!("error {expected}")), "{name}: {:?}", shorts(&decoded));
+    }
+    assert_eq!(
+        shorts(&route("rules: [{timeouts: {request: 1s}, backendRefs: [{name: a, port: 1}]}]")),
+        ["warning not-supported spec.rules[0].timeouts"]
+    );
+    assert_eq!(shorts(&route("rules: [{}]")), ["warning no-backend spec.rules[0]"]);
+}
+
+#[test]
+fn every_field_of_a_plugin_is_read() {
+    let hash = "0123456789abcdef".repeat(4);
+    let plugin = the_plugin(plugin(&format!(
+        "{TARGET}url: file:///p.wasm\nsha256: {hash}\nphase: AUTHN\npriority: 10.0\nfailStrategy: FAIL_RELOAD\npluginName: \
+         root\npluginConfig: {{limit: 1.0, ratio: 0.5, list: [true, null]}}\nvmConfig: {{env: [{{name: A, value: \
+         b}}]}}\nmatch: [{{mode: SERVER}}]\ntype: HTTP\n"
+    )));
+    assert_eq!(&*plugin.url, "file:///p.wasm");
+    assert_eq!(plugin.sha256.as_deref(), Some(hash.as_str()));
+    assert_eq!(
+        (plugin.phase, plugin.priority, plugin.fail_strategy),
+        (PluginPhase::Authn, 10, FailStrategy::Reload)
+    );
+    assert_eq!(&*plugin.plugin_name, "root");
+    assert_eq!(&*plugin.config, r#"{"limit":1,"ratio":0.5,"list":[true,null]}"#);
+    assert_eq!((&*plugin.env[0].0, &*plugin.env[0].1), ("A", "b"));
+}
+
+#[test]
+fn an_unset_priority_is_the_lowest() {
+    assert_eq!(the_plugin(plugin(&format!("{TARGET}url: file:///p.wasm"))).priority, i32::MIN);
+}
+
+#[test]
+fn a_plugin_that_cannot_run_refuses_its_targets_unless_it_may_be_missing() {
+    for (name, spec, field) in [
+        ("oci", "url: oci://reg.example/p:v1", "spec.url"),
+        ("no scheme is oci", "url: reg.example/p:v1", "spec.url"),
+        ("network", "url: file:///p.wasm\ntype: NETWORK", "spec.type"),
+        (
+            "host variable",
+            "url: file:///p.wasm\nvmConfig: {env: [{name: A, valueFrom: HOST}]}",
+            "spec.vmConfig.env[0].valueFrom",
+        ),
+        ("ports", "url: file:///p.wasm\nmatch: [{ports: [{number: 80}]}]", "spec.match[0].ports"),
+    ] {
+        let decoded = plugin(&format!("{TARGET}{spec}"));
+        assert_eq!(shorts(&decoded), [format!("error unenforceable {field}")], "{name}");
+        assert_eq!(the_refusal(&decoded).targets.len(), 1, "{name}");
+        let decoded = plugin(&format!("{TARGET}{spec}\nfailStrategy: FAIL_OPEN"));
+        assert_eq!(shorts(&decoded), [format!("error not-supported {field}")], "{name}");
+        assert!(matches!(decoded.changes.as_slice(), [Change::L7Removed(_)]), "{name}");
+    }
+}
+
+#[test]
+fn wrong_plugins_are_refused_at_the_exact_field() {
+    for (name, spec, expected) in [
+        ("no url", "phase: AUTHN", "missing-field spec"),
+        ("relative file", "url: file://p.wasm", "invalid-value spec.url"),
+        ("unknown scheme", "url: ftp://a/b", "invalid-value spec.url"),
+        ("short digest", "url: file:///p\nsha256: abc", "invalid-value spec.sha256"),
+        ("unknown phase", "url: file:///p\nphase: LATER", "invalid-value spec.phase"),
+        ("unknown field", "url: file:///p\npluginconfig: {}", "unknown-field spec.pluginconfig"),
+        ("config is text", "url: file:///p\npluginConfig: x", "wrong-type spec.pluginConfig"),
+        ("priority is too high", "url: file:///p\npriority: 3000000000", "invalid-value spec.priority"),
+        (
+            "twice the same variable",
+            "url: file:///p\nvmConfig: {env: [{name: A}, {name: A}]}",
+            "invalid-value spec.vmConfig.env[1]",
+        ),
+    ] {
+        let decoded = plugin(&format!("{TARGET}{spec}"));
+        assert_eq!(shorts(&decoded), [format!("error {expected}")], "{name}");
+        assert!(decoded.broken, "{name}");
+    }
+    assert_eq!(shorts(&plugin("url: file:///p")), ["warning not-attached spec"]);
+    assert_eq!(
+        shorts(&plugin(&format!("{TARGET}url: file:///p\nmatch: [{{mode: CLIENT}}]"))),
+        ["warning not-attached spec.match"]
+    );
+}
+
+#[test]
+fn settings_come_from_the_config_map() {
+    let text = |mesh: &str| {
+        format!(
+            "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: istio, namespace: istio-system}}\ndata:\n  mesh: |\n{mesh}"
+        )
+    };
+    let base = MeshSettings { cluster_id: "c1".into(), ..MeshSettings::default() };
+    let mesh = "    trustDomain: corp\n    rootNamespace: mesh\n    pathNormalization: {normalization: MERGE_SLASHES}\n    \
+                enableTracing: true\n";
+    let decoded = decode(&object(&text(mesh)), &base);
+    let [Change::Settings(settings)] = decoded.changes.as_slice() else { panic!("{decoded:?}") };
+    assert_eq!((&*settings.trust_domain, &*settings.root_namespace), ("corp", "mesh"));
+    assert_eq!(settings.path_normalization, PathNormalization::MergeSlashes);
+    assert_eq!(&*settings.cluster_id, "c1", "what is not said stays");
+    for (mesh, code) in
+        [("    pathNormalization: {normalization: SOME}\n", "invalid-value"), ("    a: [\n", "bad-yaml")]
+    {
+        let decoded = decode(&object(&text(mesh)), &base);
+        assert!(decoded.broken && decoded.changes.is_empty());
+        assert_eq!(decoded.findings[0].code, code);
+    }
+    let other = object(
+        "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: istio, namespace: shop}\ndata: {mesh: \"trustDomain: x\"}",
+    );
+    assert!(decode(&other, &base).changes.is_empty(), "another namespace's ConfigMap is not the mesh's");
+}
