@@ -56,20 +56,22 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    // The proxies set up their own threads and logs.
+    let done = |()| ExitCode::SUCCESS;
+    let log = arguments.log_level;
     match arguments.command {
-        Command::Ztunnel(options) => return cairn_ztunnel::run(*options).map(|()| ExitCode::SUCCESS),
-        Command::Waypoint(options) => return cairn_waypoint::run(*options).map(|()| ExitCode::SUCCESS),
-        Command::Check(options) => return check::run(options),
-        _ => {}
+        // The proxies set up their own threads and logs.
+        Command::Ztunnel(options) => cairn_ztunnel::run(*options).map(done),
+        Command::Waypoint(options) => cairn_waypoint::run(*options).map(done),
+        Command::Check(options) => check::run(options),
+        Command::Up(options) => here(&log, up::run(options)).map(done),
+        Command::Demo(options) => here(&log, demo::run(options)),
+        Command::Xds(options) => here(&log, xds::run(options)).map(done),
+        Command::Echo(options) => here(&log, echo::run(options)).map(done),
     }
-    cairn_process::init_logging(&arguments.log_level, cairn_process::LogFormat::Text)?;
-    let runtime = cairn_process::control_runtime()?;
-    match arguments.command {
-        Command::Up(options) => runtime.block_on(up::run(options)).map(|()| ExitCode::SUCCESS),
-        Command::Demo(options) => runtime.block_on(demo::run(options)),
-        Command::Xds(options) => runtime.block_on(xds::run(options)).map(|()| ExitCode::SUCCESS),
-        Command::Echo(options) => runtime.block_on(echo::run(options)).map(|()| ExitCode::SUCCESS),
-        Command::Check(_) | Command::Ztunnel(_) | Command::Waypoint(_) => Ok(ExitCode::SUCCESS),
-    }
+}
+
+/// Runs a command on this thread, with its log on standard error.
+fn here<T>(log: &str, command: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    cairn_process::init_logging(log, cairn_process::LogFormat::Text)?;
+    cairn_process::control_runtime()?.block_on(command)
 }

@@ -53,11 +53,11 @@ impl Supervisor {
             .collect();
         self.end(gone).await;
         for (name, program) in wanted {
-            if !self.running.contains_key(&name) {
+            self.running.entry(name.clone()).or_insert_with(|| {
                 let (stop, stopped) = oneshot::channel();
-                let task = tokio::spawn(watch(name.clone(), program.clone(), stopped));
-                self.running.insert(name, Kept { program, stop: Some(stop), task });
-            }
+                let task = tokio::spawn(watch(name, program.clone(), stopped));
+                Kept { program, stop: Some(stop), task }
+            });
         }
     }
 
@@ -172,18 +172,12 @@ mod tests {
     async fn a_child_that_ends_is_started_again_and_ends_with_us() {
         let dir = tempfile::tempdir().unwrap();
         let mut supervisor = Supervisor::default();
-        let twice = program(
-            dir.path(),
-            "echo run; test -f once || { touch once; exit 1; }; trap 'echo bye; exit 0' TERM; while :; do sleep 0.05; done",
+        let script = format!(
+            "cd {}; echo run; test -f once || {{ touch once; exit 1; }}; \
+             trap 'echo bye; exit 0' TERM; while :; do sleep 0.05; done",
+            dir.path().display()
         );
-        let twice = Program {
-            command: {
-                let mut c = twice.command;
-                c[2] = format!("cd {}; {}", dir.path().display(), c[2].to_string_lossy()).into();
-                c
-            },
-            ..twice
-        };
+        let twice = program(dir.path(), &script);
         supervisor.keep(BTreeMap::from([("a".to_owned(), twice)])).await;
         assert!(until(dir.path(), "run\nrun\n").await.contains("run\nrun\n"));
         supervisor.keep(BTreeMap::new()).await;
