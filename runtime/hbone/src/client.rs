@@ -1,5 +1,6 @@
 //! One connection to a peer: how it begins, the task that drives it, and the places for tunnels on it.
 
+use crate::ahead::ReadAhead;
 use crate::keepalive::{Keepalive, KeepaliveSettings};
 use crate::wire::Wire;
 use crate::{ConnectError, PoolSettings, PoolTarget, TunnelStream};
@@ -154,7 +155,7 @@ async fn handshake(
     let config = target.certificate.client_config(&target.identities);
     // The name plays no part: the verifier looks for an identity, and nothing is sent.
     let name = ServerName::IpAddress(IpAddr::V4(Ipv4Addr::UNSPECIFIED).into());
-    let tls = TlsConnector::from(config).connect(name, tcp).await;
+    let tls = TlsConnector::from(config).connect(name, ReadAhead::new(tcp)).await;
     let wire = Wire::new(tls.map_err(tls_error)?);
     let mut beginning = pin!(
         h2::client::Builder::new()

@@ -3,6 +3,7 @@
 //! A tunnel is a byte stream plus who is at its other end. [`serve`] takes an accepted connection and hands out each
 //! [`Connect`] that arrives on it; [`Pool`] opens tunnels to others over few connections. Both give a [`TunnelStream`].
 
+mod ahead;
 mod authority;
 mod client;
 mod headers;

@@ -1,5 +1,6 @@
 //! Accepting tunnels: one connection of a peer, and the CONNECTs that arrive on it.
 
+use crate::ahead::ReadAhead;
 use crate::keepalive::{Keepalive, KeepaliveSettings};
 use crate::wire::Wire;
 use crate::{Authority, TunnelError, TunnelStream};
@@ -126,7 +127,7 @@ async fn handshake(
     cairn_net::prepare(&tcp).map_err(ServeError::Socket)?;
     let address = canonical(tcp.peer_addr().map_err(ServeError::Socket)?);
     let local = canonical(tcp.local_addr().map_err(ServeError::Socket)?);
-    let wire = Wire::new(TlsAcceptor::from(tls).accept(tcp).await.map_err(ServeError::Tls)?);
+    let wire = Wire::new(TlsAcceptor::from(tls).accept(ReadAhead::new(tcp)).await.map_err(ServeError::Tls)?);
     let identity = wire.with_peer(peer_identity).ok_or(ServeError::NoIdentity)?;
     let mut beginning = pin!(
         h2::server::Builder::new()
