@@ -2,10 +2,10 @@
 
 use crate::decode::decode;
 use crate::diagnostic::{Diagnostic, Finding, Severity};
-use crate::document::documents;
+use crate::document::{BrokenDocument, Position, documents};
 use crate::field::FieldPath;
 use crate::files::{self, FILE_LEN_MAX};
-use crate::object::{self, Object, ObjectId};
+use crate::object::{self, BrokenObject, Object, ObjectId, Origin};
 use crate::{kinds, world};
 use cairn_mesh::{Change, MeshSettings};
 use serde_json::Value;
@@ -138,32 +138,47 @@ fn parse(path: &Path, text: &str, hash: u64) -> File {
                 for found in object::objects(document, &name) {
                     match found {
                         Ok(object) => file.objects.push(with_paths(object, path)),
-                        Err(broken) => {
-                            file.clean = false;
-                            for (finding, position) in broken.findings {
-                                file.diagnostics.push(unnamed(
-                                    &name,
-                                    &finding,
-                                    position.find(&finding.field),
-                                ));
-                            }
-                        }
+                        Err(broken) => file.add_broken_object(&name, broken),
                     }
                 }
             }
-            Err(broken) => {
-                file.clean = false;
-                let id = object::sniff(broken.text);
-                let mut diagnostic =
-                    Diagnostic::file(Severity::Error, "bad-yaml", Arc::clone(&name), broken.reason.clone());
-                (diagnostic.line, diagnostic.column) = (broken.line, broken.column);
-                diagnostic.object = id.as_ref().map(|id| format!("{} {}", id.kind, id.name));
-                file.diagnostics.push(diagnostic);
-                file.objects.extend(id.filter(kinds::is_guard).map(|id| nameplate(id, broken.reason)));
-            }
+            Err(broken) => file.add_broken_text(&name, broken),
         }
     }
     file
+}
+
+impl File {
+    fn add_broken_object(&mut self, name: &Arc<Path>, broken: BrokenObject) {
+        self.clean = false;
+        if let (Some(id), Some((finding, position))) = (broken.id, broken.findings.first()) {
+            self.add_nameplate(id, finding.to_string(), name, position.clone());
+        }
+        for (finding, position) in broken.findings {
+            self.diagnostics.push(unnamed(name, &finding, position.find(&finding.field)));
+        }
+    }
+
+    fn add_broken_text(&mut self, name: &Arc<Path>, broken: BrokenDocument<'_>) {
+        self.clean = false;
+        let mut diagnostic =
+            Diagnostic::file(Severity::Error, "bad-yaml", Arc::clone(name), broken.reason.clone());
+        (diagnostic.line, diagnostic.column) = (broken.line, broken.column);
+        if let Some(id) = object::sniff(broken.text) {
+            diagnostic.object = Some(format!("{} {}", id.kind, id.name));
+            self.add_nameplate(id, broken.reason, name, Position::point(broken.line, broken.column));
+        }
+        self.diagnostics.push(diagnostic);
+    }
+
+    /// Adds what is known of an object that cannot be read, if it guards anything.
+    fn add_nameplate(&mut self, id: ObjectId, reason: String, file: &Arc<Path>, position: Position) {
+        if kinds::is_guard(&id) {
+            let line = position.line() as usize;
+            let origin = Origin { file: Arc::clone(file), line, position: Arc::new(position) };
+            self.objects.push(nameplate(id, reason, origin));
+        }
+    }
 }
 
 fn unnamed(file: &Arc<Path>, finding: &Finding, (line, column): (u32, u32)) -> Diagnostic {
@@ -175,7 +190,7 @@ fn unnamed(file: &Arc<Path>, finding: &Finding, (line, column): (u32, u32)) -> D
 }
 
 /// An object of which only the name is known.
-fn nameplate(id: ObjectId, reason: String) -> Object {
+fn nameplate(id: ObjectId, reason: String, origin: Origin) -> Object {
     Object {
         group: id.group,
         version: String::new(),
@@ -187,7 +202,7 @@ fn nameplate(id: ObjectId, reason: String) -> Object {
         owner: None,
         spec: Value::Null,
         broken: Some(reason.into()),
-        origin: None,
+        origin: Some(origin),
     }
 }
 

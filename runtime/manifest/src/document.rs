@@ -19,6 +19,11 @@ pub struct Position {
 }
 
 impl Position {
+    /// A place of which nothing inside is known.
+    pub(crate) fn point(line: u32, column: u32) -> Self {
+        Self { line, column, children: Vec::new() }
+    }
+
     /// The line, from 1; 0 when unknown.
     pub fn line(&self) -> u32 {
         self.line

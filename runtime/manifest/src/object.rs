@@ -121,6 +121,8 @@ fn is_cluster_scoped(group: &str, kind: &str) -> bool {
 /// An object that cannot even be named, or whose metadata is not what it must be.
 #[derive(Debug)]
 pub(crate) struct BrokenObject {
+    /// What it is, if that much can be told.
+    pub(crate) id: Option<ObjectId>,
     pub(crate) findings: Vec<(Finding, Position)>,
 }
 
@@ -148,9 +150,10 @@ fn object(value: Value, position: Position, file: &Arc<Path>) -> Result<Object, 
             object.origin = Some(Origin { file: Arc::clone(file), line, position: Arc::new(position) });
             Ok(object)
         }
-        _ => {
+        found => {
             let place = |finding| (finding, position.clone());
-            Err(BrokenObject { findings: problems.into_iter().map(place).collect() })
+            let findings = problems.into_iter().map(place).collect();
+            Err(BrokenObject { id: found.map(|object| object.id()), findings })
         }
     }
 }

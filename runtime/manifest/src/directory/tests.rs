@@ -115,11 +115,19 @@ fn a_diagnostic_names_file_line_column_and_field() {
 
 #[test]
 fn a_new_policy_that_is_broken_refuses_its_target() {
-    for (name, text, targets) in [("field", BROKEN_FIELD, 1), ("text", BROKEN_TEXT, 0)] {
+    let label = &POLICY.replace("namespace: shop}", "namespace: shop, labels: {a: true}}");
+    for (name, text, targets) in
+        [("field", BROKEN_FIELD, 1), ("text", BROKEN_TEXT, 0), ("metadata", label, 0)]
+    {
         let mut edited = Edited::new();
         edited.write("a.yaml", text);
         let Change::Unenforceable(_, refusal) = edited.change() else { panic!("{name}") };
         assert_eq!((refusal.targets.len(), &*refusal.namespace), (targets, "shop"), "{name}");
+        let said = edited.directory.read().diagnostics;
+        assert!(
+            said.iter().all(|diagnostic| diagnostic.line > 0 && diagnostic.file.ends_with("a.yaml")),
+            "{said:?}"
+        );
     }
 }
 

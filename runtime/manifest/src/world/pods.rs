@@ -13,6 +13,8 @@ use std::net::IpAddr;
 /// How many pods one manifest may ask for.
 const REPLICAS_MAX: u32 = 1000;
 const MODE: &str = "istio.io/dataplane-mode";
+/// With the value `http`: the pod speaks HBONE itself, and no ztunnel serves it (Istio's label).
+const TUNNEL: &str = "networking.istio.io/tunnel";
 /// The node of pods that no manifest places.
 const NODE: &str = "node";
 
@@ -187,7 +189,8 @@ fn make(scene: &mut Scene<'_>, draft: Draft<'_>, addressing: &mut dyn Addressing
         return None;
     }
     let gateway = labels.get(GATEWAY_NAME).map(|name| ResourceName::new(namespace, name.as_str()));
-    let protocol = protocol(scene, &draft, gateway.is_some());
+    let native_tunnel = gateway.is_some() || labels.get(TUNNEL).is_some_and(|value| value == "http");
+    let protocol = protocol(scene, &draft, native_tunnel);
     let label =
         |names: [&str; 3]| names.iter().find_map(|name| labels.get(*name)).filter(|value| !value.is_empty());
     let canonical_name = label(["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"]);
@@ -201,7 +204,7 @@ fn make(scene: &mut Scene<'_>, draft: Draft<'_>, addressing: &mut dyn Addressing
         canonical_revision: revision.map_or("latest", String::as_str).into(),
         kind: draft.kind,
         workload_name: draft.workload_name.as_str().into(),
-        native_tunnel: gateway.is_some(),
+        native_tunnel,
         health: health(&draft.status),
         cluster_id: scene.settings.cluster_id.clone(),
         ..Workload::new(uid, draft.name.as_str(), identity)
@@ -229,13 +232,14 @@ fn addresses(draft: &Draft<'_>, addressing: &mut dyn Addressing) -> Vec<IpAddr> 
     own
 }
 
-/// In the mesh: by the pod's own label, else its namespace's. A pod on the node's network cannot be captured.
-fn protocol(scene: &Scene<'_>, draft: &Draft<'_>, is_gateway: bool) -> TunnelProtocol {
+/// In the mesh: as the pod speaks HBONE itself, or by its own label, else its namespace's. A pod on the node's network
+/// cannot be captured.
+fn protocol(scene: &Scene<'_>, draft: &Draft<'_>, native_tunnel: bool) -> TunnelProtocol {
     let mode = draft.labels.get(MODE).map(String::as_str);
     let mode = mode.or_else(|| scene.namespace_label(draft.namespace, MODE));
     let captured =
         draft.annotations.get("ambient.istio.io/redirection").is_some_and(|value| value == "enabled");
-    if is_gateway || (!draft.spec.host_network && (captured || mode == Some("ambient"))) {
+    if native_tunnel || (!draft.spec.host_network && (captured || mode == Some("ambient"))) {
         TunnelProtocol::Hbone
     } else {
         TunnelProtocol::None

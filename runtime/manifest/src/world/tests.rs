@@ -165,9 +165,13 @@ fn pods_are_in_the_mesh_by_label() {
         ("no label", plain, "", "{}", TunnelProtocol::None),
         ("own label", plain, "istio.io/dataplane-mode: ambient", "{}", TunnelProtocol::Hbone),
         ("on the node's network", AMBIENT, "", "{hostNetwork: true}", TunnelProtocol::None),
+        ("its own tunnel", plain, "networking.istio.io/tunnel: http", "{}", TunnelProtocol::Hbone),
+        ("a tunnel unknown to Istio", plain, "networking.istio.io/tunnel: x", "{}", TunnelProtocol::None),
     ] {
         let world = world(&format!("{namespace}{}spec: {spec}\n", pod("a", labels)));
-        assert_eq!(world.workload("a").protocol, expected, "{name}");
+        let found = world.workload("a");
+        assert_eq!(found.protocol, expected, "{name}");
+        assert_eq!(found.native_tunnel, labels == "networking.istio.io/tunnel: http", "{name}");
     }
 }
 
