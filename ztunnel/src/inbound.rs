@@ -6,7 +6,7 @@ use crate::live::Connected;
 use crate::outbound::chain;
 use crate::pods::{OWN_PORTS, Pod};
 use cairn_hbone::{Authority, Connect, ServerSettings};
-use cairn_mesh::{Decision, L4Peer, NetworkAddress, Service, Snapshot, Workload, decide};
+use cairn_mesh::{Decision, DenyReason, L4Peer, NetworkAddress, Service, Snapshot, Workload, decide};
 use cairn_telemetry::Direction;
 use http::{HeaderMap, StatusCode};
 use std::net::SocketAddr;
@@ -116,13 +116,35 @@ async fn admit(
     }
     let destination = SocketAddr::new(pod.address, port);
     let peer = L4Peer { identity: Some(&downstream.identity), source: downstream.address, destination };
-    note_decision(account, decide(&snapshot, &workload, &peer))
+    note_decision(account, decide_when_known(proxy, pod, &peer).await)
         .map_err(|reason| Refused::new(StatusCode::FORBIDDEN, "DENY", reason))?;
     let options = proxy.options_to_application(pod, downstream.address.ip());
     let application = cairn_net::connect(SocketAddr::new(pod.application, port), &options).await;
     let application = application
         .map_err(|error| Refused::new(StatusCode::SERVICE_UNAVAILABLE, "CONNECT", chain(&error)))?;
     Ok((application, destination, workload))
+}
+
+/// Decides by the mesh as it is now. When a policy that the workload names has not arrived, the connection waits for it,
+/// at most as long as the mesh itself would; after that it is denied.
+pub async fn decide_when_known(proxy: &Proxy, pod: &Pod, peer: &L4Peer<'_>) -> Decision {
+    let mut changes = proxy.mesh.changes();
+    let deadline = tokio::time::Instant::now() + cairn_xds::POLICY_WAIT;
+    loop {
+        changes.borrow_and_update();
+        let snapshot = proxy.mesh.snapshot();
+        let Some(workload) = pod.workload(&snapshot) else {
+            return Decision::Deny(DenyReason::NotAllowed(Vec::new()));
+        };
+        let decision = decide(&snapshot, &workload, peer);
+        if !matches!(decision, Decision::Deny(DenyReason::MissingPolicy(_))) {
+            return decision;
+        }
+        match tokio::time::timeout_at(deadline, changes.changed()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) | Err(_) => return decision,
+        }
+    }
 }
 
 /// Writes a decision into the account; the reason when it is no.

@@ -2,11 +2,11 @@
 
 use crate::Proxy;
 use crate::carry::Account;
-use crate::inbound::{note_decision, peer_workload};
+use crate::inbound::{decide_when_known, note_decision, peer_workload};
 use crate::live::Connected;
 use crate::outbound::chain;
 use crate::pods::{OWN_PORTS, Pod};
-use cairn_mesh::{L4Peer, decide};
+use cairn_mesh::L4Peer;
 use cairn_telemetry::Direction;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -48,7 +48,7 @@ async fn serve(proxy: &Proxy, pod: &Pod, mut client: TcpStream, peer: SocketAddr
     account.source_workload = peer_workload(&snapshot, peer, &workload);
     account.destination_workload = Some(Arc::clone(&workload));
     let asked = L4Peer { identity: None, source: peer, destination };
-    if let Err(reason) = note_decision(&mut account, decide(&snapshot, &workload, &asked)) {
+    if let Err(reason) = note_decision(&mut account, decide_when_known(proxy, pod, &asked).await) {
         return account.refused(proxy, "DENY", &reason);
     }
     let options = proxy.options_to_application(pod, peer.ip());
