@@ -15,7 +15,7 @@ mod pods;
 mod settings;
 mod socks;
 
-pub use pods::twin;
+pub use pods::{namespace_file, twin};
 pub use settings::{Capture, CaptureKind, Options, Settings};
 
 use anyhow::Context;
@@ -43,10 +43,11 @@ struct Proxy {
 }
 
 impl Proxy {
-    /// How sockets are opened on behalf of a pod towards the network: from its address, in its namespace.
+    /// How sockets are opened on behalf of a pod towards the network: in its namespace, where the kernel chooses its
+    /// address and any free port for each destination; else from its address.
     fn options_to_network(&self, pod: &Pod) -> ConnectOptions {
         ConnectOptions {
-            bind: Some(pod.address),
+            bind: pod.namespace.is_none().then_some(pod.address),
             namespace: pod.namespace.clone(),
             mark: pod.namespace.as_ref().map(|_| cairn_net::ZTUNNEL_MARK),
             ..ConnectOptions::default()

@@ -24,7 +24,8 @@ pub async fn redirected(
         Ok(destination) => destination,
         Err(error) => return tracing::debug!(%peer, %error, "client went away at once"),
     };
-    if destination.ip().is_loopback() && OWN_PORTS.contains(&destination.port()) {
+    let own_address = destination.ip().is_loopback() || destination.ip() == pod.address;
+    if own_address && OWN_PORTS.contains(&destination.port()) {
         return tracing::warn!(%peer, %destination, "connection to the ztunnel itself refused");
     }
     let mut account = Account::new(Direction::Outbound, peer, destination);

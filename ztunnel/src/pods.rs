@@ -60,6 +60,25 @@ pub fn twin(address: IpAddr) -> IpAddr {
     }
 }
 
+/// How long the name of a pod's network namespace may be; a file's name ends at 255 bytes, and others may put
+/// something before it.
+const NAMESPACE_FILE_BYTES_MAX: usize = 200;
+
+/// What a pod's network namespace is called in a node's directory of them: `namespace.pod`, or the beginning of that
+/// and a digest of all of it where it is too long for a file's name.
+pub fn namespace_file(namespace: &str, pod: &str) -> String {
+    let name = format!("{namespace}.{pod}");
+    if name.len() <= NAMESPACE_FILE_BYTES_MAX {
+        return name;
+    }
+    // FNV-1a: the same in every process. What could collide begins with the same namespace.
+    let digest = name
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
+    let end = name.floor_char_boundary(NAMESPACE_FILE_BYTES_MAX - 17);
+    format!("{}~{digest:016x}", name.get(..end).unwrap_or(""))
+}
+
 struct Running {
     pod: Arc<Pod>,
     listeners: Vec<JoinHandle<()>>,
@@ -108,8 +127,10 @@ fn reconcile(proxy: &Arc<Proxy>, snapshot: &Snapshot, running: &mut HashMap<Arc<
         .map(|workload| (&workload.uid, workload))
         .collect();
     running.retain(|uid, pod| {
+        // A pod of the same name and address may be a new one, in a new namespace.
         let keep =
-            local.get(uid).is_some_and(|workload| workload.addresses.first() == Some(&pod.pod.address));
+            local.get(uid).is_some_and(|workload| workload.addresses.first() == Some(&pod.pod.address))
+                && pod.pod.namespace.as_ref().is_none_or(Namespace::is_current);
         if !keep {
             tracing::info!(pod = %uid, "pod left");
         }
@@ -155,7 +176,7 @@ fn start(proxy: &Arc<Proxy>, workload: &Workload) -> Result<Running, cairn_net::
             Running { pod, listeners, plain: BTreeSet::new() }
         }
         Capture::Namespaces(directory) => {
-            let file = directory.join(format!("{}.{}", workload.namespace, workload.name));
+            let file = directory.join(namespace_file(&workload.namespace, &workload.name));
             let namespace = Namespace::open(&file)?;
             let options = ListenOptions { transparent: true, mark: Some(cairn_net::ZTUNNEL_MARK), ..options };
             let any = |port| SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port);
@@ -296,7 +317,15 @@ async fn hand_over(
 
 #[cfg(test)]
 mod tests {
-    use super::twin;
+    use super::{namespace_file, twin};
+
+    #[test]
+    fn namespaces_are_files_of_any_pod_and_of_one_only() {
+        assert_eq!(namespace_file("shop", "web-0"), "shop.web-0");
+        let (a, b) = (namespace_file("shop", &"a".repeat(253)), namespace_file("shop", &"a".repeat(252)));
+        assert!(a.starts_with("shop.aaa") && a != b, "{a} {b}");
+        assert_eq!((a.len(), b.len()), (200, 200));
+    }
 
     #[test]
     fn twins_are_loopback_addresses_of_their_own() {

@@ -42,7 +42,8 @@ pub struct Options {
     /// How traffic reaches the ztunnel [default: addresses].
     #[arg(long, env = "CAIRN_CAPTURE")]
     pub capture: Option<CaptureKind>,
-    /// With `--capture namespaces`: the directory of network namespaces, one per pod, named `namespace.pod`.
+    /// With `--capture namespaces`: the directory of network namespaces, one per pod, named `namespace.pod`
+    /// (see `namespace_file` for long names).
     #[arg(long, env = "CAIRN_NETNS_DIRECTORY")]
     pub netns_directory: Option<PathBuf>,
     /// With `--capture addresses`: applications listen on twin addresses (second octet + 20), and the ztunnel on

@@ -145,13 +145,22 @@ impl Control {
     /// When addresses cannot be kept.
     pub fn refresh(&mut self) -> Result<Reading> {
         let reading = self.read()?;
-        self.server.publish(served(&reading));
-        self.publish_here(&reading);
-        self.say(&reading);
+        self.publish(&reading);
         Ok(reading)
     }
 
-    fn read(&mut self) -> Result<Reading> {
+    /// Serves what was read, and says what is wrong with it.
+    pub fn publish(&mut self, reading: &Reading) {
+        self.server.publish(served(reading));
+        self.say(reading);
+    }
+
+    /// Reads the directory again. The mesh as we know it is what it says; proxies hear of it by [`Control::publish`],
+    /// when what they will need has been prepared.
+    ///
+    /// # Errors
+    /// When addresses cannot be kept.
+    pub fn read(&mut self) -> Result<Reading> {
         let loaded = self.directory.read();
         let world = match &mut self.addressing {
             Addressing::Block(addresses) => {
@@ -164,7 +173,9 @@ impl Control {
         let mut diagnostics = loaded.diagnostics;
         diagnostics.extend(world.diagnostics.iter().cloned());
         diagnostics.sort_by(|a, b| (&a.file, a.line, a.column).cmp(&(&b.file, b.line, b.column)));
-        Ok(Reading { world, objects: loaded.objects, settings: loaded.settings, diagnostics })
+        let reading = Reading { world, objects: loaded.objects, settings: loaded.settings, diagnostics };
+        self.publish_here(&reading);
+        Ok(reading)
     }
 
     fn publish_here(&self, reading: &Reading) {

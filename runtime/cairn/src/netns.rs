@@ -5,8 +5,9 @@
 //! 15008). Everything is in namespaces of our own; the machine's own network is not touched.
 
 use anyhow::{Context, Result, ensure};
-use cairn_mesh::{Service, Snapshot, TunnelProtocol, Workload};
+use cairn_mesh::{Endpoint, Service, Snapshot, TunnelProtocol};
 use cairn_net::Namespace;
+use cairn_ztunnel::namespace_file;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -16,6 +17,9 @@ use std::process::{Command, Stdio};
 
 /// Where `ip netns` keeps namespaces.
 const NAMESPACES: &str = "/run/netns";
+
+/// What namespaces' names may begin with: short enough that a pod's name still fits behind it in a file's.
+const PREFIX_BYTES_MAX: usize = 40;
 
 /// The namespaces of one mesh. Dropping it removes them.
 pub struct Network {
@@ -34,15 +38,21 @@ struct Pod {
 }
 
 impl Network {
-    /// Makes the node namespace, which has `gateway` as its address. `prefix` begins the names of all namespaces.
+    /// Makes the node namespace, in which `gateway` and the 255 addresses around it are the node's own. `prefix`
+    /// begins the names of all namespaces; what an earlier run left under it is removed.
     ///
     /// # Errors
-    /// When not root, or `ip` or `nft` is missing or fails.
+    /// When not root, when another mesh runs under the prefix, or `ip` or `nft` is missing or fails.
     pub fn create(prefix: &str, gateway: Ipv4Addr, state: &Path) -> Result<Self> {
         ensure!(rustix::process::geteuid().is_root(), "--netns needs root");
+        ensure!(
+            !prefix.is_empty() && prefix.len() <= PREFIX_BYTES_MAX && is_word(prefix),
+            "--netns-prefix {prefix:?} is not 1 to {PREFIX_BYTES_MAX} letters, digits and dashes"
+        );
+        ensure_free(prefix)?;
         let links = state.join("netns");
         std::fs::create_dir_all(&links).with_context(|| format!("cannot create {}", links.display()))?;
-        let mut network = Self {
+        let network = Self {
             prefix: prefix.to_owned(),
             gateway,
             links,
@@ -50,12 +60,13 @@ impl Network {
             balancing: String::new(),
         };
         network.remove_all();
-        let node = network.node_name();
-        ip(&["netns", "add", &node])?;
-        network.in_node(&["ip", "link", "set", "lo", "up"])?;
-        network.in_node(&["ip", "addr", "add", &format!("{gateway}/32"), "dev", "lo"])?;
-        network.in_node(&["sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv4.conf.all.rp_filter=0"])?;
-        network.balancing.clear();
+        feed("ip", &["netns", "add", &network.node_name()], None, "")?;
+        let node = network.node()?;
+        set(&node, &["ip_forward=1", "conf/all/rp_filter=0", "conf/default/rp_filter=0"])?;
+        let addresses = format!("link set lo up\naddr add {gateway}/24 dev lo\n");
+        feed("ip", &["-batch", "-"], Some(&node), &addresses)?;
+        // Says at once when nft is missing or the kernel lacks what we need of it.
+        feed("nft", &["-f", "-"], Some(&node), "table ip cairn-services\n")?;
         Ok(network)
     }
 
@@ -64,7 +75,7 @@ impl Network {
     /// # Errors
     /// When it cannot be opened.
     pub fn node(&self) -> Result<Namespace> {
-        Ok(Namespace::open(&Path::new(NAMESPACES).join(self.node_name()))?)
+        open(&self.node_name())
     }
 
     /// The directory of links `namespace.pod` to namespaces.
@@ -79,37 +90,46 @@ impl Network {
 
     /// The words before a command that make it run in a pod's namespace.
     pub fn enter_pod(&self, namespace: &str, pod: &str) -> Vec<String> {
-        vec!["ip".into(), "netns".into(), "exec".into(), self.pod_name(&format!("{namespace}.{pod}"))]
+        vec!["ip".into(), "netns".into(), "exec".into(), self.pod_name(&namespace_file(namespace, pod))]
     }
 
-    /// Makes namespaces be those of the mesh's pods, and services reachable for pods outside the mesh.
+    /// Makes namespaces be those of the mesh's pods, and services reachable for pods outside the mesh. A pod that
+    /// cannot have a namespace is reported and left out.
     ///
     /// # Errors
-    /// When `ip` or `nft` fails.
+    /// When `nft` fails in the node's namespace.
     pub fn follow(&mut self, snapshot: &Snapshot) -> Result<()> {
         let mut wanted = BTreeMap::new();
         for workload in snapshot.workloads() {
             if let Some(address) = workload.addresses.first() {
                 let redirected = workload.protocol == TunnelProtocol::Hbone && !workload.native_tunnel;
-                wanted.insert(key(workload), Pod { address: *address, redirected });
+                let name = namespace_file(&workload.namespace, &workload.name);
+                wanted.insert(name, Pod { address: *address, redirected });
             }
         }
-        let known: BTreeSet<String> = self.pods.keys().cloned().collect();
+        let known: Vec<String> = self.pods.keys().cloned().collect();
         for name in known {
             if wanted.get(&name) != self.pods.get(&name) {
                 self.remove_pod(&name);
             }
         }
         for (name, pod) in wanted {
-            if !self.pods.contains_key(&name) {
-                self.add_pod(&name, &pod)
-                    .with_context(|| format!("cannot make the namespace of pod {name}"))?;
-                self.pods.insert(name, pod);
+            if self.pods.contains_key(&name) {
+                continue;
+            }
+            match self.add_pod(&name, &pod) {
+                Ok(()) => {
+                    self.pods.insert(name, pod);
+                }
+                Err(error) => {
+                    self.remove_pod(&name);
+                    tracing::error!(pod = name, error = format!("{error:#}"), "pod has no namespace");
+                }
             }
         }
-        let balancing = balancing_rules(snapshot);
+        let balancing = balancing_rules(snapshot, self.gateway);
         if balancing != self.balancing {
-            self.nft_in(&self.node_name(), &balancing)?;
+            feed("nft", &["-f", "-"], Some(&self.node()?), &balancing)?;
             self.balancing = balancing;
         }
         Ok(())
@@ -123,37 +143,38 @@ impl Network {
         format!("{}-pod-{key}", self.prefix)
     }
 
-    fn in_node(&self, command: &[&str]) -> Result<()> {
-        run_in(&self.node_name(), command)
-    }
-
+    /// Makes a pod's namespace: one end of a virtual wire in it as `eth0`, the other in the node's.
     fn add_pod(&self, key: &str, pod: &Pod) -> Result<()> {
+        ensure!(is_word(key), "its name is not one of Kubernetes'");
         let IpAddr::V4(address) = pod.address else { anyhow::bail!("only IPv4 pods can have namespaces") };
-        let (name, gateway) = (self.pod_name(key), self.gateway.to_string());
-        let [_, _, high, low] = address.octets();
-        let outer = format!("cairn{high:02x}{low:02x}");
-        let own = format!("{address}/32");
-        ip(&["netns", "add", &name])?;
-        self.in_node(&["ip", "link", "add", &outer, "type", "veth", "peer", "name", "eth0", "netns", &name])?;
-        self.in_node(&["ip", "link", "set", &outer, "up"])?;
-        self.in_node(&["ip", "route", "replace", &own, "dev", &outer, "src", &gateway])?;
-        self.in_node(&["sysctl", "-qw", &format!("net.ipv4.conf.{outer}.proxy_arp=1")])?;
-        let inside = |command: &[&str]| run_in(&name, command);
-        inside(&["ip", "link", "set", "lo", "up"])?;
-        inside(&["ip", "addr", "add", &own, "dev", "eth0"])?;
-        inside(&["ip", "link", "set", "eth0", "up"])?;
-        inside(&["ip", "route", "add", &gateway, "dev", "eth0", "scope", "link"])?;
-        inside(&["ip", "route", "add", "default", "via", &gateway])?;
-        inside(&["sysctl", "-qw", "net.ipv4.conf.all.rp_filter=0", "net.ipv4.conf.default.rp_filter=0"])?;
+        let (name, gateway) = (self.pod_name(key), self.gateway);
+        feed("ip", &["netns", "add", &name], None, "")?;
+        let namespace = open(&name)?;
+        set(&namespace, &["conf/all/rp_filter=0", "conf/default/rp_filter=0"])?;
+        let outer = format!("cairn{:08x}", u32::from(address));
+        let wire = format!(
+            "link add {outer} type veth peer name eth0 netns {name}\n\
+             link set {outer} up\n\
+             route add {address}/32 dev {outer} src {gateway}\n"
+        );
+        feed("ip", &["-batch", "-"], Some(&self.node()?), &wire)?;
+        let mut inside = format!(
+            "link set lo up\n\
+             addr add {address}/32 dev eth0\n\
+             link set eth0 up\n\
+             route add {gateway} dev eth0 scope link\n\
+             route add default via {gateway}\n"
+        );
         if pod.redirected {
-            inside(&["ip", "rule", "add", "fwmark", "0x111/0xfff", "lookup", "100", "pref", "32764"])?;
-            inside(&["ip", "route", "add", "local", "0.0.0.0/0", "dev", "lo", "table", "100"])?;
-            self.nft_in(&name, REDIRECTION)?;
+            inside.push_str(REPLIES);
+        }
+        feed("ip", &["-batch", "-"], Some(&namespace), &inside)?;
+        if pod.redirected {
+            feed("nft", &["-f", "-"], Some(&namespace), REDIRECTION)?;
         }
         let link = self.links.join(key);
-        if link.symlink_metadata().is_ok() {
-            std::fs::remove_file(&link).with_context(|| format!("cannot remove {}", link.display()))?;
-        }
+        // A link that an earlier run left would be in the way.
+        let _gone = std::fs::remove_file(&link);
         std::os::unix::fs::symlink(Path::new(NAMESPACES).join(&name), &link)
             .with_context(|| format!("cannot create {}", link.display()))
     }
@@ -162,35 +183,17 @@ impl Network {
         self.pods.remove(key);
         // What is gone already need not be removed.
         let _gone = std::fs::remove_file(self.links.join(key));
-        let _gone = ip(&["netns", "del", &self.pod_name(key)]);
+        remove(&self.pod_name(key));
     }
 
-    fn nft_in(&self, namespace: &str, rules: &str) -> Result<()> {
-        let mut child = Command::new("ip")
-            .args(["netns", "exec", namespace, "nft", "-f", "-"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .context("cannot run nft")?;
-        if let Some(mut input) = child.stdin.take() {
-            input.write_all(rules.as_bytes()).context("cannot write to nft")?;
+    /// Removes every namespace whose name begins with our prefix, and the links to them.
+    fn remove_all(&self) {
+        for name in names(&self.prefix) {
+            remove(&name);
         }
-        let output = child.wait_with_output()?;
-        ensure!(output.status.success(), "nft: {}", String::from_utf8_lossy(&output.stderr).trim());
-        Ok(())
-    }
-
-    /// Removes every namespace whose name begins with our prefix: an earlier run may have left some.
-    fn remove_all(&mut self) {
-        let Ok(entries) = std::fs::read_dir(NAMESPACES) else { return };
-        let (pods, node) = (format!("{}-pod-", self.prefix), self.node_name());
-        for entry in entries.flatten() {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            if name.starts_with(&pods) || name == node {
-                // What is gone already need not be removed.
-                let _gone = ip(&["netns", "del", &name]);
-            }
+        for entry in std::fs::read_dir(&self.links).into_iter().flatten().flatten() {
+            // What is gone already need not be removed.
+            let _gone = std::fs::remove_file(entry.path());
         }
     }
 }
@@ -201,9 +204,41 @@ impl Drop for Network {
     }
 }
 
-fn key(workload: &Workload) -> String {
-    format!("{}.{}", workload.namespace, workload.name)
+/// The namespaces there are under a prefix.
+fn names(prefix: &str) -> Vec<String> {
+    let (pods, node) = (format!("{prefix}-pod-"), format!("{prefix}-node"));
+    let entries = std::fs::read_dir(NAMESPACES).into_iter().flatten().flatten();
+    let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    names.filter(|name| name.starts_with(&pods) || *name == node).collect()
 }
+
+/// Refuses to take namespaces away from a mesh that runs, or from processes that outlived theirs.
+fn ensure_free(prefix: &str) -> Result<()> {
+    for name in names(prefix) {
+        let output = Command::new("ip").args(["netns", "pids", &name]).output().context("cannot run ip")?;
+        let pids = String::from_utf8_lossy(&output.stdout).split_whitespace().collect::<Vec<_>>().join(", ");
+        ensure!(
+            pids.is_empty(),
+            "network namespace {name} is in use by {pids}: end these, or choose another --netns-prefix"
+        );
+    }
+    Ok(())
+}
+
+fn remove(name: &str) {
+    if let Err(error) = feed("ip", &["netns", "del", name], None, "") {
+        tracing::debug!(name, error = format!("{error:#}"), "namespace not removed");
+    }
+}
+
+/// Whether `text` means nothing but itself to a shell, a path, `ip` and `nft`.
+fn is_word(text: &str) -> bool {
+    text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'~'))
+}
+
+/// Replies to spoofed addresses are delivered in the pod, to the ztunnel's sockets.
+const REPLIES: &str = "rule add fwmark 0x111/0xfff lookup 100 pref 32764\n\
+                       route add local 0.0.0.0/0 dev lo table 100\n";
 
 /// The redirection of a pod of the mesh, as istio-cni's nftables variant has it, without DNS: packets with mark 0x539
 /// are the ztunnel's own; connections whose source it spoofs carry connection mark 0x111, by which replies come back
@@ -233,71 +268,131 @@ table inet istio-ambient-mangle {
 }
 "#;
 
-/// What kube-proxy would do for pods outside the mesh: a service's address becomes one of its pods'.
-fn balancing_rules(snapshot: &Snapshot) -> String {
-    let mut lines = BTreeSet::new();
+/// What kube-proxy would do for pods outside the mesh: a service's address becomes one of its pods'. A pod that
+/// reaches itself that way must not see its own address as the client's.
+fn balancing_rules(snapshot: &Snapshot, gateway: Ipv4Addr) -> String {
+    let (mut lines, mut itself) = (BTreeSet::new(), BTreeSet::new());
     for state in snapshot.services() {
         lines.extend(service_rules(&state.service, &state.endpoints));
+        let addresses = state.endpoints.iter().filter_map(|endpoint| address_of(endpoint));
+        itself.extend(addresses.map(|address| format!("{address} . {address}")));
     }
-    let mut rules =
-        String::from("table ip cairn-services\ndelete table ip cairn-services\ntable ip cairn-services {\n");
-    rules
-        .push_str("    chain prerouting {\n        type nat hook prerouting priority -100; policy accept;\n");
-    for line in lines {
-        rules.push_str(&line);
-    }
-    rules.push_str("    }\n}\n");
-    rules
+    let services: String = lines.into_iter().collect();
+    let hairpin = if itself.is_empty() {
+        String::new()
+    } else {
+        let pairs: Vec<String> = itself.into_iter().collect();
+        format!("        ip saddr . ip daddr {{ {} }} snat to {gateway}\n", pairs.join(", "))
+    };
+    format!(
+        "table ip cairn-services
+delete table ip cairn-services
+table ip cairn-services {{
+    chain services {{
+{services}    }}
+    chain prerouting {{
+        type nat hook prerouting priority -100; policy accept;
+        jump services
+    }}
+    chain output {{
+        type nat hook output priority -100; policy accept;
+        jump services
+    }}
+    chain postrouting {{
+        type nat hook postrouting priority 100; policy accept;
+{hairpin}    }}
+}}
+"
+    )
 }
 
-fn service_rules(service: &Service, endpoints: &[cairn_mesh::Endpoint]) -> Vec<String> {
+/// One rule for each address and port of a service.
+fn service_rules(service: &Service, endpoints: &[Endpoint]) -> Vec<String> {
     let mut rules = Vec::new();
-    for (vip, port) in
-        service.vips.iter().flat_map(|vip| service.ports.iter().map(move |port| (vip, port.port)))
-    {
-        let targets: Vec<(IpAddr, u16)> = endpoints
-            .iter()
-            .filter_map(|endpoint| {
-                let address = endpoint.workload.addresses.first()?;
-                Some((*address, endpoint.target_port(service, port)?))
-            })
-            .collect();
-        if targets.is_empty() {
-            continue;
+    for vip in service.vips.iter().filter(|vip| vip.address.is_ipv4()) {
+        for port in &service.ports {
+            let target = |endpoint: &Endpoint| {
+                Some((address_of(endpoint)?, endpoint.target_port(service, port.port)?))
+            };
+            let targets: Vec<_> = endpoints.iter().filter_map(target).collect();
+            let mut choices = String::new();
+            for (index, (address, target)) in targets.iter().enumerate() {
+                let comma = if index == 0 { "" } else { ", " };
+                // Writing to a String cannot fail.
+                let _infallible = write!(choices, "{comma}{index} : {address} . {target}");
+            }
+            if !targets.is_empty() {
+                rules.push(format!(
+                    "        ip daddr {} tcp dport {} dnat to numgen random mod {} map {{ {choices} }}\n",
+                    vip.address,
+                    port.port,
+                    targets.len()
+                ));
+            }
         }
-        let mut rule = format!(
-            "        ip daddr {} tcp dport {port} dnat to numgen random mod {} map {{ ",
-            vip.address,
-            targets.len()
-        );
-        for (index, (address, target)) in targets.iter().enumerate() {
-            // Writing to a String cannot fail.
-            let _infallible =
-                write!(rule, "{}{index} : {address} . {target}", if index == 0 { "" } else { ", " });
-        }
-        rule.push_str(" }\n");
-        rules.push(rule);
     }
     rules
 }
 
-fn ip(arguments: &[&str]) -> Result<()> {
-    run("ip", arguments)
+fn address_of(endpoint: &Endpoint) -> Option<Ipv4Addr> {
+    match endpoint.workload.addresses.first()? {
+        IpAddr::V4(address) => Some(*address),
+        IpAddr::V6(_) => None,
+    }
 }
 
-fn run_in(namespace: &str, command: &[&str]) -> Result<()> {
-    let mut arguments = vec!["netns", "exec", namespace];
-    arguments.extend(command);
-    run("ip", &arguments)
+fn open(name: &str) -> Result<Namespace> {
+    Ok(Namespace::open(&Path::new(NAMESPACES).join(name))?)
 }
 
-fn run(program: &str, arguments: &[&str]) -> Result<()> {
-    let output = Command::new(program)
-        .args(arguments)
-        .stdin(Stdio::null())
-        .output()
-        .with_context(|| format!("cannot run {program}"))?;
+/// Sets kernel parameters below `net/ipv4`, which are those of the namespace that the writing thread is in.
+fn set(namespace: &Namespace, parameters: &[&str]) -> Result<()> {
+    for parameter in parameters {
+        let (name, value) = parameter.split_once('=').context("not name=value")?;
+        let file = Path::new("/proc/sys/net/ipv4").join(name);
+        namespace
+            .within(|| std::fs::write(&file, value))?
+            .with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    Ok(())
+}
+
+/// Runs a program with `script` as its input, in a namespace if one is given: a process begins in that of the thread
+/// that starts it.
+fn feed(program: &str, arguments: &[&str], namespace: Option<&Namespace>, script: &str) -> Result<()> {
+    let mut command = Command::new(program);
+    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let spawned = match namespace {
+        Some(namespace) => namespace.within(|| command.spawn())?,
+        None => command.spawn(),
+    };
+    let mut child = spawned.with_context(|| format!("cannot run {program}"))?;
+    let written = child.stdin.take().map_or(Ok(()), |mut input| input.write_all(script.as_bytes()));
+    let output = child.wait_with_output().with_context(|| format!("cannot run {program}"))?;
     let error = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{program} {}: {}", arguments.join(" "), error.trim());
-    Ok(())
+    written.with_context(|| format!("{program} did not read its input"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cairn_mesh::{Change, Store};
+
+    #[test]
+    fn words_are_safe_in_scripts() {
+        for (text, expected) in
+            [("shop.web-0", true), ("a\nnetns", false), ("a b", false), ("../x", false), ("a;b", false)]
+        {
+            assert_eq!(is_word(text), expected, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_mesh_without_services_has_empty_chains() {
+        let mut store = Store::new();
+        store.apply(Vec::<Change>::new());
+        let rules = balancing_rules(&store.snapshot(), Ipv4Addr::new(10, 244, 0, 1));
+        assert!(!rules.contains("dnat") && !rules.contains("snat"), "{rules}");
+    }
 }

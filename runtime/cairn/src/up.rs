@@ -90,12 +90,23 @@ impl Up {
     /// # Errors
     /// When the directory has errors that leave no mesh, a port is taken, or a proxy does not become ready.
     pub async fn start(options: Options) -> Result<Self> {
+        let up = Self::launch(options).await?;
+        match up.ready().await {
+            Ok(()) => Ok(up),
+            Err(error) => {
+                up.stop().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Starts the mesh without waiting for it.
+    async fn launch(options: Options) -> Result<Self> {
         let mut runner = Runner::open(options)?;
         let reading = runner.refresh().await?;
-        let way = Way::Direct(runner.network.as_ref().map(Network::node).transpose()?);
         let up = Self {
             mesh: Arc::clone(&runner.control.mesh),
-            way: way.clone(),
+            way: Way::Direct(runner.network.as_ref().map(Network::node).transpose()?),
             ztunnels: runner.ztunnels.clone(),
             waypoints: runner.waypoints(&reading),
             applications: runner.applications.clone(),
@@ -105,16 +116,17 @@ impl Up {
         };
         let (stop, stopped) = oneshot::channel();
         let task = tokio::spawn(runner.run(stopped));
-        let up = Self { stop: Some(stop), task, ..up };
-        for address in up.ztunnels.values().chain(up.waypoints.values()) {
-            if let Err(error) = client::wait_ready(&way, *address, START_MAX).await {
-                let logs = up.logs.clone();
-                up.stop().await;
-                return Err(error)
-                    .with_context(|| format!("the mesh did not come up; see {}", logs.display()));
-            }
+        Ok(Self { stop: Some(stop), task, ..up })
+    }
+
+    /// Waits until every proxy is ready.
+    async fn ready(&self) -> Result<()> {
+        for address in self.ztunnels.values().chain(self.waypoints.values()) {
+            client::wait_ready(&self.way, *address, START_MAX)
+                .await
+                .with_context(|| format!("the mesh did not come up; see {}", self.logs.display()))?;
         }
-        Ok(up)
+        Ok(())
     }
 
     /// Ends every process of the mesh.
@@ -134,12 +146,28 @@ impl Up {
 /// # Errors
 /// When the mesh cannot be started.
 pub async fn run(options: Options) -> Result<()> {
-    let up = Up::start(options.clone()).await?;
-    describe(&up);
-    let signal = cairn_process::stop_signal().await?;
-    println!("{signal}: stopping");
+    // A signal may come before all is up: what has been started by then must end too.
+    let stop = cairn_process::stop_signal();
+    tokio::pin!(stop);
+    let up = tokio::select! {
+        biased;
+        signal = &mut stop => return signal.map(drop).context("cannot watch for signals"),
+        up = Up::launch(options) => up?,
+    };
+    let ended = tokio::select! {
+        biased;
+        signal = &mut stop => signal.context("cannot watch for signals"),
+        ended = async {
+            up.ready().await?;
+            describe(&up);
+            std::future::pending().await
+        } => ended,
+    };
+    if let Ok(signal) = &ended {
+        println!("{signal}: stopping");
+    }
     up.stop().await;
-    Ok(())
+    ended.map(drop)
 }
 
 /// Prints who is where.
@@ -235,10 +263,12 @@ impl Runner {
 
     /// Reads the manifests and makes the mesh be what they say.
     async fn refresh(&mut self) -> Result<Reading> {
-        let reading = self.control.refresh()?;
+        let reading = self.control.read()?;
+        // A pod's namespace is there before its ztunnel hears of the pod.
         if let Some(network) = &mut self.network {
             network.follow(&self.control.mesh.snapshot())?;
         }
+        self.control.publish(&reading);
         let programs = self.programs(&reading)?;
         self.supervisor.keep(programs).await;
         if let Some(forwarders) = &mut self.forwarders {
@@ -377,9 +407,8 @@ impl Runner {
         let ports = pod.as_ref().map(PodSource::ports).unwrap_or_default();
         let meshed = workload.protocol == TunnelProtocol::Hbone;
         let own = match (&self.network, meshed) {
-            (Some(_), _) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
             (None, true) => cairn_ztunnel::twin(address),
-            (None, false) => address,
+            (Some(_), _) | (None, false) => address,
         };
         let listen: Vec<SocketAddr> = ports.iter().map(|port| SocketAddr::new(own, *port)).collect();
         let name = format!("application.{}.{}", workload.namespace, workload.name);

@@ -4,6 +4,7 @@ use crate::NetError;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use std::fs::File;
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -37,6 +38,16 @@ impl Namespace {
         Ok(Self { path: path.into(), file: Arc::new(file) })
     }
 
+    /// Whether this is still the namespace behind the file it was opened from: the file may stand for a new one of the
+    /// same name by now.
+    pub fn is_current(&self) -> bool {
+        let id = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino());
+        match (self.file.metadata(), std::fs::metadata(&self.path)) {
+            (Ok(held), Ok(found)) => id(held) == id(found),
+            _ => false,
+        }
+    }
+
     /// Runs `work` with this thread inside the namespace. `work` must not await: the thread is back in its own
     /// namespace when this returns. Needs `CAP_SYS_ADMIN`.
     ///
@@ -57,5 +68,34 @@ impl Namespace {
             panic!("thread is lost in network namespace {}: {error}", self.path.display());
         }
         Ok(result)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_namespace_knows_when_its_file_stands_for_another() {
+        let link = std::env::temp_dir().join(format!("cairn-net-{}", std::process::id()));
+        let point_to = |target: &str| {
+            // The first time there is nothing to remove.
+            let _gone = std::fs::remove_file(&link);
+            std::os::unix::fs::symlink(target, &link).unwrap();
+        };
+        point_to("/proc/self/ns/net");
+        let namespace = Namespace::open(&link).unwrap();
+        assert!(namespace.is_current());
+        point_to("/proc/self/ns/uts");
+        assert!(!namespace.is_current(), "another namespace");
+        std::fs::remove_file(&link).unwrap();
+        assert!(!namespace.is_current(), "none");
+    }
+
+    #[test]
+    fn a_namespace_that_is_not_there_is_an_error_with_its_path() {
+        let error = Namespace::open(Path::new("/nowhere/pod")).unwrap_err();
+        assert!(matches!(&error, NetError::Namespace { path, source }
+            if path == Path::new("/nowhere/pod") && source.kind() == std::io::ErrorKind::NotFound));
     }
 }
