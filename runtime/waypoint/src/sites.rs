@@ -246,3 +246,7 @@ fn not_running(plugin: &WasmPlugin, reason: &str) -> Arc<Unenforceable> {
         reason: reason.into(),
     })
 }
+
+#[cfg(test)]
+#[path = "sites/tests.rs"]
+mod tests;
