@@ -10,11 +10,13 @@ demo: ## build everything and run the demo
 
 test: ## run all tests
 	@tests/setup
+	@tests/peers
 	@plugins/build
 	cargo build --package cairn
 	cargo test --workspace
 
 bench: ## measure Cairn and Envoy side by side; see BENCHMARKS.md
+	@tests/setup
 	tests/bench/bench
 
 check: ## what CI checks beside the tests
