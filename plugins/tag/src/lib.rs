@@ -3,7 +3,7 @@
 //! ```json
 //! {
 //!   "request": [{"header": "x-client", "value": "{source.workload}.{source.namespace}"}],
-//!   "response": [{"header": "x-served-by", "value": "{upstream.name}"}],
+//!   "response": [{"header": "x-served-by", "value": "{upstream.workload}"}],
 //!   "require": [{"header": "x-team", "status": 400, "body": "say your team in x-team"}]
 //! }
 //! ```

@@ -1,7 +1,7 @@
 //! Templates of header values: text with names in braces; `{{` is a brace.
 //!
 //! `source.principal`, `source.workload`, `source.namespace` and `source.address` name the client, `upstream.workload`,
-//! `upstream.namespace` and `upstream.name` who answers (in responses), `route` the route in force, `cluster` the
+//! `upstream.namespace` and `upstream.pod` who answers (in responses), `route` the route in force, `cluster` the
 //! upstream's, `request.id`, `request.method` and `request.path` the request. What the proxy does not know becomes
 //! `unknown`.
 
@@ -27,7 +27,7 @@ enum Name {
     SourceAddress,
     UpstreamWorkload,
     UpstreamNamespace,
-    UpstreamName,
+    UpstreamPod,
     Route,
     Cluster,
     RequestId,
@@ -42,7 +42,7 @@ const NAMES: [(&str, Name); 12] = [
     ("source.address", Name::SourceAddress),
     ("upstream.workload", Name::UpstreamWorkload),
     ("upstream.namespace", Name::UpstreamNamespace),
-    ("upstream.name", Name::UpstreamName),
+    ("upstream.pod", Name::UpstreamPod),
     ("route", Name::Route),
     ("cluster", Name::Cluster),
     ("request.id", Name::RequestId),
@@ -73,7 +73,7 @@ impl<'a> Values<'a> {
             Name::SourceAddress => properties.source_address().map(|address| address.to_string()),
             Name::UpstreamWorkload => properties.upstream_workload().map(|workload| workload.workload),
             Name::UpstreamNamespace => properties.upstream_workload().map(|workload| workload.namespace),
-            Name::UpstreamName => properties.upstream_workload().map(|workload| workload.name),
+            Name::UpstreamPod => properties.upstream_workload().map(|workload| workload.name),
             Name::Route => properties.route(),
             Name::Cluster => properties.cluster(),
             Name::RequestId => properties.request_id(),

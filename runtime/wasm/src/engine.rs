@@ -2,6 +2,7 @@
 
 use crate::error::PluginError;
 use crate::host;
+use crate::load;
 use crate::metrics::Registry;
 use crate::module::{self, Module};
 use crate::plugin::{Plugin, PluginFactory};
@@ -53,6 +54,7 @@ pub(crate) struct Environment {
 
 /// Compiles modules and starts plugins. One per process.
 pub struct Engine {
+    config: Config,
     engine: wasmtime::Engine,
     linker: Linker<State>,
     environment: Arc<Environment>,
@@ -85,12 +87,12 @@ impl Engine {
         let ticker = Ticker::start(engine.weak()).map_err(PluginError::Thread)?;
         let environment =
             Environment { settings, metrics: Registry::default(), shared: Shared::default(), ticker };
-        Ok(Self { engine, linker, environment: Arc::new(environment) })
+        Ok(Self { config, engine, linker, environment: Arc::new(environment) })
     }
 
     /// Compiles a module and checks that it is a plugin. Takes as long as the module is large, about 1 s per MiB; call it
-    /// where that disturbs nobody. The work happens on a thread of its own, so that what the compiler allocates is
-    /// not left spread over the caller's heap.
+    /// where that disturbs nobody. The work happens on a thread and with a compiler of its own,
+    /// of which nothing stays.
     ///
     /// # Errors
     /// When it is not a module that this host can run.
@@ -99,13 +101,14 @@ impl Engine {
         if bytes.len() > bytes_max {
             return Err(PluginError::TooLarge { bytes: bytes.len(), bytes_max });
         }
-        let compile = || wasmtime::Module::from_binary(&self.engine, bytes).map_err(compile_error);
+        let compile = || load::compile(&self.config, bytes).map_err(compile_error);
         let compiled = thread::scope(|scope| {
             let builder = thread::Builder::new().name("wasm-compile".into()).stack_size(COMPILER_STACK_BYTES);
             let thread = builder.spawn_scoped(scope, compile).map_err(PluginError::Thread)?;
             thread.join().unwrap_or_else(|_| Err(PluginError::Compile("the compiler panicked".into())))
         })?;
-        module::analyze(compiled, &self.linker).map(Arc::new)
+        let module = compiled.load(&self.engine).map_err(compile_error)?;
+        module::analyze(module, &self.linker).map(Arc::new)
     }
 
     /// Starts a plugin, one instance per worker, and returns the factory of its filters. Runs guest code for up to 10 s

@@ -3,7 +3,6 @@
 //! The rules are Envoy's: `:authority`, `:path`, `:method` and `:scheme` come first, `host` means `:authority`, names
 //! are lower-cased when written and found in any case.
 
-use crate::pairs;
 use cairn_filter::{RequestHead, ResponseHead};
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 use http::uri::PathAndQuery;
@@ -258,12 +257,6 @@ fn header_value_from(value: &[u8]) -> Result<HeaderValue, EditError> {
 pub(crate) fn refuse_injection(name: &[u8], value: &[u8]) -> Result<(), EditError> {
     let breaks = |bytes: &[u8]| bytes.iter().any(|byte| matches!(byte, b'\r' | b'\n' | 0));
     if breaks(name) || breaks(value) { Err(EditError::Injection) } else { Ok(()) }
-}
-
-/// The serialised headers of a head, kept for later phases.
-pub(crate) fn keep<'a, I: Iterator<Item = (&'a [u8], &'a [u8])>>(out: &mut Vec<u8>, pairs: impl Fn() -> I) {
-    out.clear();
-    pairs::write(out, pairs);
 }
 
 #[cfg(test)]

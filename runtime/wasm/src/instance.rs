@@ -3,9 +3,9 @@
 use crate::abi::{Callback, ROOT_CONTEXT, VM_CONTEXT};
 use crate::engine::EngineSettings;
 use crate::error::PluginError;
-use crate::heads;
 use crate::host::Exit;
 use crate::module::{Exports, Module};
+use crate::pairs;
 use crate::state::{Facts, State, Stream};
 use crate::ticker::{CALLBACK_DEADLINE, START_DEADLINE, ticks};
 use cairn_filter::{Exchange, LocalReply, RequestHead, ResponseHead};
@@ -209,14 +209,14 @@ impl Instance {
         let missing = match phase {
             Phase::Request(head) => {
                 if let Some(stream) = stream {
-                    heads::keep(&mut stream.request, || live.request.pairs());
+                    keep(&mut stream.request, live.request.count(), live.request.pairs());
                 }
                 std::mem::swap(&mut live.request.head, *head);
                 live.request.missing()
             }
             Phase::Response(head) => {
                 if let Some(stream) = stream {
-                    heads::keep(&mut stream.response, || live.response.pairs());
+                    keep(&mut stream.response, live.response.count(), live.response.pairs());
                 }
                 std::mem::swap(&mut live.response.head, *head);
                 live.response.no_status.then_some(":status")
@@ -357,6 +357,12 @@ fn following(context: u32) -> u32 {
 fn emptied(mut buffer: Vec<u8>) -> Vec<u8> {
     buffer.clear();
     buffer
+}
+
+/// Keeps the headers of a head for later phases.
+fn keep<'a>(out: &mut Vec<u8>, count: u32, headers: impl Iterator<Item = (&'a [u8], &'a [u8])>) {
+    out.clear();
+    pairs::write(out, count, headers);
 }
 
 /// Why a start failed.

@@ -15,6 +15,7 @@ mod error;
 mod heads;
 mod host;
 mod instance;
+mod load;
 mod log;
 mod metrics;
 mod module;

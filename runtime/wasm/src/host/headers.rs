@@ -163,9 +163,9 @@ fn all(guest: &mut Guest<'_>, map: u32, pointer_at: u32, length_at: u32) -> Done
     let kind = MapKind::from_abi(map)?;
     give(guest, pointer_at, length_at, |_, state, out| {
         match map_of(state, kind) {
-            Map::Request => pairs::write(out, || state.live.request.pairs()),
-            Map::Response => pairs::write(out, || state.live.response.pairs()),
-            Map::Kept(kept) => pairs::write(out, || kept.iter()),
+            Map::Request => pairs::write(out, state.live.request.count(), state.live.request.pairs()),
+            Map::Response => pairs::write(out, state.live.response.count(), state.live.response.pairs()),
+            Map::Kept(kept) => pairs::write(out, kept.count(), kept.iter()),
             Map::Absent | Map::Nowhere => {}
         }
         Ok(())

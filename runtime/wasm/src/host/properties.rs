@@ -325,7 +325,7 @@ fn all(state: &State, kind: MapKind, out: &mut Vec<u8>) -> Found {
             }
             None => merged.push((name.to_vec(), value.to_vec())),
         });
-    pairs::write(out, || merged.iter().map(|(name, value)| (&name[..], &value[..])));
+    pairs::write(out, merged.len() as u32, merged.iter().map(|(name, value)| (&name[..], &value[..])));
     Found::from(known)
 }
 
