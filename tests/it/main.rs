@@ -1,3 +1,19 @@
 //! The end-to-end tests: real sockets, real TLS, real xDS, a real Wasm module. One binary, so that it links once.
 
+// All of it is tests, helpers included: what does not hold ends the test.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod client;
+mod command;
+mod connections;
+mod edits;
+mod envoy;
+mod harness;
+mod policy;
+mod rotation;
+mod servers;
+mod shop;
+mod telemetry;
 mod tidy;
+mod traffic;
+mod trust;

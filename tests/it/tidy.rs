@@ -110,10 +110,12 @@ fn the_ten_steps_name_functions_that_exist() -> Result<()> {
         let mut source = String::new();
         for name in names {
             if name.ends_with(".rs") {
-                source = std::fs::read_to_string(root().join(name)).with_context(|| format!("{name}: {line}"))?;
+                source =
+                    std::fs::read_to_string(root().join(name)).with_context(|| format!("{name}: {line}"))?;
             } else {
                 let function = name.rsplit("::").next().unwrap_or(name);
-                let found = source.contains(&format!("fn {function}(")) || source.contains(&format!("fn {function}<"));
+                let found = source.contains(&format!("fn {function}("))
+                    || source.contains(&format!("fn {function}<"));
                 ensure!(found, "no function {function} in the file named before it: {line}");
             }
         }
