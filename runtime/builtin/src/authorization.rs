@@ -3,13 +3,16 @@
 mod authorizer;
 mod check;
 mod index;
+mod l4;
 mod rule;
 mod template;
 
 pub use authorizer::{Authorizer, Decision, Standing};
 pub use check::ConnectionFacts;
 
-use cairn_filter::{Connection, Denial, Exchange, Factory, Filter, LocalReply, Phases, RequestHead, Verdict};
+use cairn_filter::{
+    Admission, Connection, Denial, Exchange, Factory, Filter, LocalReply, Phases, RequestHead, Verdict,
+};
 use cairn_mesh::AuthorizationPolicy;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
@@ -19,11 +22,14 @@ const NAME: &str = "authorization";
 pub fn authorization(policies: &[Arc<AuthorizationPolicy>]) -> Arc<dyn Factory> {
     let authorizer = Authorizer::compile(policies);
     let standings = (!authorizer.is_empty()).then(Standings::new);
-    Arc::new(Authorize { shared: Arc::new(Shared { name: NAME.into(), authorizer }), standings })
+    let connections = Authorizer::compile(&l4::policies(policies));
+    Arc::new(Authorize { shared: Arc::new(Shared { name: NAME.into(), authorizer }), connections, standings })
 }
 
 struct Authorize {
     shared: Arc<Shared>,
+    /// The same policies as they judge connections that carry no HTTP.
+    connections: Authorizer,
     /// `None` when there is nothing to enforce.
     standings: Option<Standings>,
 }
@@ -45,6 +51,17 @@ impl Factory for Authorize {
     fn start(&self, exchange: &Exchange) -> Option<Box<dyn Filter>> {
         let standing = self.standings.as_ref()?.of(&exchange.connection, &self.shared.authorizer);
         Some(Box::new(Authorization { shared: Arc::clone(&self.shared), standing }))
+    }
+
+    fn admit(&self, connection: &Connection) -> Admission {
+        let standing = self.connections.settle(ConnectionFacts::of(connection));
+        match self.connections.decide(&standing, &l4::no_request()) {
+            Decision::Allow { by } => Admission::Pass(by),
+            Decision::Deny { policy, reason } => {
+                let policy = policy.map_or_else(|| "none".to_owned(), |id| id.to_string());
+                Admission::Refuse(Denial { policy: policy.into(), reason })
+            }
+        }
     }
 }
 

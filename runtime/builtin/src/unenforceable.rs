@@ -1,6 +1,8 @@
 //! The answer in place of policies that cannot be enforced: nothing passes unprotected, and nobody wonders why.
 
-use cairn_filter::{Denial, Exchange, Factory, Filter, LocalReply, Phases, RequestHead, Verdict};
+use cairn_filter::{
+    Admission, Connection, Denial, Exchange, Factory, Filter, LocalReply, Phases, RequestHead, Verdict,
+};
 use cairn_mesh::Unenforceable;
 use http::StatusCode;
 use std::sync::Arc;
@@ -41,6 +43,13 @@ impl Factory for Refuse {
         let denial = Arc::clone(self.denial.as_ref()?);
         Some(Box::new(Refusal { denial }))
     }
+
+    fn admit(&self, _connection: &Connection) -> Admission {
+        match &self.denial {
+            Some(denial) => Admission::Refuse(Denial::clone(denial)),
+            None => Admission::Pass(None),
+        }
+    }
 }
 
 struct Refusal {
@@ -57,7 +66,7 @@ impl Filter for Refusal {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use cairn_filter::{Connection, Peer, Protocol};
+    use cairn_filter::{Peer, Protocol};
     use http::{HeaderMap, HeaderValue, Method, Version};
     use std::net::SocketAddr;
     use std::time::{Instant, SystemTime};

@@ -1,6 +1,8 @@
 //! The chain: the filters of one destination, and their run over one exchange.
 
-use crate::{Exchange, Factory, Filter, LocalReply, Phases, RequestHead, ResponseHead, Verdict};
+use crate::{
+    Admission, Connection, Exchange, Factory, Filter, LocalReply, Phases, RequestHead, ResponseHead, Verdict,
+};
 use smallvec::SmallVec;
 use std::sync::Arc;
 
@@ -37,6 +39,23 @@ impl Chain {
     /// The names of the filters, in request order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.links.iter().map(|link| link.factory.name())
+    }
+
+    /// Whether nothing is asked of the destination's traffic.
+    pub fn is_empty(&self) -> bool {
+        self.links.is_empty()
+    }
+
+    /// Judges a connection that carries no HTTP: any filter's refusal is the chain's.
+    pub fn admit(&self, connection: &Connection) -> Admission {
+        let mut allowed_by = None;
+        for link in self.links.iter() {
+            match link.factory.admit(connection) {
+                Admission::Pass(by) => allowed_by = allowed_by.or(by),
+                refused => return refused,
+            }
+        }
+        Admission::Pass(allowed_by)
     }
 
     /// Starts the instances for one exchange.

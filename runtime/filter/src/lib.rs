@@ -22,6 +22,7 @@ pub use reply::{Denial, LocalReply};
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 
 bitflags::bitflags! {
     /// The phases of an exchange that a filter wants to see; the chain skips it in all others.
@@ -50,6 +51,15 @@ pub enum Verdict {
     Wait(Pin<Box<dyn Future<Output = ()> + Send>>),
 }
 
+/// What a filter says of a connection whose bytes are not HTTP: its own judgement on who connects to what.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Admission {
+    /// It may pass; the policy that allowed it, if one did.
+    Pass(Option<Arc<str>>),
+    /// It may not.
+    Refuse(Denial),
+}
+
 /// The compiled configuration of one filter, immutable and shared by all exchanges of all workers.
 pub trait Factory: Send + Sync {
     /// The name under which notes, logs and denials speak of this filter: `authorization`, or a plugin's `ns/name`.
@@ -60,6 +70,14 @@ pub trait Factory: Send + Sync {
 
     /// Starts an instance for one exchange, or `None` when the filter has nothing to do with it.
     fn start(&self, exchange: &Exchange) -> Option<Box<dyn Filter>>;
+
+    /// Judges a connection that carries no HTTP. It is asked before the connection goes on and again whenever the
+    /// configuration changes while it is open. A filter that only knows requests has no say (Istio attaches HTTP
+    /// plugins to HTTP chains only).
+    fn admit(&self, connection: &Connection) -> Admission {
+        let _ = connection;
+        Admission::Pass(None)
+    }
 }
 
 /// One filter at work on one exchange.

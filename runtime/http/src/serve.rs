@@ -84,7 +84,10 @@ pub async fn serve<S>(
                 () = drain.started() => return,
             }
         }
-        AppProtocol::Unknown => undeclared(stream, worker.settings.sniff_wait).await,
+        AppProtocol::Unknown => {
+            let filtered = !site.load().chain.is_empty();
+            undeclared(stream, worker.settings.sniff_wait, filtered).await
+        }
     };
     let (sniffed, stream) = match outcome {
         Ok(sniffed) => sniffed,
@@ -130,19 +133,28 @@ async fn declared<S: AsyncRead + Unpin>(
     }
 }
 
-/// Reads until HTTP can be told from anything else. A client that is silent, or stops, waits for the server to speak.
+/// How long a client may be silent where filters must know what it speaks (Envoy's listener filter timeout).
+const FILTERED_SILENCE_MAX: Duration = Duration::from_secs(15);
+
+/// Reads until HTTP can be told from anything else. A client that is silent, or stops, waits for the server to speak;
+/// but not where the destination has filters: a client that speaks HTTP late would go round them.
 async fn undeclared<S: AsyncRead + Unpin>(
     mut stream: S,
     wait: Duration,
+    filtered: bool,
 ) -> io::Result<(Sniffed, Rewound<S>)> {
-    let deadline = Instant::now() + wait;
+    let deadline = Instant::now() + if filtered { FILTERED_SILENCE_MAX } else { wait };
     let mut read = BytesMut::with_capacity(SNIFF_BYTES_MAX);
     let sniffed = loop {
         let count = match tokio::time::timeout_at(deadline, stream.read_buf(&mut read)).await {
             Ok(count) => count?,
             Err(_elapsed) => 0,
         };
-        let sniffed = if count == 0 { sniff_no_more(&read) } else { sniff(&read) };
+        let sniffed = match (count, sniff(&read)) {
+            (0, Sniffed::Undecided) if filtered => return Err(io::ErrorKind::TimedOut.into()),
+            (0, _) => sniff_no_more(&read),
+            (_, sniffed) => sniffed,
+        };
         if sniffed != Sniffed::Undecided {
             break sniffed;
         }

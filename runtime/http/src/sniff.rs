@@ -28,7 +28,10 @@ pub(crate) fn sniff(bytes: &[u8]) -> Sniffed {
     if bytes.get(..compared) == PREFACE.get(..compared) {
         return if compared == PREFACE.len() { Sniffed::Http2 } else { Sniffed::Undecided };
     }
-    let is_method = |byte: &u8| byte.is_ascii_uppercase() || *byte == b'-';
+    // Servers skip empty lines before a request (RFC 9112 §2.2), so what follows them counts.
+    let start = bytes.iter().position(|byte| !matches!(byte, b'\r' | b'\n')).unwrap_or(bytes.len());
+    let bytes = bytes.get(start..).unwrap_or_default();
+    let is_method = |byte: &u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(byte);
     let Some(method_end) = bytes.iter().position(|byte| !is_method(byte)) else {
         return if bytes.len() > METHOD_BYTES_MAX { Sniffed::Other } else { Sniffed::Undecided };
     };
@@ -86,6 +89,9 @@ mod tests {
             ("the preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", Http2),
             ("half a preface", b"PRI * HT", Undecided),
             ("a word that begins like the preface", b"PRINT /x HTTP/1.1\r\n", Http1),
+            ("an empty line first", b"\r\n\r\nGET / HTTP/1.1\r\n", Http1),
+            ("only empty lines", b"\r\n", Undecided),
+            ("a method in lower case", b"get / HTTP/1.1\r\n", Http1),
             ("http/0.9", b"GET /\r\n", Other),
             ("redis", b"GET key\r\n", Other),
             ("redis array", b"*1\r\n$4\r\nPING\r\n", Other),

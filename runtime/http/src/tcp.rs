@@ -4,7 +4,7 @@ use crate::endpoint::{Chosen, choose};
 use crate::route::Target;
 use crate::stream::Upstream;
 use crate::{Failure, Site, SiteHandle, Worker, upstream};
-use cairn_filter::Connection;
+use cairn_filter::{Admission, Connection, Denial};
 use cairn_net::ByteCounts;
 use cairn_telemetry::{Direction, PeerLabels, Reporter, Security, TcpConnection, TcpLabels, TcpRecord};
 use std::io;
@@ -12,9 +12,13 @@ use std::pin::pin;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant, SystemTime};
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::watch;
 
 /// How often the bytes of a connection that lasts are counted.
 const REPORT_EVERY: Duration = Duration::from_secs(5);
+
+/// The response flag of a connection that policy ended (as a ztunnel's).
+const DENIED: &str = "DENY";
 
 /// Copies between `stream` and an endpoint of its destination.
 pub(crate) async fn serve<S>(mut stream: S, connection: &Connection, site: &SiteHandle, worker: &Worker)
@@ -22,21 +26,42 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send,
 {
     let started = (Instant::now(), SystemTime::now());
-    let site = site.load_full();
+    let mut changes = worker.site_changes();
+    let current = site.load_full();
     let counts = ByteCounts::default();
-    let (chosen, outcome) = match open(connection, &site, worker).await {
-        Ok((chosen, mut server)) => {
-            let mut counted =
-                TcpConnection::open(&worker.telemetry().metrics, labels(connection, Some(&chosen), "-"));
-            let copied = copy(&mut stream, &mut server, &counts, &mut counted).await;
-            counted.close("-");
-            (Some(chosen), copied.map_err(|error| error.to_string()))
+    let failed = |flags| TcpConnection::failed(&worker.telemetry().metrics, &labels(connection, None, flags));
+    let mut verdict = current.chain.admit(connection);
+    let (chosen, outcome) = match (&verdict, open(connection, &current, worker)) {
+        (Admission::Refuse(denial), _) => {
+            failed(DENIED);
+            (None, Err(denial.reason.clone()))
         }
-        Err(failure) => {
-            let labels = labels(connection, None, failure.answer().flags);
-            TcpConnection::failed(&worker.telemetry().metrics, &labels);
-            (None, Err(failure.to_string()))
-        }
+        (Admission::Pass(_), opening) => match opening.await {
+            Ok((chosen, mut server)) => {
+                let labels = labels(connection, Some(&chosen), "-");
+                let mut counted = TcpConnection::open(&worker.telemetry().metrics, labels);
+                let ended = tokio::select! {
+                    copied = copy(&mut stream, &mut server, &counts, &mut counted) => copied.map_err(|error| error.to_string()),
+                    denial = until_refused(connection, site, &mut changes) => {
+                        let reason = denial.reason.clone();
+                        verdict = Admission::Refuse(denial);
+                        Err(reason)
+                    }
+                };
+                counted.report(counts.received.load(Relaxed), counts.sent.load(Relaxed));
+                counted.close(if matches!(verdict, Admission::Refuse(_)) { DENIED } else { "-" });
+                (Some(chosen), ended)
+            }
+            Err(failure) => {
+                failed(failure.answer().flags);
+                (None, Err(failure.to_string()))
+            }
+        },
+    };
+    let (decision, policy) = match &verdict {
+        Admission::Pass(Some(by)) => ("allow", &**by),
+        Admission::Pass(None) => ("", ""),
+        Admission::Refuse(denial) => ("deny", &*denial.policy),
     };
     let workload = chosen.as_ref().map(|chosen| &chosen.workload);
     let upstream = chosen.as_ref().map(|chosen| chosen.active.host());
@@ -56,9 +81,26 @@ where
         bytes_received: counts.received.load(Relaxed),
         error: outcome.as_ref().err().map_or("", String::as_str),
         plan: "waypoint",
-        decision: "",
-        policy: "",
+        decision,
+        policy,
     });
+}
+
+/// Resolves when the destination's filters, as they are by then, no longer let the connection pass.
+async fn until_refused(
+    connection: &Connection,
+    site: &SiteHandle,
+    changes: &mut watch::Receiver<()>,
+) -> Denial {
+    loop {
+        if changes.changed().await.is_err() {
+            // Nothing changes any more: the worker is ending.
+            return std::future::pending().await;
+        }
+        if let Admission::Refuse(denial) = site.load_full().chain.admit(connection) {
+            return denial;
+        }
+    }
 }
 
 async fn open(connection: &Connection, site: &Site, worker: &Worker) -> Result<(Chosen, Upstream), Failure> {

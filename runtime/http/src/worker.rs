@@ -12,6 +12,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
+use tokio::sync::watch;
 
 /// How one of several endpoints is chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -86,6 +87,7 @@ pub struct Worker {
     snapshot: Arc<ArcSwap<Snapshot>>,
     telemetry: Arc<Telemetry>,
     turn: AtomicU64,
+    sites: watch::Sender<()>,
 }
 
 impl Worker {
@@ -104,6 +106,7 @@ impl Worker {
             snapshot,
             telemetry,
             turn: AtomicU64::new(0),
+            sites: watch::Sender::new(()),
         })
     }
 
@@ -117,6 +120,16 @@ impl Worker {
                 _ = tick.tick() => self.hosts.prune(self.settings.upstream_idle),
             }
         }
+    }
+
+    /// Tells open connections that sites changed: those that carry no HTTP are judged again, and cut if they may no
+    /// longer pass. (An exchange takes the current site when it begins.)
+    pub fn sites_changed(&self) {
+        self.sites.send_replace(());
+    }
+
+    pub(crate) fn site_changes(&self) -> watch::Receiver<()> {
+        self.sites.subscribe()
     }
 
     /// How upstream connections are made.

@@ -1,10 +1,10 @@
 //! HBONE connections of peers: each CONNECT is for one of our destinations, or refused.
 
 use crate::Waypoint;
-use cairn_filter::{Connection, Peer};
+use cairn_filter::{Admission, Connection, Denial, Peer};
 use cairn_hbone::{Authority, Connect, ServerSettings};
-use cairn_http::SiteHandle;
-use cairn_mesh::{NetworkAddress, Snapshot};
+use cairn_http::{Site, SiteHandle};
+use cairn_mesh::{AppProtocol, NetworkAddress, Snapshot};
 use http::{HeaderMap, StatusCode};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -84,6 +84,11 @@ async fn tunnel(waypoint: Arc<Waypoint>, worker: usize, connect: Connect) {
         service: site.load().service.clone(),
         local: Some(waypoint.settings.identity.clone()),
     });
+    if let Some(denial) = refused_at_once(&site.load(), &connection) {
+        tracing::info!(source = %downstream.identity, %destination, policy = %denial.policy, reason = denial.reason,
+            "CONNECT refused by policy");
+        return connect.refuse(StatusCode::FORBIDDEN);
+    }
     let Some(engine) = waypoint.engines.get(worker) else {
         return connect.refuse(StatusCode::SERVICE_UNAVAILABLE);
     };
@@ -92,6 +97,17 @@ async fn tunnel(waypoint: Arc<Waypoint>, worker: usize, connect: Connect) {
             cairn_http::serve(stream, connection, site, Arc::clone(engine), waypoint.drain.clone()).await;
         }
         Err(error) => tracing::debug!(error = %crate::chain(&error), "client went away before its answer"),
+    }
+}
+
+/// Where the port is declared to carry no HTTP, policy decides before the tunnel is accepted.
+fn refused_at_once(site: &Site, connection: &Connection) -> Option<Denial> {
+    if !matches!(site.protocol, AppProtocol::Tcp | AppProtocol::Tls) {
+        return None;
+    }
+    match site.chain.admit(connection) {
+        Admission::Refuse(denial) => Some(denial),
+        Admission::Pass(_) => None,
     }
 }
 

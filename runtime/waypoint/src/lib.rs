@@ -11,7 +11,7 @@ mod scope;
 mod settings;
 mod sites;
 
-pub use objects::OBJECT_TYPES;
+pub use objects::{BROKEN, OBJECT_TYPES};
 pub use settings::{BalancerKind, Options, Settings};
 
 use anyhow::Context;
@@ -189,6 +189,7 @@ async fn compile(waypoint: Arc<Waypoint>, wasm: Arc<Engine>, state: Pending, set
         let table = sites.update(&snapshot, &mut plugins);
         waypoint.snapshot.store(snapshot);
         waypoint.table.store(Arc::new(table));
+        waypoint.engines.iter().for_each(|engine| engine.sites_changed());
         waypoint.plugin_list.store(Arc::new(plugins.list()));
         if let Some(state) = state.take() {
             state.done();

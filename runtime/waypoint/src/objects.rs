@@ -19,7 +19,7 @@ pub const OBJECT_TYPES: [&str; 7] = [
 
 /// The annotation by which the control plane says that a document could not be read, and why: its target is refused
 /// rather than left without it.
-const BROKEN: &str = "cairn.dev/broken";
+pub const BROKEN: &str = "cairn.dev/broken";
 
 /// A decoder that remembers the mesh's settings, which some kinds are read by.
 pub fn decoder() -> ObjectDecoder {

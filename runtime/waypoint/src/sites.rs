@@ -102,12 +102,15 @@ fn same_all<T: PartialEq>(a: &[Arc<T>], b: &[Arc<T>]) -> bool {
 pub struct Sites {
     own: Own,
     known: HashMap<Key, (Parts, SiteHandle)>,
+    /// Destinations that are no longer ours, while connections to them are open: what they still send is refused, and
+    /// should the destination come back, they find its new site.
+    left: HashMap<Key, SiteHandle>,
 }
 
 impl Sites {
     /// None yet.
     pub fn new(own: Own) -> Self {
-        Self { own, known: HashMap::new() }
+        Self { own, known: HashMap::new(), left: HashMap::new() }
     }
 
     /// Compiles what changed and returns the table of all. `plugins` starts to load what is new.
@@ -126,11 +129,24 @@ impl Sites {
                     handle.store(Arc::new(compile(&parts, port, protocol)));
                     handle
                 }
-                None => Arc::new(ArcSwap::from_pointee(compile(&parts, port, protocol))),
+                None => match self.left.remove(&key) {
+                    Some(handle) => {
+                        handle.store(Arc::new(compile(&parts, port, protocol)));
+                        handle
+                    }
+                    None => Arc::new(ArcSwap::from_pointee(compile(&parts, port, protocol))),
+                },
             };
             table.sites.insert(key, Arc::clone(&handle));
             self.known.insert(key, (parts, handle));
         }
+        for (key, (parts, handle)) in known {
+            let before = handle.load_full();
+            handle.store(Arc::new(closed(&parts, before.port, before.protocol)));
+            self.left.insert(key, handle);
+        }
+        // The table that readers still hold is one owner; connections are the others.
+        self.left.retain(|_, handle| Arc::strong_count(handle) > 1);
         table
     }
 
@@ -205,6 +221,27 @@ fn compile(parts: &Parts, port: u16, protocol: AppProtocol) -> Site {
         normalization: parts.settings.path_normalization,
         viewpoint: parts.viewpoint.clone(),
     }
+}
+
+/// The site of a destination that is no longer ours.
+fn closed(parts: &Parts, port: u16, protocol: AppProtocol) -> Site {
+    let namespace = match (&parts.service, &parts.workload) {
+        (Some(service), _) => Arc::clone(&service.namespace),
+        (None, Some(workload)) => Arc::clone(&workload.namespace),
+        (None, None) => Arc::from(""),
+    };
+    let left = Unenforceable {
+        what: "destination".into(),
+        targets: Vec::new(),
+        namespace,
+        reason: "it is no longer one of this waypoint's".into(),
+    };
+    let filters = Slot {
+        position: Position::Unenforceable,
+        priority: 0,
+        factory: cairn_builtin::unenforceable(&[Arc::new(left)]),
+    };
+    Site { chain: Chain::new(sort_factories(vec![filters])), ..compile(parts, port, protocol) }
 }
 
 /// A filter specification becomes a factory: the one `match` where built-ins and plugins meet.
