@@ -107,14 +107,17 @@ impl Network {
                 wanted.insert(name, Pod { address: *address, redirected });
             }
         }
-        let known: Vec<String> = self.pods.keys().cloned().collect();
-        for name in known {
-            if wanted.get(&name) != self.pods.get(&name) {
-                self.remove_pod(&name);
+        for (name, pod) in self.pods.clone() {
+            if wanted.get(&name) != Some(&pod) {
+                self.remove_pod(&name, &pod);
             }
         }
         for (name, pod) in wanted {
             if self.pods.contains_key(&name) {
+                continue;
+            }
+            if self.pods.values().any(|other| other.address == pod.address) {
+                tracing::error!(pod = name, address = %pod.address, "pod has another one's address and no namespace");
                 continue;
             }
             match self.add_pod(&name, &pod) {
@@ -122,7 +125,7 @@ impl Network {
                     self.pods.insert(name, pod);
                 }
                 Err(error) => {
-                    self.remove_pod(&name);
+                    self.remove_pod(&name, &pod);
                     tracing::error!(pod = name, error = format!("{error:#}"), "pod has no namespace");
                 }
             }
@@ -151,7 +154,7 @@ impl Network {
         feed("ip", &["netns", "add", &name], None, "")?;
         let namespace = open(&name)?;
         set(&namespace, &["conf/all/rp_filter=0", "conf/default/rp_filter=0"])?;
-        let outer = format!("cairn{:08x}", u32::from(address));
+        let outer = wire_name(address);
         let wire = format!(
             "link add {outer} type veth peer name eth0 netns {name}\n\
              link set {outer} up\n\
@@ -179,8 +182,18 @@ impl Network {
             .with_context(|| format!("cannot create {}", link.display()))
     }
 
-    fn remove_pod(&mut self, key: &str) {
+    fn remove_pod(&mut self, key: &str, pod: &Pod) {
         self.pods.remove(key);
+        // The wire would go with the namespace, but only some time later, and its name may be needed before.
+        let cut = |address| {
+            let link = wire_name(address);
+            feed("ip", &["link", "del", &link], Some(&self.node()?), "")
+        };
+        if let IpAddr::V4(address) = pod.address
+            && let Err(error) = cut(address)
+        {
+            tracing::debug!(pod = key, error = format!("{error:#}"), "wire not removed");
+        }
         // What is gone already need not be removed.
         let _gone = std::fs::remove_file(self.links.join(key));
         remove(&self.pod_name(key));
@@ -202,6 +215,11 @@ impl Drop for Network {
     fn drop(&mut self) {
         self.remove_all();
     }
+}
+
+/// The node's end of the wire to a pod.
+fn wire_name(pod: Ipv4Addr) -> String {
+    format!("cairn{:08x}", u32::from(pod))
 }
 
 /// The namespaces there are under a prefix.
@@ -377,7 +395,10 @@ fn feed(program: &str, arguments: &[&str], namespace: Option<&Namespace>, script
 #[cfg(test)]
 mod tests {
     use super::*;
-    use cairn_mesh::{Change, Store};
+    use cairn_mesh::{
+        AppProtocol, Change, Identity, LoadBalancing, NetworkAddress, ResourceName, ServicePort, Store,
+        Workload,
+    };
 
     #[test]
     fn words_are_safe_in_scripts() {
@@ -389,10 +410,44 @@ mod tests {
     }
 
     #[test]
-    fn a_mesh_without_services_has_empty_chains() {
+    fn a_services_address_becomes_one_of_its_pods() {
+        let host = "web.shop.svc.cluster.local";
+        let endpoint = |name: &str, address: &str| Workload {
+            addresses: vec![address.parse().unwrap()],
+            services: [(ResourceName::new("shop", host), Vec::new())].into_iter().collect(),
+            ..Workload::new(name, name, Identity::new("cluster.local", "shop", "web").unwrap())
+        };
+        let service = Service {
+            name: "web".into(),
+            namespace: "shop".into(),
+            hostname: host.into(),
+            vips: vec![NetworkAddress { network: "".into(), address: "10.96.1.0".parse().unwrap() }],
+            ports: vec![ServicePort { port: 80, target_port: 8080, protocol: AppProtocol::Http11 }],
+            subject_alt_names: Vec::new(),
+            waypoint: None,
+            load_balancing: LoadBalancing::default(),
+            canonical: true,
+        };
         let mut store = Store::new();
-        store.apply(Vec::<Change>::new());
-        let rules = balancing_rules(&store.snapshot(), Ipv4Addr::new(10, 244, 0, 1));
-        assert!(!rules.contains("dnat") && !rules.contains("snat"), "{rules}");
+        store.apply([Change::Service(service)]);
+        let gateway = Ipv4Addr::new(10, 244, 0, 1);
+        let rules = balancing_rules(&store.snapshot(), gateway);
+        assert!(!rules.contains("dnat") && !rules.contains("snat"), "no endpoint: {rules}");
+        store.apply([
+            Change::Workload(endpoint("a", "10.244.1.0")),
+            Change::Workload(endpoint("b", "10.244.1.1")),
+        ]);
+        let rules = balancing_rules(&store.snapshot(), gateway);
+        for (pair, other) in [("10.244.1.0", "10.244.1.1"), ("10.244.1.1", "10.244.1.0")] {
+            let choice = format!("mod 2 map {{ 0 : {pair} . 8080, 1 : {other} . 8080 }}");
+            let found =
+                rules.contains(&format!("ip daddr 10.96.1.0 tcp dport 80 dnat to numgen random {choice}"));
+            let itself = format!("{pair} . {pair}");
+            assert!(rules.contains(&itself), "{itself} is missing: {rules}");
+            if found {
+                return;
+            }
+        }
+        panic!("no rule with both pods: {rules}");
     }
 }
