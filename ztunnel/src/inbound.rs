@@ -5,7 +5,7 @@ use crate::carry::Account;
 use crate::live::Connected;
 use crate::outbound::chain;
 use crate::pods::{OWN_PORTS, Pod};
-use cairn_hbone::{Authority, Connect, ServerSettings};
+use cairn_hbone::{Authority, Connect, ServeError, ServerSettings};
 use cairn_mesh::{Decision, DenyReason, L4Peer, NetworkAddress, Service, Snapshot, Workload, decide};
 use cairn_telemetry::Direction;
 use http::{HeaderMap, StatusCode};
@@ -36,10 +36,15 @@ pub async fn connection(proxy: Arc<Proxy>, pod: Arc<Pod>, _worker: usize, tcp: T
     let settings = ServerSettings::default();
     let served =
         cairn_hbone::serve(tcp, certificate.server_config(), &settings, proxy.drain.clone(), handler).await;
-    if let Err(error) = served {
+    let Err(error) = served else { return };
+    let is_handshake =
+        matches!(error, ServeError::Tls(_) | ServeError::HandshakeTimeout(_) | ServeError::NoIdentity);
+    if is_handshake {
         let mut account = Account::new(Direction::Inbound, peer, SocketAddr::new(pod.address, 15008));
         account.destination_workload = Some(workload);
         account.refused(&proxy, "TLS_FAILURE", &chain(&error));
+    } else {
+        tracing::debug!(%peer, error = %chain(&error), "tunnel connection broke");
     }
 }
 
@@ -65,26 +70,27 @@ async fn tunnel(proxy: Arc<Proxy>, pod: Arc<Pod>, connect: Connect) {
     account.source_identity = Some(downstream.identity.clone());
     match admit(&proxy, &pod, &connect, &mut account).await {
         Ok((mut application, destination, workload)) => {
-            let live = proxy.live.register(Connected {
+            let mut live = proxy.live.register(Connected {
                 workload: Arc::clone(&workload.uid),
                 identity: Some(downstream.identity.clone()),
                 source: downstream.address,
                 destination,
             });
+            // What changed while the application was connected to was not rechecked: the connection was not open yet.
+            let peer =
+                L4Peer { identity: Some(&downstream.identity), source: downstream.address, destination };
+            if let Err(reason) = note_decision(&mut account, decide(&proxy.mesh.snapshot(), &workload, &peer))
+            {
+                connect.refuse(StatusCode::FORBIDDEN);
+                return account.refused(&proxy, "DENY", &reason);
+            }
             let mut headers = HeaderMap::new();
             headers.insert("baggage", cairn_hbone::baggage(&workload));
             let mut stream = match connect.accept(headers) {
                 Ok(stream) => stream,
                 Err(error) => return account.refused(&proxy, "CONNECT", &chain(&error)),
             };
-            let mut live = live;
-            let cut = async {
-                match (&mut live.cut).await {
-                    Ok(reason) => reason.to_string(),
-                    Err(_) => std::future::pending().await,
-                }
-            };
-            account.carry(&proxy, &mut stream, &mut application, cut).await;
+            account.carry(&proxy, &mut stream, &mut application, live.cut_reason()).await;
         }
         Err(refused) => {
             connect.refuse(refused.status);
@@ -107,7 +113,8 @@ async fn admit(
         .ok_or_else(|| Refused::new(StatusCode::SERVICE_UNAVAILABLE, "CONNECT", "pod is no longer known"))?;
     account.destination_workload = Some(Arc::clone(&workload));
     account.destination_identity = Some(workload.identity.clone());
-    account.source_workload = peer_workload(&snapshot, downstream.address, &workload);
+    let source = peer_workload(&snapshot, downstream.address, &workload);
+    account.source_workload = source.filter(|source| source.identity == downstream.identity);
     account.service = named_service(&snapshot, connect.headers(), &workload);
     let port = destination_port(&snapshot, connect.authority(), &workload)
         .ok_or_else(|| Refused::new(StatusCode::NOT_FOUND, "CONNECT", "destination is not this workload"))?;

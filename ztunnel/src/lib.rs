@@ -15,10 +15,10 @@ mod pods;
 mod settings;
 mod socks;
 
-pub use pods::{namespace_file, twin};
+pub use pods::{TWIN_DISTANCE, namespace_file, twin};
 pub use settings::{Capture, CaptureKind, Options, Settings};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use cairn_identity::{CaClient, CaSettings, CertificateSettings, Certificates};
 use cairn_net::{ConnectOptions, Drain};
 use cairn_process::{Operators, Readiness, Workers};
@@ -28,6 +28,7 @@ use live::Live;
 use pods::Pod;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use tokio::task::JoinSet;
 
 /// What all connections of the process share.
 struct Proxy {
@@ -75,7 +76,10 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let settings = options.resolve()?;
     cairn_process::init_logging(&settings.log, settings.log_format)?;
     let workers = Workers::start(settings.workers)?;
-    cairn_process::control_runtime()?.block_on(serve(settings, workers))
+    let runtime = cairn_process::control_runtime()?;
+    let result = runtime.block_on(serve(settings, workers));
+    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    result
 }
 
 async fn serve(settings: Settings, workers: Workers) -> anyhow::Result<()> {
@@ -91,7 +95,6 @@ async fn serve(settings: Settings, workers: Workers) -> anyhow::Result<()> {
     });
     let certificate_settings = CertificateSettings { ttl: settings.certificate_ttl, ..Default::default() };
     let certificates = Certificates::new(Arc::new(issuer), certificate_settings);
-    tokio::spawn(Arc::clone(&certificates).renew());
 
     let (trigger, drain) = cairn_net::drain();
     let pool = |_| cairn_hbone::Pool::new(cairn_hbone::PoolSettings::default());
@@ -109,23 +112,25 @@ async fn serve(settings: Settings, workers: Workers) -> anyhow::Result<()> {
     let readiness = Readiness::default();
     let (state, listening) = (readiness.wait_for("state manager"), readiness.wait_for("proxy"));
     start_operators(&proxy, readiness)?;
-    tokio::spawn(follow(Arc::clone(&proxy)));
-    tokio::spawn(recheck(Arc::clone(&proxy)));
-    {
+    let mut tasks = JoinSet::new();
+    tasks.spawn(Arc::clone(&proxy.certificates).renew());
+    tasks.spawn(follow(Arc::clone(&proxy)));
+    tasks.spawn(recheck(Arc::clone(&proxy)));
+    tasks.spawn({
         let proxy = Arc::clone(&proxy);
-        tokio::spawn(async move {
+        async move {
             proxy.mesh.ready().await;
             state.done();
             tracing::info!("first state received");
-            let pods = tokio::spawn(pods::run(Arc::clone(&proxy)));
-            listening.done();
-            if let Err(error) = pods.await {
-                tracing::error!(%error, "pods are no longer followed");
-            }
-        });
-    }
+            pods::run(proxy, listening).await;
+        }
+    });
 
-    let signal = cairn_process::stop_signal().await.context("cannot watch for signals")?;
+    // Without any of its control tasks the proxy would go on with what it last knew, looking healthy.
+    let signal = tokio::select! {
+        signal = cairn_process::stop_signal() => signal.context("cannot watch for signals")?,
+        ended = tasks.join_next() => bail!("a control task ended: {ended:?}"),
+    };
     tracing::info!(signal, "draining");
     trigger.start();
     let all_ended = trigger.finished(proxy.settings.drain).await;
@@ -139,7 +144,7 @@ fn start_operators(proxy: &Arc<Proxy>, readiness: Readiness) -> anyhow::Result<(
     Operators {
         readiness_address: at(15021),
         metrics_address: at(15020),
-        admin_address: at(15000),
+        admin_address: SocketAddr::new(proxy.settings.admin_address, 15000),
         readiness,
         metrics: Arc::new(move || telemetry.metrics.encode()),
         admin: admin::router(Arc::clone(proxy)),
@@ -159,8 +164,8 @@ async fn follow(proxy: Arc<Proxy>) {
         ("NODE_NAME".to_owned(), node.as_str().into()),
         ("CLUSTER_ID".to_owned(), settings.cluster_id.as_str().into()),
     ];
-    let drain = proxy.drain.clone();
-    cairn_xds::follow(follow, None, Arc::clone(&proxy.mesh), async move { drain.started().await }).await;
+    // Policies are followed to the end, for connections that drain are still decided by them.
+    cairn_xds::follow(follow, None, Arc::clone(&proxy.mesh), std::future::pending()).await;
 }
 
 /// Decides open inbound connections again whenever the mesh changes.

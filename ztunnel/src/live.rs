@@ -29,8 +29,17 @@ struct Open {
 pub struct LiveGuard {
     live: Arc<Live>,
     id: u64,
+    cut: oneshot::Receiver<DenyReason>,
+}
+
+impl LiveGuard {
     /// Resolves with the reason when the connection must end.
-    pub cut: oneshot::Receiver<DenyReason>,
+    pub async fn cut_reason(&mut self) -> String {
+        match (&mut self.cut).await {
+            Ok(reason) => reason.to_string(),
+            Err(_) => std::future::pending().await,
+        }
+    }
 }
 
 impl Drop for LiveGuard {

@@ -28,6 +28,7 @@ pub async fn redirected(
     if own_address && OWN_PORTS.contains(&destination.port()) {
         return tracing::warn!(%peer, %destination, "connection to the ztunnel itself refused");
     }
+    let _working = proxy.drain.hold();
     let mut account = Account::new(Direction::Outbound, peer, destination);
     match open(&proxy, &pod, worker, destination, &mut account).await {
         Ok(upstream) => upstream.carry(&proxy, account, &mut client).await,
@@ -37,6 +38,7 @@ pub async fn redirected(
 
 /// A client that asks by SOCKS5.
 pub async fn socks(proxy: Arc<Proxy>, pod: Arc<Pod>, worker: usize, mut client: TcpStream, peer: SocketAddr) {
+    let _working = proxy.drain.hold();
     let target = match tokio::time::timeout(socks::HANDSHAKE_MAX, socks::handshake(&mut client)).await {
         Ok(Ok(target)) => target,
         Ok(Err(error)) => return tracing::debug!(%peer, %error, "SOCKS5 handshake failed"),
@@ -103,7 +105,6 @@ enum Upstream {
 
 impl Upstream {
     async fn carry(self, proxy: &Proxy, account: Account, client: &mut TcpStream) {
-        let _working = proxy.drain.hold();
         let never = std::future::pending();
         match self {
             Self::Tcp(mut server) => account.carry(proxy, client, &mut server, never).await,

@@ -6,7 +6,7 @@ use crate::inbound::{decide_when_known, note_decision, peer_workload};
 use crate::live::Connected;
 use crate::outbound::chain;
 use crate::pods::{OWN_PORTS, Pod};
-use cairn_mesh::L4Peer;
+use cairn_mesh::{L4Peer, decide};
 use cairn_telemetry::Direction;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -60,11 +60,9 @@ async fn serve(proxy: &Proxy, pod: &Pod, mut client: TcpStream, peer: SocketAddr
     let uid = Arc::clone(&workload.uid);
     let mut live =
         proxy.live.register(Connected { workload: uid, identity: None, source: peer, destination });
-    let cut = async {
-        match (&mut live.cut).await {
-            Ok(reason) => reason.to_string(),
-            Err(_) => std::future::pending().await,
-        }
-    };
-    account.carry(proxy, &mut client, &mut application, cut).await;
+    // What changed while the application was connected to was not rechecked: the connection was not open yet.
+    if let Err(reason) = note_decision(&mut account, decide(&proxy.mesh.snapshot(), &workload, &asked)) {
+        return account.refused(proxy, "DENY", &reason);
+    }
+    account.carry(proxy, &mut client, &mut application, live.cut_reason()).await;
 }

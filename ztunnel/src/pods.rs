@@ -4,6 +4,7 @@ use crate::settings::Capture;
 use crate::{Proxy, inbound, outbound, plaintext};
 use cairn_mesh::{Snapshot, TunnelProtocol, Workload};
 use cairn_net::{ListenOptions, Namespace};
+use cairn_process::Pending;
 use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -48,13 +49,16 @@ impl Pod {
     }
 }
 
+/// How much higher the second octet of a twin address is.
+pub const TWIN_DISTANCE: u8 = 20;
+
 /// The twin of a loopback address, where an application listens while the ztunnel has the address itself: the second
-/// octet is 20 higher.
+/// octet is [`TWIN_DISTANCE`] higher.
 pub fn twin(address: IpAddr) -> IpAddr {
     match address {
         IpAddr::V4(v4) if v4.is_loopback() => {
             let [a, b, c, d] = v4.octets();
-            IpAddr::V4(Ipv4Addr::new(a, b.wrapping_add(20), c, d))
+            IpAddr::V4(Ipv4Addr::new(a, b.wrapping_add(TWIN_DISTANCE), c, d))
         }
         other => other,
     }
@@ -95,21 +99,28 @@ impl Drop for Running {
 }
 
 /// Keeps listeners in step with the pods of this node until the drain begins; then closes them all.
-pub async fn run(proxy: Arc<Proxy>) {
+pub async fn run(proxy: Arc<Proxy>, first: Pending) {
+    let mut first = Some(first);
     let mut changes = proxy.mesh.changes();
     let mut running: HashMap<Arc<str>, Running> = HashMap::new();
     loop {
         changes.borrow_and_update();
         let snapshot = proxy.mesh.snapshot();
         let failed = reconcile(&proxy, &snapshot, &mut running);
+        if let Some(first) = first.take() {
+            first.done();
+        }
         let retry =
             async { if failed { tokio::time::sleep(RETRY).await } else { std::future::pending().await } };
         tokio::select! {
             changed = changes.changed() => if changed.is_err() { return },
             () = retry => {}
-            () = proxy.drain.started() => return,
+            () = proxy.drain.started() => break,
         }
     }
+    drop(running);
+    // This task ends with the process.
+    std::future::pending().await
 }
 
 fn is_local(proxy: &Proxy, workload: &Workload) -> bool {
@@ -136,6 +147,12 @@ fn reconcile(proxy: &Arc<Proxy>, snapshot: &Snapshot, running: &mut HashMap<Arc<
         }
         keep
     });
+    // Keys of those who left are not kept.
+    for certificate in proxy.certificates.list() {
+        if !local.values().any(|workload| workload.identity == certificate.identity) {
+            proxy.certificates.forget(&certificate.identity);
+        }
+    }
     let mut failed = false;
     for (uid, workload) in local {
         if !running.contains_key(uid) {

@@ -36,6 +36,9 @@ pub struct Options {
     /// The address of the ports for operators [default: 127.0.0.1].
     #[arg(long, env = "CAIRN_ADDRESS")]
     pub address: Option<IpAddr>,
+    /// The address of the admin port, 15000 [default: the address above if it is loopback, else 127.0.0.1].
+    #[arg(long, env = "CAIRN_ADMIN_ADDRESS")]
+    pub admin_address: Option<IpAddr>,
     /// Worker threads [default: the number of cores, at most 2].
     #[arg(long, env = "ZTUNNEL_WORKER_THREADS")]
     pub workers: Option<usize>,
@@ -105,8 +108,10 @@ pub struct Settings {
     pub node: String,
     /// The cluster's name.
     pub cluster_id: String,
-    /// Where operators' ports are bound.
+    /// Where ports for metrics and readiness are bound.
     pub address: IpAddr,
+    /// Where the admin port is bound.
+    pub admin_address: IpAddr,
     /// Worker threads.
     pub workers: usize,
     /// How pods are captured.
@@ -142,6 +147,8 @@ impl Options {
                     .context("--capture namespaces needs --netns-directory")?,
             ),
         };
+        let address = self.address.or(file.address).unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
+        let local = if address.is_loopback() { address } else { IpAddr::V4(Ipv4Addr::LOCALHOST) };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Settings {
             ca_address: self.ca_address.or(file.ca_address).unwrap_or_else(|| xds_address.clone()),
@@ -150,7 +157,8 @@ impl Options {
             token: self.token.or(file.token),
             node: self.node.or(file.node).unwrap_or_else(|| "node".to_owned()),
             cluster_id: self.cluster_id.or(file.cluster_id).unwrap_or_else(|| "Kubernetes".to_owned()),
-            address: self.address.or(file.address).unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)),
+            address,
+            admin_address: self.admin_address.or(file.admin_address).unwrap_or(local),
             workers: self.workers.or(file.workers).unwrap_or(cores.min(2)).max(1),
             capture,
             certificate_ttl: Duration::from_secs(

@@ -54,20 +54,31 @@ impl Namespace {
     /// # Errors
     /// When the namespace cannot be entered.
     ///
-    /// # Panics
-    /// When the thread cannot return to its own namespace: everything it did from then on would be in the wrong one.
-    #[allow(clippy::panic)]
+    /// # Aborts
+    /// When the thread cannot return to its own namespace: everything the process did on it from then on would be in
+    /// the wrong one.
     pub fn within<T>(&self, work: impl FnOnce() -> T) -> Result<T, NetError> {
         let failed =
             |source: std::io::Error| NetError::Namespace { path: PathBuf::from(&*self.path), source };
         let own = File::open("/proc/thread-self/ns/net").map_err(failed)?;
-        let network = Some(LinkNameSpaceType::Network);
-        move_into_link_name_space(self.file.as_fd(), network).map_err(|error| failed(error.into()))?;
-        let result = work();
-        if let Err(error) = move_into_link_name_space(own.as_fd(), network) {
-            panic!("thread is lost in network namespace {}: {error}", self.path.display());
+        move_into_link_name_space(self.file.as_fd(), NETWORK).map_err(|error| failed(error.into()))?;
+        // Also when `work` panics.
+        let _way_back = WayBack(own);
+        Ok(work())
+    }
+}
+
+const NETWORK: Option<LinkNameSpaceType> = Some(LinkNameSpaceType::Network);
+
+/// Returns the thread to its own namespace.
+struct WayBack(File);
+
+impl Drop for WayBack {
+    fn drop(&mut self) {
+        if let Err(error) = move_into_link_name_space(self.0.as_fd(), NETWORK) {
+            tracing::error!(%error, "thread is lost in another network namespace");
+            std::process::abort();
         }
-        Ok(result)
     }
 }
 

@@ -14,7 +14,7 @@ mod sites;
 pub use objects::{BROKEN, OBJECT_TYPES};
 pub use settings::{BalancerKind, Options, Settings};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use arc_swap::ArcSwap;
 use cairn_http::{Balancer, Tunnels, Worker, WorkerSettings};
 use cairn_identity::{CaClient, CaSettings, CertificateSettings, Certificates};
@@ -29,6 +29,8 @@ use scope::Own;
 use sites::{Sites, Table};
 use std::net::SocketAddr;
 use std::sync::Arc;
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
 
 /// What all connections of the process share.
 struct Waypoint {
@@ -54,7 +56,11 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let settings = options.resolve()?;
     cairn_process::init_logging(&settings.log, settings.log_format)?;
     let workers = Workers::start(settings.workers)?;
-    cairn_process::control_runtime()?.block_on(serve(settings, workers))
+    let runtime = cairn_process::control_runtime()?;
+    let result = runtime.block_on(serve(settings, workers));
+    // A module that is being compiled is not waited for.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    result
 }
 
 async fn serve(settings: Settings, workers: Workers) -> anyhow::Result<()> {
@@ -70,7 +76,6 @@ async fn serve(settings: Settings, workers: Workers) -> anyhow::Result<()> {
     });
     let certificate_settings = CertificateSettings { ttl: settings.certificate_ttl, ..Default::default() };
     let certificates = Certificates::new(Arc::new(issuer), certificate_settings);
-    tokio::spawn(Arc::clone(&certificates).renew());
 
     let (trigger, drain) = cairn_net::drain();
     let snapshot = Arc::new(ArcSwap::from_pointee(Snapshot::default()));
@@ -105,21 +110,30 @@ async fn serve(settings: Settings, workers: Workers) -> anyhow::Result<()> {
     let (state, plugins) = (readiness.wait_for("state"), readiness.wait_for("plugins"));
     let (certificate, listening) = (readiness.wait_for("certificate"), readiness.wait_for("listener"));
     start_operators(&waypoint, &wasm, readiness)?;
-    tokio::spawn(follow(Arc::clone(&waypoint)));
-    tokio::spawn(compile(Arc::clone(&waypoint), wasm, state, plugins));
-    tokio::spawn(first_certificate(Arc::clone(&waypoint), certificate));
-
     let listener = cairn_net::listen(waypoint.settings.hbone, &ListenOptions::default())?;
+    let mut tasks = JoinSet::new();
+    tasks.spawn(Arc::clone(&waypoint.certificates).renew());
+    tasks.spawn(follow(Arc::clone(&waypoint)));
+    let (compiled, first) = oneshot::channel();
+    tasks.spawn(compile(Arc::clone(&waypoint), wasm, compiled, plugins));
     let accepting = tokio::spawn({
         let waypoint = Arc::clone(&waypoint);
         async move {
-            waypoint.mesh.ready().await;
-            listening.done();
-            accept::run(waypoint, listener).await;
+            // Before the first table everything would be refused as not ours.
+            if first.await.is_ok() {
+                state.done();
+                first_certificate(&waypoint, certificate).await;
+                listening.done();
+                accept::run(waypoint, listener).await;
+            }
         }
     });
 
-    let signal = cairn_process::stop_signal().await.context("cannot watch for signals")?;
+    // Without any of its control tasks the proxy would go on with what it last knew, looking healthy.
+    let signal = tokio::select! {
+        signal = cairn_process::stop_signal() => signal.context("cannot watch for signals")?,
+        ended = tasks.join_next() => bail!("a control task ended: {ended:?}"),
+    };
     tracing::info!(signal, "draining");
     trigger.start();
     let all_ended = trigger.finished(waypoint.settings.drain).await;
@@ -154,7 +168,7 @@ fn start_operators(waypoint: &Arc<Waypoint>, wasm: &Arc<Engine>, readiness: Read
     Operators {
         readiness_address: at(15021),
         metrics_address: at(15020),
-        admin_address: at(15000),
+        admin_address: SocketAddr::new(waypoint.settings.admin_address, 15000),
         readiness,
         metrics: Arc::new(move || telemetry.metrics.encode() + &wasm.encode_metrics()),
         admin: admin::router(Arc::clone(waypoint)),
@@ -163,7 +177,7 @@ fn start_operators(waypoint: &Arc<Waypoint>, wasm: &Arc<Engine>, readiness: Read
     Ok(())
 }
 
-async fn first_certificate(waypoint: Arc<Waypoint>, pending: Pending) {
+async fn first_certificate(waypoint: &Waypoint, pending: Pending) {
     loop {
         match waypoint.certificates.get(&waypoint.settings.identity).await {
             Ok(_) => return pending.done(),
@@ -176,13 +190,13 @@ async fn first_certificate(waypoint: Arc<Waypoint>, pending: Pending) {
 }
 
 /// Compiles sites whenever the mesh or a plugin changes.
-async fn compile(waypoint: Arc<Waypoint>, wasm: Arc<Engine>, state: Pending, settled: Pending) {
+async fn compile(waypoint: Arc<Waypoint>, wasm: Arc<Engine>, first: oneshot::Sender<()>, settled: Pending) {
     let own = Own { gateway: waypoint.settings.gateway.clone(), address: waypoint.settings.hbone.ip() };
     let mut sites = Sites::new(own);
     let (mut plugins, mut finished) = Plugins::new(wasm);
     let mut changes = waypoint.mesh.changes();
     waypoint.mesh.ready().await;
-    let (mut state, mut settled) = (Some(state), Some(settled));
+    let (mut first, mut settled) = (Some(first), Some(settled));
     loop {
         changes.borrow_and_update();
         let snapshot = waypoint.mesh.snapshot();
@@ -191,8 +205,9 @@ async fn compile(waypoint: Arc<Waypoint>, wasm: Arc<Engine>, state: Pending, set
         waypoint.table.store(Arc::new(table));
         waypoint.engines.iter().for_each(|engine| engine.sites_changed());
         waypoint.plugin_list.store(Arc::new(plugins.list()));
-        if let Some(state) = state.take() {
-            state.done();
+        if let Some(first) = first.take() {
+            // Nobody waits any more when the waypoint is ending.
+            let _ending = first.send(());
         }
         if plugins.settled()
             && let Some(settled) = settled.take()
@@ -205,7 +220,6 @@ async fn compile(waypoint: Arc<Waypoint>, wasm: Arc<Engine>, state: Pending, set
                 Some(ended) => plugins.take(ended),
                 None => return,
             },
-            () = waypoint.drain.started() => return,
         }
     }
 }
@@ -232,15 +246,9 @@ async fn follow(waypoint: Arc<Waypoint>) {
         ("CLUSTER_ID".to_owned(), settings.cluster_id.as_str().into()),
     ];
     follow.object_types = OBJECT_TYPES.iter().map(|kind| (*kind).to_owned()).collect();
-    let drain = waypoint.drain.clone();
     let decoder = objects::decoder();
-    cairn_xds::follow(
-        follow,
-        Some(decoder),
-        Arc::clone(&waypoint.mesh),
-        async move { drain.started().await },
-    )
-    .await;
+    // Policies are followed to the end, for exchanges that drain are still decided by them.
+    cairn_xds::follow(follow, Some(decoder), Arc::clone(&waypoint.mesh), std::future::pending()).await;
 }
 
 /// An error with its causes, on one line.

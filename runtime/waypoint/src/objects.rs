@@ -1,7 +1,7 @@
 //! Objects as they come from our own control plane, turned into changes of the mesh by the manifests' decoder.
 
 use cairn_manifest::{Object, Severity, decode, resource_key};
-use cairn_mesh::{Change, MeshSettings};
+use cairn_mesh::{Change, Kind, MeshSettings};
 use cairn_xds::{ObjectDecoder, ObjectEvent};
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -32,11 +32,18 @@ pub fn decoder() -> ObjectDecoder {
             };
             let key =
                 resource_key(group, kind, name).ok_or_else(|| format!("type `{type_url}` is not known"))?;
+            if key.kind == Kind::MeshConfig {
+                *settings.lock() = MeshSettings::default();
+                return Ok(vec![Change::Settings(MeshSettings::default())]);
+            }
             Ok(vec![Change::L7Removed(key)])
         }
         ObjectEvent::Put(object) => {
             let object = from_wire(object);
-            let decoded = decode(&object, &settings.lock().clone());
+            // Settings are read over the defaults: what a manifest no longer says is no longer so.
+            let is_settings = object.kind == "MeshConfig";
+            let known = if is_settings { MeshSettings::default() } else { settings.lock().clone() };
+            let decoded = decode(&object, &known);
             for finding in &decoded.findings {
                 if finding.severity == Severity::Error {
                     tracing::warn!(kind = object.kind, name = %object.name, field = %finding.field,

@@ -4,7 +4,7 @@ use anyhow::Context;
 use cairn_mesh::ResourceName;
 use cairn_process::LogFormat;
 use serde::Deserialize;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -46,6 +46,9 @@ pub struct Options {
     /// The port of HBONE [default: 15008].
     #[arg(long, env = "CAIRN_HBONE_PORT")]
     pub hbone_port: Option<u16>,
+    /// The address of the admin port, 15000 [default: the address above if it is loopback, else 127.0.0.1].
+    #[arg(long, env = "CAIRN_ADMIN_ADDRESS")]
+    pub admin_address: Option<IpAddr>,
     /// Worker threads [default: the number of cores, at most 2].
     #[arg(long, env = "CAIRN_WORKERS")]
     pub workers: Option<usize>,
@@ -99,6 +102,8 @@ pub struct Settings {
     pub cluster_id: String,
     /// Where HBONE is accepted.
     pub hbone: SocketAddr,
+    /// Where the admin port is bound.
+    pub admin_address: IpAddr,
     /// Worker threads.
     pub workers: usize,
     /// How an endpoint is chosen.
@@ -133,6 +138,7 @@ impl Options {
             self.xds_address.or(file.xds_address).unwrap_or_else(|| "https://localhost:15012".to_owned());
         let address = self.address.or(file.address).context("--address (INSTANCE_IP) is needed")?;
         let port = self.hbone_port.or(file.hbone_port).unwrap_or(cairn_mesh::HBONE_PORT);
+        let local = if address.is_loopback() { address } else { IpAddr::V4(Ipv4Addr::LOCALHOST) };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Settings {
             identity: cairn_mesh::Identity::new(&trust_domain, &gateway.namespace, &account)?,
@@ -143,6 +149,7 @@ impl Options {
             token: self.token.or(file.token),
             cluster_id: self.cluster_id.or(file.cluster_id).unwrap_or_else(|| "Kubernetes".to_owned()),
             hbone: SocketAddr::new(address, port),
+            admin_address: self.admin_address.or(file.admin_address).unwrap_or(local),
             workers: self.workers.or(file.workers).unwrap_or(cores.min(2)).max(1),
             balancer: self.balancer.or(file.balancer).unwrap_or_default(),
             certificate_ttl: Duration::from_secs(
