@@ -11,7 +11,7 @@ use std::time::Duration;
 use tower_http::compression::CompressionLayer;
 use tower_http::limit::RequestBodyLimitLayer;
 use tower_http::timeout::TimeoutLayer;
-use tower_http::trace::TraceLayer;
+use tower_http::trace::{DefaultOnFailure, TraceLayer};
 
 /// Answers of operators' servers take at most this long to make.
 const ANSWER_MAX: Duration = Duration::from_secs(30);
@@ -80,7 +80,8 @@ pub fn admin_layers(router: Router) -> Router {
         .layer(CompressionLayer::new())
         .layer(RequestBodyLimitLayer::new(REQUEST_BYTES_MAX))
         .layer(TimeoutLayer::with_status_code(StatusCode::SERVICE_UNAVAILABLE, ANSWER_MAX))
-        .layer(TraceLayer::new_for_http())
+        // Not ready yet is a 500 that probes see again and again; it is nothing to act on.
+        .layer(TraceLayer::new_for_http().on_failure(DefaultOnFailure::new().level(tracing::Level::DEBUG)))
 }
 
 fn serve(address: SocketAddr, what: &'static str, router: Router) -> Result<(), OperatorError> {
