@@ -4,6 +4,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -22,8 +23,15 @@ const START_MAX: Duration = Duration::from_secs(60);
 pub const SOON: Duration = Duration::from_secs(10);
 
 /// Runs a program while its standard input is open: however this process ends, that closes, and the program is told.
-const LIFELINE: &str =
-    r#""$@" </dev/null & program=$!; cat >/dev/null; kill -TERM "$program"; wait "$program""#;
+/// Then its directory is removed, unless something came through the input.
+const LIFELINE: &str = r#"
+home=$1; shift
+"$@" </dev/null & program=$!
+keep=$(cat)
+kill -TERM "$program"; wait "$program"; status=$?
+test -n "$keep" || rm -rf "$home"
+exit "$status"
+"#;
 
 /// The program under test.
 pub fn cairn() -> Result<PathBuf> {
@@ -69,6 +77,7 @@ impl Mesh {
         let log = File::create(mesh.home.path().join("up.log"))?;
         let mut child = Command::new("sh")
             .args(["-c", LIFELINE, "mesh"])
+            .arg(mesh.home.path())
             .arg(cairn()?)
             .args(["--log-level", "info", "up"])
             .arg(&directory)
@@ -192,7 +201,8 @@ impl Mesh {
 
     /// Asks the mesh to stop, as SIGTERM to `cairn up` does, without waiting for it.
     pub fn begin_stop(&mut self) -> Result<Stopping> {
-        let (child, lifeline) = self.process.take().context("stopped already")?;
+        let (child, mut lifeline) = self.process.take().context("stopped already")?;
+        lifeline.write_all(b"keep the logs")?;
         drop(lifeline);
         Ok(Stopping { child })
     }
