@@ -9,6 +9,7 @@ mod connections;
 mod edits;
 mod envoy;
 mod harness;
+mod netns;
 mod policy;
 mod rotation;
 mod servers;
