@@ -1,0 +1,1 @@
+envoy_peer envoy-waypoint-rbac-hdr1 10018 hbone

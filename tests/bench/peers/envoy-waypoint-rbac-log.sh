@@ -1,0 +1,1 @@
+envoy_peer envoy-waypoint-rbac-log 10017 hbone
