@@ -292,7 +292,7 @@ fn balancing_rules(snapshot: &Snapshot, gateway: Ipv4Addr) -> String {
     let (mut lines, mut itself) = (BTreeSet::new(), BTreeSet::new());
     for state in snapshot.services() {
         lines.extend(service_rules(&state.service, &state.endpoints));
-        let addresses = state.endpoints.iter().filter_map(|endpoint| address_of(endpoint));
+        let addresses = state.endpoints.iter().filter_map(address_of);
         itself.extend(addresses.map(|address| format!("{address} . {address}")));
     }
     let services: String = lines.into_iter().collect();
