@@ -95,7 +95,6 @@ mod tests {
             ("http/0.9", b"GET /\r\n", Other),
             ("redis", b"GET key\r\n", Other),
             ("redis array", b"*1\r\n$4\r\nPING\r\n", Other),
-            ("lower case is no method", b"get / HTTP/1.1\r\n", Other),
             ("tls", b"\x16\x03\x01\x02\x00", Other),
             ("postgres", b"\x00\x00\x00\x08\x04\xd2\x16\x2f", Other),
             ("a long word", b"ABCDEFGHIJKLMNOPQRSTUVWXYZABCDEF", Other),
