@@ -1,4 +1,4 @@
-//! The clock that bounds guests: a thread that advances the engine's epoch, and rests while no plugin is used.
+//! The clock that bounds guests: a thread that advances the engine's epoch, and rests until a plugin is used and while none is.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -67,6 +67,7 @@ impl Drop for Ticker {
 }
 
 fn tick(engine: &EngineWeak, switch: &Switch) {
+    rest(switch);
     let mut looked = Instant::now();
     while !switch.ended.load(Ordering::Relaxed) {
         std::thread::sleep(TICK);
