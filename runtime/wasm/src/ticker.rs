@@ -1,4 +1,5 @@
-//! The clock that bounds guests: a thread that advances the engine's epoch, and rests until a plugin is used and while none is.
+//! The clock that bounds guests: a thread that advances the engine's epoch. It rests until a plugin is used, and while
+//! none is.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
