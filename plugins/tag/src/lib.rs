@@ -8,7 +8,7 @@
 //! }
 //! ```
 //!
-//! Values are templates; what they may name is listed at [`template`]. A tag replaces what the client or the upstream
+//! Values are templates; what they may name is listed in `template.rs`. A tag replaces what the client or the upstream
 //! sent under its name, so nobody can forge it.
 
 mod template;
