@@ -20,6 +20,9 @@ const BODY_BYTES_MAX: usize = 64 * 1024 * 1024;
 /// The port on which a pod's ztunnel speaks SOCKS5.
 const SOCKS_PORT: u16 = 15080;
 
+/// The port on which a proxy says whether it is ready.
+pub const READINESS_PORT: u16 = 15021;
+
 /// How a connection is made.
 #[derive(Clone, Debug)]
 pub enum Way {
@@ -102,7 +105,7 @@ pub async fn get_json(way: &Way, address: SocketAddr, path: &str) -> Result<serd
 /// When it is not within `limit`; the error says what it was still waiting for.
 pub async fn wait_ready(way: &Way, address: IpAddr, limit: Duration) -> Result<()> {
     let deadline = tokio::time::Instant::now() + limit;
-    let at = SocketAddr::new(address, 15021);
+    let at = SocketAddr::new(address, READINESS_PORT);
     let host = at.to_string();
     loop {
         let ask = Ask { method: Method::GET, to: at, host: &host, path: "/healthz/ready", headers: &[] };

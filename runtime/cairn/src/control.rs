@@ -3,12 +3,13 @@
 use crate::addresses::Addresses;
 use anyhow::{Context, Result};
 use cairn_identity::Authority;
-use cairn_manifest::{Diagnostic, Directory, Object, Severity, World};
-use cairn_mesh::{Change, MeshSettings, ResourceName, Store};
+use cairn_manifest::{Diagnostic, Directory, FieldPath, Finding, Loaded, Object, Severity, World};
+use cairn_mesh::{Change, MeshSettings, PathNormalization, ResourceName, Store, TunnelProtocol};
 use cairn_xds::{Mesh, Role, Served, Server, Tokens};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{DirBuilder, File};
 use std::io::Write;
+use std::net::IpAddr;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,18 +17,18 @@ use std::sync::Arc;
 /// The type under which the mesh's settings travel.
 const SETTINGS_TYPE: (&str, &str, &str) = ("mesh.istio.io", "v1alpha1", "MeshConfig");
 
-/// The annotation by which a waypoint is told that a document could not be read.
-const BROKEN: &str = "cairn.dev/broken";
+/// A node's name is part of the names of files, which end at 255 bytes.
+const NODE_BYTES_MAX: usize = 200;
 
 /// Gives no addresses: what a manifest does not say has none.
 pub struct AsWritten;
 
 impl cairn_manifest::Addressing for AsWritten {
-    fn pod(&mut self, _namespace: &str, _name: &str) -> Option<std::net::IpAddr> {
+    fn pod(&mut self, _namespace: &str, _name: &str) -> Option<IpAddr> {
         None
     }
 
-    fn service(&mut self, _namespace: &str, _name: &str) -> Option<std::net::IpAddr> {
+    fn service(&mut self, _namespace: &str, _name: &str) -> Option<IpAddr> {
         None
     }
 }
@@ -50,9 +51,20 @@ pub struct Control {
     pub mesh: Arc<Mesh>,
     /// The CA.
     pub authority: Arc<Authority>,
+    /// The trust domain that the CA is for.
+    trust_domain: Arc<str>,
     tokens: Tokens,
+    minted: BTreeMap<String, Minted>,
+    root: Arc<Path>,
     state: PathBuf,
     said: Vec<String>,
+}
+
+/// A token that is valid.
+struct Minted {
+    token: String,
+    role: Role,
+    file: PathBuf,
 }
 
 /// What a directory holds now.
@@ -63,6 +75,8 @@ pub struct Reading {
     pub objects: Vec<Object>,
     /// Its settings.
     pub settings: MeshSettings,
+    /// The nodes that need a ztunnel, and its address for operators.
+    pub ztunnels: BTreeMap<String, IpAddr>,
     /// What is wrong with it, in order of file and line.
     pub diagnostics: Vec<Diagnostic>,
 }
@@ -103,7 +117,10 @@ impl Control {
             server: Server::new(Arc::clone(&authority), tokens.clone()),
             mesh: Mesh::new(),
             authority,
+            trust_domain,
             tokens,
+            minted: BTreeMap::new(),
+            root: root.into(),
             state: state.to_owned(),
             said: Vec::new(),
         })
@@ -114,11 +131,16 @@ impl Control {
         self.state.join("root.pem")
     }
 
-    /// Mints a token for a role and returns its file. A role's token stays the same while this process lives.
+    /// Mints a token for a role and returns its file. While the role is the same, so is the token.
     ///
     /// # Errors
     /// When the file cannot be written.
-    pub fn token(&self, name: &str, role: Role) -> Result<PathBuf> {
+    pub fn token(&mut self, name: &str, role: Role) -> Result<PathBuf> {
+        if let Some(minted) = self.minted.get(name)
+            && minted.role == role
+        {
+            return Ok(minted.file.clone());
+        }
         let directory = self.state.join("tokens");
         private_directory(&directory)?;
         let file = directory.join(format!("{name}.token"));
@@ -135,8 +157,25 @@ impl Control {
             .and_then(|mut written| written.write_all(token.as_bytes()))
             .and_then(|()| std::fs::rename(&new, &file))
             .with_context(|| format!("cannot write {}", file.display()))?;
-        self.tokens.insert(token, role);
+        self.tokens.insert(token.clone(), role.clone());
+        let before = self.minted.insert(name.to_owned(), Minted { token, role, file: file.clone() });
+        if let Some(before) = before {
+            self.tokens.remove(&before.token);
+        }
         Ok(file)
+    }
+
+    /// Makes every token invalid whose name is no longer in use.
+    pub fn retain_tokens(&mut self, is_used: impl Fn(&str) -> bool) {
+        self.minted.retain(|name, minted| {
+            let keep = is_used(name);
+            if !keep {
+                self.tokens.remove(&minted.token);
+                // The token in it is worth nothing any more.
+                let _gone = std::fs::remove_file(&minted.file);
+            }
+            keep
+        });
     }
 
     /// Reads the directory again and publishes what it says. What is broken keeps its last good state.
@@ -161,21 +200,38 @@ impl Control {
     /// # Errors
     /// When addresses cannot be kept.
     pub fn read(&mut self) -> Result<Reading> {
-        let loaded = self.directory.read();
-        let world = match &mut self.addressing {
+        let mut loaded = self.directory.read();
+        self.hold_trust_domain(&mut loaded);
+        let Loaded { objects, settings, mut diagnostics } = loaded;
+        let (world, ztunnels) = match &mut self.addressing {
             Addressing::Block(addresses) => {
-                let world = World::build(&loaded.objects, addresses, &loaded.settings);
+                addresses.keep_clear_of(written(&World::build(&objects, &mut AsWritten, &settings)));
+                let world = World::build(&objects, addresses, &settings);
+                let ztunnels = ztunnels(&world, &objects, &self.root, addresses, &mut diagnostics);
                 addresses.save()?;
-                world
+                (world, ztunnels)
             }
-            Addressing::AsWritten(nothing) => World::build(&loaded.objects, nothing, &loaded.settings),
+            Addressing::AsWritten(nothing) => (World::build(&objects, nothing, &settings), BTreeMap::new()),
         };
-        let mut diagnostics = loaded.diagnostics;
         diagnostics.extend(world.diagnostics.iter().cloned());
-        diagnostics.sort_by(|a, b| (&a.file, a.line, a.column).cmp(&(&b.file, b.line, b.column)));
-        let reading = Reading { world, objects: loaded.objects, settings: loaded.settings, diagnostics };
+        sort(&mut diagnostics);
+        let reading = Reading { world, objects, settings, ztunnels, diagnostics };
         self.publish_here(&reading);
         Ok(reading)
+    }
+
+    /// The CA is made for one trust domain, so that stays in force while this process lives.
+    fn hold_trust_domain(&self, loaded: &mut Loaded) {
+        let new = std::mem::replace(&mut loaded.settings.trust_domain, Arc::clone(&self.trust_domain));
+        if new != self.trust_domain {
+            let reason = format!(
+                "trust domain `{new}` takes effect when the mesh is started again; `{}` stays in force",
+                self.trust_domain
+            );
+            let object = loaded.objects.iter().find(|object| is_settings(object));
+            let at = FieldPath::of(&["data", "mesh"]);
+            loaded.diagnostics.push(finding(object, &self.root, "needs-restart", at, reason));
+        }
     }
 
     fn publish_here(&self, reading: &Reading) {
@@ -222,31 +278,108 @@ pub fn read_once(root: &Path, addressing: &mut dyn cairn_manifest::Addressing) -
     let world = World::build(&loaded.objects, addressing, &loaded.settings);
     let mut diagnostics = loaded.diagnostics;
     diagnostics.extend(world.diagnostics.iter().cloned());
+    sort(&mut diagnostics);
+    let (objects, settings) = (loaded.objects, loaded.settings);
+    Reading { world, objects, settings, ztunnels: BTreeMap::new(), diagnostics }
+}
+
+fn sort(diagnostics: &mut [Diagnostic]) {
     diagnostics.sort_by(|a, b| (&a.file, a.line, a.column).cmp(&(&b.file, b.line, b.column)));
-    Reading { world, objects: loaded.objects, settings: loaded.settings, diagnostics }
+}
+
+/// Whether an object holds the mesh's settings.
+fn is_settings(object: &Object) -> bool {
+    let name = &object.name;
+    object.is("", "ConfigMap") && &*name.name == "istio" && &*name.namespace == "istio-system"
+}
+
+/// An error about an object, or about the whole directory when no object is to blame.
+fn finding(
+    object: Option<&Object>,
+    root: &Arc<Path>,
+    code: &'static str,
+    field: FieldPath,
+    reason: String,
+) -> Diagnostic {
+    let severity = Severity::Error;
+    match object {
+        Some(object) => Diagnostic::at(object, &Finding { severity, code, field, reason }),
+        None => {
+            let (file, field) = (Arc::clone(root), String::new());
+            Diagnostic { severity, file, line: 0, column: 0, object: None, field, reason, code }
+        }
+    }
+}
+
+/// The addresses that manifests give to pods and services, known from a world in which nothing else has any. An
+/// EndpointSlice does not give an address, it refers to one.
+fn written(world: &World) -> Vec<IpAddr> {
+    let pods = world.workloads.iter().filter(|workload| workload.uid.contains("//Pod/"));
+    let pods = pods.flat_map(|workload| workload.addresses.iter().copied());
+    pods.chain(world.services.iter().flat_map(|service| service.vips.iter().map(|vip| vip.address))).collect()
+}
+
+/// The nodes with pods that need a ztunnel, and its address. A node that cannot have one is reported.
+fn ztunnels(
+    world: &World,
+    objects: &[Object],
+    root: &Arc<Path>,
+    addresses: &mut Addresses,
+    diagnostics: &mut Vec<Diagnostic>,
+) -> BTreeMap<String, IpAddr> {
+    let captured = world
+        .workloads
+        .iter()
+        .filter(|workload| workload.protocol == TunnelProtocol::Hbone && !workload.native_tunnel);
+    let nodes: BTreeSet<&str> = captured.map(|workload| &*workload.node).collect();
+    let (good, bad): (BTreeSet<&str>, BTreeSet<&str>) =
+        nodes.into_iter().partition(|node| is_node_name(node));
+    let given = addresses.nodes(&good);
+    let mut report = |node: &str, code, reason: &str| {
+        let (object, at) = placed_on(objects, node).unzip();
+        let reason = format!("node `{node}` {reason}: it has no ztunnel");
+        diagnostics.push(finding(object, root, code, at.unwrap_or_else(FieldPath::root), reason));
+    };
+    for node in bad {
+        report(node, "invalid-value", "is not a DNS name of at most 200 bytes");
+    }
+    for node in good.into_iter().filter(|node| !given.contains_key(*node)) {
+        report(node, "no-address", "is one more than there are addresses");
+    }
+    given
+}
+
+/// The object that puts a pod on a node, and where it says so.
+fn placed_on<'a>(objects: &'a [Object], node: &str) -> Option<(&'a Object, FieldPath)> {
+    const PLACES: [&[&str]; 2] = [&["spec", "nodeName"], &["spec", "template", "spec", "nodeName"]];
+    objects.iter().find_map(|object| {
+        let place = PLACES.into_iter().find(|place| {
+            let found = place.iter().try_fold(&object.spec, |value, key| value.get(key));
+            found.and_then(serde_json::Value::as_str) == Some(node)
+        })?;
+        Some((object, FieldPath::of(place)))
+    })
+}
+
+/// Whether a node's name is a DNS name (RFC 1123), as Kubernetes wants it.
+fn is_node_name(name: &str) -> bool {
+    let is_label = |label: &str| {
+        let inside = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+        !label.is_empty() && label.bytes().all(inside) && !label.starts_with('-') && !label.ends_with('-')
+    };
+    name.len() <= NODE_BYTES_MAX && name.split('.').all(is_label)
 }
 
 fn served(reading: &Reading) -> Served {
     let world = &reading.world;
     let all: Vec<ResourceName> = world.gateways.iter().map(|gateway| gateway.name.clone()).collect();
-    let mut objects: Vec<cairn_xds::Object> = world
-        .scoped
-        .iter()
-        .filter_map(|(index, gateways)| Some(to_wire(reading.objects.get(*index)?, gateways.clone())))
+    let scoped = world.scoped.iter();
+    let scoped = scoped.filter_map(|(index, gateways)| Some((reading.objects.get(*index)?, gateways)));
+    let mut objects: Vec<cairn_xds::Object> = scoped
+        .filter(|(object, _)| !is_settings(object) && object.kind != SETTINGS_TYPE.2)
+        .map(|(object, gateways)| to_wire(object, gateways.clone()))
         .collect();
-    // The settings go to everyone, in one form whether or not a manifest gives them.
-    let settings = reading.objects.iter().find(|object| {
-        object.kind == "ConfigMap"
-            && &*object.name.name == "istio"
-            && &*object.name.namespace == "istio-system"
-    });
-    objects.retain(|object| object.kind != "ConfigMap");
-    if let Some(settings) = settings {
-        let (group, version, kind) = SETTINGS_TYPE;
-        let wire = to_wire(settings, all);
-        let (group, version, kind) = (group.to_owned(), version.to_owned(), kind.to_owned());
-        objects.push(cairn_xds::Object { group, version, kind, ..wire });
-    }
+    objects.push(settings_to_wire(&reading.settings, all));
     Served {
         workloads: world.workloads.clone(),
         services: world.services.clone(),
@@ -255,10 +388,37 @@ fn served(reading: &Reading) -> Served {
     }
 }
 
+/// The settings go to everyone, in one form whether or not a manifest gives them: every field that is read, as it is
+/// in force here. So what a manifest no longer says returns to its default.
+fn settings_to_wire(settings: &MeshSettings, gateways: Vec<ResourceName>) -> cairn_xds::Object {
+    let (group, version, kind) = SETTINGS_TYPE;
+    let normalization = match settings.path_normalization {
+        PathNormalization::None => "NONE",
+        PathNormalization::Base => "BASE",
+        PathNormalization::MergeSlashes => "MERGE_SLASHES",
+        PathNormalization::DecodeAndMergeSlashes => "DECODE_AND_MERGE_SLASHES",
+    };
+    cairn_xds::Object {
+        group: group.to_owned(),
+        version: version.to_owned(),
+        kind: kind.to_owned(),
+        name: ResourceName::new("istio-system", "istio"),
+        labels: BTreeMap::new(),
+        annotations: BTreeMap::new(),
+        created: String::new(),
+        spec: serde_json::json!({
+            "trustDomain": &*settings.trust_domain,
+            "rootNamespace": &*settings.root_namespace,
+            "pathNormalization": { "normalization": normalization },
+        }),
+        gateways,
+    }
+}
+
 fn to_wire(object: &Object, gateways: Vec<ResourceName>) -> cairn_xds::Object {
     let mut annotations: BTreeMap<String, String> = object.annotations.clone();
     if let Some(reason) = &object.broken {
-        annotations.insert(BROKEN.to_owned(), reason.to_string());
+        annotations.insert(cairn_waypoint::BROKEN.to_owned(), reason.to_string());
     }
     cairn_xds::Object {
         group: object.group.clone(),

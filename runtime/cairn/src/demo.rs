@@ -8,6 +8,7 @@ use http::Method;
 use serde_json::Value;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -30,6 +31,9 @@ const CANARY_TOLERANCE: f64 = 0.10;
 
 /// How long a record may take to appear after its answer.
 const RECORD_MAX: Duration = Duration::from_secs(3);
+
+/// The exit status after a signal, as shells have it for Ctrl-C.
+const INTERRUPTED: u8 = 130;
 
 /// `cairn demo`.
 #[derive(Debug, Clone, clap::Args)]
@@ -60,28 +64,60 @@ pub async fn run(options: Options) -> Result<ExitCode> {
         format!("{} is not there; build the plugins first: plugins/build", options.plugins.display())
     })?;
     let temporary = tempfile::tempdir()?;
-    let home = options.state.clone().unwrap_or_else(|| temporary.path().to_owned());
+    let home = options.state.as_deref().unwrap_or(temporary.path());
+    let ended = play(&options, home, &plugins).await;
+    if !matches!(ended, Ok(Ended::Well | Ended::Interrupted)) && options.state.is_none() {
+        eprintln!("manifests and logs of this run stay in {}", temporary.keep().display());
+    }
+    Ok(match ended? {
+        Ended::Well => ExitCode::SUCCESS,
+        Ended::Wrong => ExitCode::FAILURE,
+        Ended::Interrupted => ExitCode::from(INTERRUPTED),
+    })
+}
+
+/// How a demo ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ended {
+    /// Everything happened as it should.
+    Well,
+    /// Something did not.
+    Wrong,
+    /// A signal came first.
+    Interrupted,
+}
+
+/// Starts the mesh, shows what it does, and ends it, however that goes.
+async fn play(options: &Options, home: &Path, plugins: &Path) -> Result<Ended> {
     let manifests = home.join("manifests");
-    write_manifests(&manifests, &plugins)?;
-    let up = Up::start(up::Options {
+    write_manifests(&manifests, plugins)?;
+    let stop = cairn_process::stop_signal();
+    tokio::pin!(stop);
+    let interrupted =
+        |signal: std::io::Result<_>| signal.map(|_| Ended::Interrupted).context("cannot watch for signals");
+    let mesh = up::Options {
         directory: manifests.clone(),
         state: home.join("state"),
         block: options.block,
         ..up::Options::default()
-    })
-    .await?;
-    let result = show(&up, &options).await;
-    if options.keep && result.is_ok() {
-        keep(&up, &manifests).await?;
+    };
+    let mut up = tokio::select! {
+        biased;
+        signal = &mut stop => return interrupted(signal),
+        up = Up::launch(mesh) => up?,
+    };
+    let mut ended = tokio::select! {
+        biased;
+        signal = &mut stop => interrupted(signal),
+        shown = show(&mut up, options) => shown,
+    };
+    if options.keep
+        && let Ok(shown @ (Ended::Well | Ended::Wrong)) = ended
+    {
+        ended = keep(&mut up, &manifests, stop.as_mut()).await.map(|()| shown);
     }
-    let logs = up.logs.clone();
     up.stop().await;
-    let all_well = result?;
-    if !all_well && options.state.is_none() {
-        let kept = temporary.keep();
-        eprintln!("manifests and logs of this run stay in {} ({})", kept.display(), logs.display());
-    }
-    Ok(if all_well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    ended
 }
 
 fn write_manifests(directory: &Path, plugins: &Path) -> Result<()> {
@@ -94,15 +130,23 @@ fn write_manifests(directory: &Path, plugins: &Path) -> Result<()> {
     Ok(())
 }
 
-async fn keep(up: &Up, manifests: &Path) -> Result<()> {
+/// Says what there is to try, and leaves the mesh running until a signal.
+async fn keep(
+    up: &mut Up,
+    manifests: &Path,
+    stop: Pin<&mut impl Future<Output = std::io::Result<&'static str>>>,
+) -> Result<()> {
     let scene = Scene::find(up)?;
     println!("\nThe mesh stays up. Its manifests are in {}: edit them and see.", manifests.display());
     println!("As the web pod:  curl --socks5-hostname {}:15080 http://catalog:8000/items", scene.web);
     println!("As the guest:    curl --socks5-hostname {}:15080 http://catalog.shop:8000/items", scene.guest);
     println!("What happened:   curl http://{}:15000/exchanges", scene.waypoint);
     println!("Ctrl-C ends it.");
-    cairn_process::stop_signal().await?;
-    Ok(())
+    tokio::select! {
+        biased;
+        signal = stop => signal.map(drop).context("cannot watch for signals"),
+        error = up.broken() => Err(error),
+    }
 }
 
 /// Where everything is.
@@ -179,7 +223,13 @@ fn cases() -> Vec<Case> {
     ]
 }
 
-async fn show(up: &Up, options: &Options) -> Result<bool> {
+async fn show(up: &mut Up, options: &Options) -> Result<Ended> {
+    let ready = up.ready();
+    tokio::select! {
+        biased;
+        error = up.broken() => return Err(error),
+        ready = ready => ready?,
+    }
     let scene = Scene::find(up)?;
     let mut rows = Vec::new();
     for case in cases() {
@@ -193,7 +243,7 @@ async fn show(up: &Up, options: &Options) -> Result<bool> {
         crate::check::Output::Json => println!("{}", serde_json::to_string_pretty(&rows)?),
         crate::check::Output::Text => print_table(&rows, all_well),
     }
-    Ok(all_well)
+    Ok(if all_well { Ended::Well } else { Ended::Wrong })
 }
 
 fn print_table(rows: &[Row], all_well: bool) {

@@ -2,6 +2,7 @@
 
 mod addresses;
 mod check;
+mod child;
 mod client;
 mod control;
 mod demo;
@@ -42,6 +43,12 @@ enum Command {
     Waypoint(Box<cairn_waypoint::Options>),
     /// Runs an application that answers with what it saw of each request.
     Echo(echo::Options),
+    /// Becomes a program that ends with the process that started it. For `up`.
+    #[command(hide = true)]
+    Child(child::ChildOptions),
+    /// Runs a program and ends all that it started when the process that started this one ends. For `up`.
+    #[command(hide = true)]
+    Guard(child::Program),
 }
 
 fn main() -> ExitCode {
@@ -63,9 +70,11 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Ztunnel(options) => cairn_ztunnel::run(*options).map(done),
         Command::Waypoint(options) => cairn_waypoint::run(*options).map(done),
         Command::Check(options) => check::run(options),
+        Command::Child(options) => child::become_program(&options).map(|never| match never {}),
         Command::Up(options) => here(&log, up::run(options)).map(done),
         Command::Demo(options) => here(&log, demo::run(options)),
         Command::Xds(options) => here(&log, xds::run(options)).map(done),
+        Command::Guard(program) => here(&log, child::guard(program)),
         Command::Echo(options) => here(&log, echo::run(options)).map(done),
     }
 }

@@ -1,20 +1,23 @@
 //! `cairn up`: the whole mesh of a directory of manifests on this machine.
 
 use crate::addresses::{Addresses, Block};
+use crate::child::{tied_to_us, with_all_it_starts};
 use crate::client::{self, Way};
 use crate::control::{Addressing, Control, Reading};
 use crate::forward::Forwarders;
 use crate::netns::Network;
 use crate::supervise::{Program, Supervisor};
-use anyhow::{Context, Result};
+use anyhow::{Context, Error, Result, anyhow, ensure};
 use cairn_manifest::{GatewayEntry, Object, Watch};
 use cairn_mesh::{TunnelProtocol, Workload};
 use cairn_net::ListenOptions;
-use cairn_xds::{Mesh, Role};
-use std::collections::{BTreeMap, BTreeSet};
+use cairn_xds::{Mesh, Role, ServeError};
+use cairn_ztunnel::namespace_file;
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::oneshot;
@@ -60,6 +63,13 @@ const XDS_PORT: u16 = 15012;
 /// How long the mesh may take to come up.
 const START_MAX: Duration = Duration::from_secs(60);
 
+/// How long proxies of an earlier mesh may take to end: they drain for 5 seconds.
+const FREE_MAX: Duration = Duration::from_secs(7);
+
+/// The pause after manifests could not be followed, before the next try; it doubles up to [`RETRY_PAUSE_MAX`].
+const RETRY_PAUSE: Duration = Duration::from_secs(1);
+const RETRY_PAUSE_MAX: Duration = Duration::from_secs(30);
+
 /// The annotation that asks for an application of ours: its value is `echo`.
 const RUN: &str = "cairn.dev/run";
 
@@ -80,89 +90,110 @@ pub struct Up {
     pub applications: Vec<(String, Vec<SocketAddr>, bool)>,
     /// Where the logs are.
     pub logs: PathBuf,
-    stop: Option<oneshot::Sender<()>>,
-    task: JoinHandle<()>,
+    stop: oneshot::Sender<()>,
+    task: Option<JoinHandle<Result<()>>>,
 }
 
 impl Up {
-    /// Starts the mesh and waits until every proxy is ready.
+    /// Starts the mesh, without waiting until it is ready. Dropping the future leaves no process running.
     ///
     /// # Errors
-    /// When the directory has errors that leave no mesh, a port is taken, or a proxy does not become ready.
-    pub async fn start(options: Options) -> Result<Self> {
-        let up = Self::launch(options).await?;
-        match up.ready().await {
-            Ok(()) => Ok(up),
-            Err(error) => {
-                up.stop().await;
-                Err(error)
-            }
-        }
-    }
-
-    /// Starts the mesh without waiting for it.
-    async fn launch(options: Options) -> Result<Self> {
+    /// When the directory has errors that leave no mesh, or a port is taken.
+    pub async fn launch(options: Options) -> Result<Self> {
         let mut runner = Runner::open(options)?;
-        let reading = runner.refresh().await?;
-        let up = Self {
+        let reading = runner.prepare()?;
+        let way = Way::Direct(runner.network.as_ref().map(Network::node).transpose()?);
+        let waypoints = runner.waypoints(&reading);
+        for address in reading.ztunnels.values().chain(waypoints.values()) {
+            wait_until_free(&way, *address).await?;
+        }
+        // From here on there are processes; nothing below waits.
+        runner.apply(&reading)?;
+        let (stop, stopped) = oneshot::channel();
+        Ok(Self {
             mesh: Arc::clone(&runner.control.mesh),
-            way: Way::Direct(runner.network.as_ref().map(Network::node).transpose()?),
-            ztunnels: runner.ztunnels.clone(),
-            waypoints: runner.waypoints(&reading),
+            way,
+            ztunnels: reading.ztunnels,
+            waypoints,
             applications: runner.applications.clone(),
             logs: runner.logs.clone(),
-            stop: None,
-            task: tokio::spawn(std::future::ready(())),
-        };
-        let (stop, stopped) = oneshot::channel();
-        let task = tokio::spawn(runner.run(stopped));
-        Ok(Self { stop: Some(stop), task, ..up })
+            stop,
+            task: Some(tokio::spawn(runner.run(stopped))),
+        })
     }
 
     /// Waits until every proxy is ready.
-    async fn ready(&self) -> Result<()> {
-        for address in self.ztunnels.values().chain(self.waypoints.values()) {
-            client::wait_ready(&self.way, *address, START_MAX)
-                .await
-                .with_context(|| format!("the mesh did not come up; see {}", self.logs.display()))?;
+    ///
+    /// # Errors
+    /// When one is not in time.
+    pub fn ready(&self) -> impl Future<Output = Result<()>> + use<> {
+        let (way, logs) = (self.way.clone(), self.logs.clone());
+        let proxies: Vec<IpAddr> = self.ztunnels.values().chain(self.waypoints.values()).copied().collect();
+        async move {
+            for address in proxies {
+                client::wait_ready(&way, address, START_MAX)
+                    .await
+                    .with_context(|| format!("the mesh did not come up; see {}", logs.display()))?;
+            }
+            Ok(())
         }
-        Ok(())
+    }
+
+    /// Resolves with the reason when the mesh ends without having been told to.
+    pub async fn broken(&mut self) -> Error {
+        let Some(task) = &mut self.task else { return std::future::pending().await };
+        let ended = task.await;
+        self.task = None;
+        match ended {
+            Ok(Ok(())) => anyhow!("the mesh ended"),
+            Ok(Err(error)) => error,
+            Err(error) => Error::new(error).context("the mesh broke"),
+        }
     }
 
     /// Ends every process of the mesh.
-    pub async fn stop(mut self) {
-        if let Some(stop) = self.stop.take() {
-            // A runner that is gone has stopped already.
-            let _stopped = stop.send(());
-        }
-        if let Err(error) = self.task.await {
+    pub async fn stop(self) {
+        // A runner that is gone has stopped already.
+        let _stopped = self.stop.send(());
+        if let Some(task) = self.task
+            && let Err(error) = task.await
+        {
             tracing::error!(%error, "the mesh did not stop cleanly");
         }
     }
 }
 
+/// Waits until nobody answers where a proxy is to be: that one would be taken for ours.
+async fn wait_until_free(way: &Way, address: IpAddr) -> Result<()> {
+    let at = SocketAddr::new(address, client::READINESS_PORT);
+    let deadline = tokio::time::Instant::now() + FREE_MAX;
+    while tokio::time::timeout(Duration::from_secs(1), client::connect(way, at))
+        .await
+        .is_ok_and(|to| to.is_ok())
+    {
+        ensure!(
+            tokio::time::Instant::now() < deadline,
+            "{at} is in use by another program: end the mesh that runs there, or choose another block"
+        );
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    Ok(())
+}
+
 /// `cairn up`: runs until SIGTERM or SIGINT.
 ///
 /// # Errors
-/// When the mesh cannot be started.
+/// When the mesh cannot be started, or its control plane ends.
 pub async fn run(options: Options) -> Result<()> {
     // A signal may come before all is up: what has been started by then must end too.
     let stop = cairn_process::stop_signal();
     tokio::pin!(stop);
-    let up = tokio::select! {
+    let mut up = tokio::select! {
         biased;
         signal = &mut stop => return signal.map(drop).context("cannot watch for signals"),
         up = Up::launch(options) => up?,
     };
-    let ended = tokio::select! {
-        biased;
-        signal = &mut stop => signal.context("cannot watch for signals"),
-        ended = async {
-            up.ready().await?;
-            describe(&up);
-            std::future::pending().await
-        } => ended,
-    };
+    let ended = until_told(&mut up, stop.as_mut()).await;
     if let Ok(signal) = &ended {
         println!("{signal}: stopping");
     }
@@ -170,8 +201,28 @@ pub async fn run(options: Options) -> Result<()> {
     ended.map(drop)
 }
 
+/// Waits until the mesh is ready, says so, and waits until told to stop.
+async fn until_told(
+    up: &mut Up,
+    mut stop: Pin<&mut impl Future<Output = std::io::Result<&'static str>>>,
+) -> Result<&'static str> {
+    let ready = up.ready();
+    tokio::select! {
+        biased;
+        signal = stop.as_mut() => return signal.context("cannot watch for signals"),
+        error = up.broken() => return Err(error),
+        ready = ready => ready?,
+    }
+    describe(up);
+    tokio::select! {
+        biased;
+        signal = stop => signal.context("cannot watch for signals"),
+        error = up.broken() => Err(error),
+    }
+}
+
 /// Prints who is where.
-pub fn describe(up: &Up) {
+fn describe(up: &Up) {
     let snapshot = up.mesh.snapshot();
     let mut workloads: Vec<&Arc<Workload>> = snapshot.workloads().collect();
     workloads.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
@@ -217,9 +268,7 @@ struct Runner {
     network: Option<Network>,
     forwarders: Option<Forwarders>,
     supervisor: Supervisor,
-    server: JoinHandle<()>,
-    tokens: BTreeMap<String, PathBuf>,
-    ztunnels: BTreeMap<String, IpAddr>,
+    server: JoinHandle<Result<(), ServeError>>,
     applications: Vec<(String, Vec<SocketAddr>, bool)>,
     executable: PathBuf,
     logs: PathBuf,
@@ -252,8 +301,6 @@ impl Runner {
             forwarders,
             supervisor: Supervisor::default(),
             server,
-            tokens: BTreeMap::new(),
-            ztunnels: BTreeMap::new(),
             applications: Vec::new(),
             executable: std::env::current_exe().context("where am I?")?,
             logs,
@@ -261,35 +308,67 @@ impl Runner {
         })
     }
 
-    /// Reads the manifests and makes the mesh be what they say.
-    async fn refresh(&mut self) -> Result<Reading> {
+    /// Reads the manifests and prepares what their mesh will need.
+    fn prepare(&mut self) -> Result<Reading> {
         let reading = self.control.read()?;
         // A pod's namespace is there before its ztunnel hears of the pod.
         if let Some(network) = &mut self.network {
             network.follow(&self.control.mesh.snapshot())?;
         }
-        self.control.publish(&reading);
-        let programs = self.programs(&reading)?;
-        self.supervisor.keep(programs).await;
-        if let Some(forwarders) = &mut self.forwarders {
-            forwarders.follow();
-        }
         Ok(reading)
     }
 
-    async fn run(mut self, mut stop: oneshot::Receiver<()>) {
-        loop {
-            tokio::select! {
-                () = self.watch.changed() => {
-                    if let Err(error) = self.refresh().await {
-                        tracing::error!(error = format!("{error:#}"), "the mesh could not follow the manifests");
-                    }
-                }
-                _ = &mut stop => break,
-            }
+    /// Makes the mesh be what was read.
+    fn apply(&mut self, reading: &Reading) -> Result<()> {
+        self.control.publish(reading);
+        let programs = self.programs(reading)?;
+        self.control.retain_tokens(|name| programs.contains_key(name));
+        self.supervisor.keep(programs);
+        if let Some(forwarders) = &mut self.forwarders {
+            forwarders.follow();
         }
+        Ok(())
+    }
+
+    async fn run(mut self, stop: oneshot::Receiver<()>) -> Result<()> {
+        let ended = self.follow(stop).await;
         self.supervisor.stop().await;
         self.server.abort();
+        ended
+    }
+
+    /// Follows the manifests until told to stop.
+    async fn follow(&mut self, mut stop: oneshot::Receiver<()>) -> Result<()> {
+        let mut retry = None;
+        loop {
+            let again = async {
+                match retry {
+                    Some(pause) => tokio::time::sleep(pause).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                _ = &mut stop => return Ok(()),
+                ended = &mut self.server => return Err(match ended {
+                    Ok(Ok(())) => anyhow!("the xDS server ended"),
+                    Ok(Err(error)) => Error::new(error).context("the xDS server ended"),
+                    Err(error) => Error::new(error).context("the xDS server broke"),
+                }),
+                () = self.watch.changed() => {}
+                () = again => {}
+            }
+            let followed = self.prepare().and_then(|reading| self.apply(&reading));
+            retry = followed.err().map(|error| {
+                let pause = retry.map_or(RETRY_PAUSE, |before| (before * 2).min(RETRY_PAUSE_MAX));
+                tracing::error!(
+                    error = format!("{error:#}"),
+                    ?pause,
+                    "manifests cannot be followed, will retry"
+                );
+                pause
+            });
+        }
     }
 
     fn waypoints(&self, reading: &Reading) -> BTreeMap<String, IpAddr> {
@@ -300,27 +379,14 @@ impl Runner {
 
     fn programs(&mut self, reading: &Reading) -> Result<BTreeMap<String, Program>> {
         let mut programs = BTreeMap::new();
-        let nodes: BTreeSet<String> = reading
-            .world
-            .workloads
-            .iter()
-            .filter(|workload| workload.protocol == TunnelProtocol::Hbone && !workload.native_tunnel)
-            .map(|workload| workload.node.to_string())
-            .collect();
-        let mut ztunnels = BTreeMap::new();
-        for (index, node) in nodes.into_iter().enumerate() {
-            let [a, b, c, d] = self.block.ztunnel().octets();
-            let address = IpAddr::V4(Ipv4Addr::new(a, b, c, d.saturating_add(u8::try_from(index)?)));
-            let program = self.ztunnel(&node, address)?;
-            programs.insert(format!("ztunnel.{node}"), program);
-            ztunnels.insert(node, address);
+        for (node, address) in &reading.ztunnels {
+            programs.insert(format!("ztunnel.{node}"), self.ztunnel(node, *address)?);
         }
-        self.ztunnels = ztunnels;
         for gateway in &reading.world.gateways {
             if let Some(address) = waypoint_address(reading, gateway) {
-                let program = self.waypoint(gateway, address, reading)?;
-                programs
-                    .insert(format!("waypoint.{}.{}", gateway.name.namespace, gateway.name.name), program);
+                let name = waypoint_name(gateway);
+                let program = self.waypoint(&name, gateway, address, reading)?;
+                programs.insert(name, program);
             }
         }
         self.applications.clear();
@@ -335,10 +401,12 @@ impl Runner {
     }
 
     fn ztunnel(&mut self, node: &str, address: IpAddr) -> Result<Program> {
-        let token = self.token(&format!("ztunnel.{node}"), Role::Ztunnel { node: node.to_owned() })?;
+        let name = format!("ztunnel.{node}");
+        let token = self.control.token(&name, Role::Ztunnel { node: node.to_owned() })?;
         let mut flags = self.common("ztunnel", &token);
         flags.extend(["--node", node, "--address"].map(OsString::from));
         flags.push(address.to_string().into());
+        flags.extend(["--admin-address".into(), OsString::from(address.to_string())]);
         match &self.network {
             Some(network) => {
                 flags.extend(["--capture", "namespaces", "--netns-directory"].map(OsString::from));
@@ -347,17 +415,23 @@ impl Runner {
             }
             None => flags.extend(["--twin-addresses", "true"].map(OsString::from)),
         }
-        Ok(Program { command: flags, log: self.logs.join(format!("ztunnel.{node}.log")) })
+        Ok(self.program(&name, flags))
     }
 
-    fn waypoint(&mut self, gateway: &GatewayEntry, address: IpAddr, reading: &Reading) -> Result<Program> {
-        let name = format!("waypoint.{}.{}", gateway.name.namespace, gateway.name.name);
+    fn waypoint(
+        &mut self,
+        name: &str,
+        gateway: &GatewayEntry,
+        address: IpAddr,
+        reading: &Reading,
+    ) -> Result<Program> {
         let role = Role::Waypoint { gateway: gateway.name.clone(), identity: gateway.identity.clone() };
-        let token = self.token(&name, role)?;
+        let token = self.control.token(name, role)?;
         let mut flags = self.common("waypoint", &token);
         let pairs = [
             ("--gateway", gateway.name.to_string()),
             ("--address", address.to_string()),
+            ("--admin-address", address.to_string()),
             ("--trust-domain", gateway.identity.trust_domain().to_owned()),
             ("--service-account", gateway.identity.service_account().to_owned()),
         ];
@@ -374,7 +448,7 @@ impl Runner {
                 flags = enter.into_iter().map(OsString::from).chain(flags).collect();
             }
         }
-        Ok(Program { command: flags, log: self.logs.join(format!("{name}.log")) })
+        Ok(self.program(name, flags))
     }
 
     /// What every proxy is told.
@@ -391,13 +465,10 @@ impl Runner {
         flags
     }
 
-    fn token(&mut self, name: &str, role: Role) -> Result<PathBuf> {
-        if let Some(file) = self.tokens.get(name) {
-            return Ok(file.clone());
-        }
-        let file = self.control.token(name, role)?;
-        self.tokens.insert(name.to_owned(), file.clone());
-        Ok(file)
+    /// A program that is not to outlive us.
+    fn program(&self, name: &str, command: Vec<OsString>) -> Program {
+        let command = tied_to_us(&self.executable).into_iter().chain(command).collect();
+        Program { command, log: self.logs.join(format!("{name}.log")) }
     }
 
     /// The application of a pod, if we are to run it; notes where it listens in any case.
@@ -411,7 +482,7 @@ impl Runner {
             (Some(_), _) | (None, false) => address,
         };
         let listen: Vec<SocketAddr> = ports.iter().map(|port| SocketAddr::new(own, *port)).collect();
-        let name = format!("application.{}.{}", workload.namespace, workload.name);
+        let name = format!("application.{}", namespace_file(&workload.namespace, &workload.name));
         let command = pod.as_ref().and_then(|pod| self.command(pod, workload, &listen));
         let label = format!("{}/{}", workload.namespace, workload.name);
         self.applications.push((label, listen, command.is_some()));
@@ -420,7 +491,8 @@ impl Runner {
             let enter = network.enter_pod(&workload.namespace, &workload.name);
             command = enter.into_iter().map(OsString::from).chain(command).collect();
         }
-        Some((name.clone(), Program { command, log: self.logs.join(format!("{name}.log")) }))
+        let program = self.program(&name, command);
+        Some((name, program))
     }
 
     fn command(
@@ -446,8 +518,14 @@ impl Runner {
             "-c".into(),
             text.to_owned(),
         ];
-        Some(words.into_iter().map(OsString::from).collect())
+        let words = words.into_iter().map(OsString::from);
+        Some(with_all_it_starts(&self.executable).into_iter().chain(words).collect())
     }
+}
+
+/// What a waypoint's process and files are called.
+fn waypoint_name(gateway: &GatewayEntry) -> String {
+    format!("waypoint.{}", namespace_file(&gateway.name.namespace, &gateway.name.name))
 }
 
 fn waypoint_address(reading: &Reading, gateway: &GatewayEntry) -> Option<IpAddr> {
@@ -457,7 +535,11 @@ fn waypoint_address(reading: &Reading, gateway: &GatewayEntry) -> Option<IpAddr>
 }
 
 /// Serves xDS and certificates on the node's address.
-fn serve(control: &Control, node: Ipv4Addr, network: Option<&Network>) -> Result<JoinHandle<()>> {
+fn serve(
+    control: &Control,
+    node: Ipv4Addr,
+    network: Option<&Network>,
+) -> Result<JoinHandle<Result<(), ServeError>>> {
     let address = SocketAddr::new(IpAddr::V4(node), XDS_PORT);
     let listen = || cairn_net::listen(address, &ListenOptions::default());
     let listener = match network {
@@ -466,11 +548,7 @@ fn serve(control: &Control, node: Ipv4Addr, network: Option<&Network>) -> Result
     };
     let tls = control.authority.server_tls(&[node.to_string(), "localhost".to_owned()])?;
     let server = Arc::clone(&control.server);
-    Ok(tokio::spawn(async move {
-        if let Err(error) = server.serve(listener, tls, std::future::pending()).await {
-            tracing::error!(%error, "xDS server ended");
-        }
-    }))
+    Ok(tokio::spawn(server.serve(listener, tls, std::future::pending())))
 }
 
 /// Where a pod is described: itself, or the template of what controls it.
