@@ -452,3 +452,134 @@ fn private_directory(path: &Path) -> Result<()> {
     std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o700))
         .with_context(|| format!("cannot protect {}", path.display()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::addresses::Block;
+
+    const PODS: &str = "
+apiVersion: v1
+kind: Namespace
+metadata: { name: shop, labels: { istio.io/dataplane-mode: ambient } }
+---
+apiVersion: v1
+kind: Pod
+metadata: { name: a, namespace: shop }
+spec: { nodeName: node-1 }
+---
+apiVersion: v1
+kind: Pod
+metadata: { name: b, namespace: shop }
+spec:
+  nodeName: ../node
+";
+
+    fn settings(mesh: &str) -> String {
+        format!(
+            "apiVersion: v1\nkind: ConfigMap\nmetadata: {{ name: istio, namespace: istio-system }}\n\
+             data: {{ mesh: '{mesh}' }}\n"
+        )
+    }
+
+    /// A control plane of these manifests, by file name.
+    fn control(files: &[(&str, &str)]) -> (tempfile::TempDir, Control) {
+        let home = tempfile::tempdir().unwrap();
+        let manifests = home.path().join("manifests");
+        std::fs::create_dir(&manifests).unwrap();
+        for (name, text) in files {
+            std::fs::write(manifests.join(name), text).unwrap();
+        }
+        let state = home.path().join("state");
+        private_directory(&state).unwrap();
+        let addresses = Addresses::open(&state, Block::loopback(10).unwrap()).unwrap();
+        let control = Control::open(&manifests, &state, Addressing::Block(addresses), None).unwrap();
+        (home, control)
+    }
+
+    fn served_settings(reading: &Reading) -> serde_json::Value {
+        let objects = served(reading).objects;
+        let mut found = objects.into_iter().filter(|object| object.kind == "MeshConfig");
+        let settings = found.next().unwrap();
+        assert!(found.next().is_none(), "settings are served once");
+        settings.spec
+    }
+
+    #[test]
+    fn a_node_that_cannot_be_is_reported_and_others_go_on() {
+        let (_home, mut control) = control(&[("pods.yaml", PODS)]);
+        let reading = control.read().unwrap();
+        let ztunnels: Vec<String> =
+            reading.ztunnels.iter().map(|(node, address)| format!("{node} {address}")).collect();
+        assert_eq!(ztunnels, ["node-1 127.10.0.2"]);
+        let told: Vec<String> = reading.diagnostics.iter().map(ToString::to_string).collect();
+        let [told] = told.as_slice() else { panic!("{told:?}") };
+        assert!(told.contains("pods.yaml:15:"), "{told}");
+        assert!(told.contains("Pod shop/b: spec.nodeName: node `../node` is not a DNS name"), "{told}");
+    }
+
+    #[test]
+    fn node_names_are_dns_names() {
+        let long = "a".repeat(NODE_BYTES_MAX + 1);
+        for (name, expected) in [
+            ("node", true),
+            ("ip-10-0-0-1.eu.internal", true),
+            ("", false),
+            ("..", false),
+            ("a/b", false),
+            ("Node", false),
+            ("-a", false),
+            (&long, false),
+        ] {
+            assert_eq!(is_node_name(name), expected, "{name:?}");
+        }
+    }
+
+    #[test]
+    fn the_trust_domain_holds_and_other_settings_follow() {
+        let before = settings("trustDomain: a.local\n\n        rootNamespace: r");
+        let (home, mut control) = control(&[("pods.yaml", PODS), ("settings.yaml", &before)]);
+        let served = |domain: &str, root: &str, mode: &str| {
+            serde_json::json!({ "trustDomain": domain, "rootNamespace": root,
+                "pathNormalization": { "normalization": mode } })
+        };
+        let reading = control.read().unwrap();
+        assert_eq!(served_settings(&reading), served("a.local", "r", "BASE"));
+        let file = home.path().join("manifests/settings.yaml");
+        std::fs::write(
+            &file,
+            settings("trustDomain: b.local\n\n        pathNormalization: { normalization: NONE }"),
+        )
+        .unwrap();
+        let reading = control.read().unwrap();
+        assert_eq!(served_settings(&reading), served("a.local", "istio-system", "NONE"));
+        let workload = reading.world.workloads.first().unwrap();
+        assert_eq!(workload.identity.to_string(), "spiffe://a.local/ns/shop/sa/default");
+        let restart = |reading: &Reading| {
+            let told = reading.diagnostics.iter().find(|one| one.code == "needs-restart").unwrap();
+            told.to_string()
+        };
+        let told = restart(&reading);
+        assert!(told.contains("settings.yaml:") && told.contains("`b.local`"), "{told}");
+        // Without the manifest all but the trust domain returns to its default.
+        std::fs::remove_file(&file).unwrap();
+        let reading = control.read().unwrap();
+        assert_eq!(served_settings(&reading), served("a.local", "istio-system", "BASE"));
+        assert!(restart(&reading).contains("`cluster.local`"), "{}", restart(&reading));
+    }
+
+    #[test]
+    fn a_token_goes_with_its_role() {
+        let (_home, mut control) = control(&[("pods.yaml", PODS)]);
+        let mut minted = |node: &str| {
+            let file = control.token("proxy", Role::Ztunnel { node: node.to_owned() }).unwrap();
+            (std::fs::read_to_string(&file).unwrap(), file)
+        };
+        let (first, again, other) = (minted("a"), minted("a"), minted("b"));
+        assert_eq!(first, again, "the same role");
+        assert_ne!(first.0, other.0, "another role");
+        control.retain_tokens(|name| name != "proxy");
+        assert!(!other.1.exists(), "nobody uses it");
+        assert!(control.minted.is_empty());
+    }
+}

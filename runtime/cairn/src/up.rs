@@ -66,6 +66,9 @@ const START_MAX: Duration = Duration::from_secs(60);
 /// How long proxies of an earlier mesh may take to end: they drain for 5 seconds.
 const FREE_MAX: Duration = Duration::from_secs(7);
 
+/// How long connecting on this machine takes at most.
+const CONNECT_MAX: Duration = Duration::from_secs(1);
+
 /// The pause after manifests could not be followed, before the next try; it doubles up to [`RETRY_PAUSE_MAX`].
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
 const RETRY_PAUSE_MAX: Duration = Duration::from_secs(30);
@@ -105,7 +108,7 @@ impl Up {
         let way = Way::Direct(runner.network.as_ref().map(Network::node).transpose()?);
         let waypoints = runner.waypoints(&reading);
         for address in reading.ztunnels.values().chain(waypoints.values()) {
-            wait_until_free(&way, *address).await?;
+            wait_until_free(&way, *address, FREE_MAX).await?;
         }
         // From here on there are processes; nothing below waits.
         runner.apply(&reading)?;
@@ -163,19 +166,17 @@ impl Up {
     }
 }
 
-/// Waits until nobody answers where a proxy is to be: that one would be taken for ours.
-async fn wait_until_free(way: &Way, address: IpAddr) -> Result<()> {
+/// Waits for at most `limit` until nobody answers where a proxy is to be: that one would be taken for ours. One that
+/// hangs and answers nothing is in the way as well.
+async fn wait_until_free(way: &Way, address: IpAddr, limit: Duration) -> Result<()> {
     let at = SocketAddr::new(address, client::READINESS_PORT);
-    let deadline = tokio::time::Instant::now() + FREE_MAX;
-    while tokio::time::timeout(Duration::from_secs(1), client::connect(way, at))
-        .await
-        .is_ok_and(|to| to.is_ok())
-    {
+    let deadline = tokio::time::Instant::now() + limit;
+    while !matches!(tokio::time::timeout(CONNECT_MAX, client::connect(way, at)).await, Ok(Err(_))) {
         ensure!(
             tokio::time::Instant::now() < deadline,
             "{at} is in use by another program: end the mesh that runs there, or choose another block"
         );
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
     Ok(())
 }
@@ -589,5 +590,26 @@ impl<'a> PodSource<'a> {
             self.spec.get("containers").and_then(serde_json::Value::as_array).into_iter().flatten();
         let ports = containers.filter_map(|container| container.get("ports")?.as_array()).flatten();
         ports.filter_map(|port| u16::try_from(port.get("containerPort")?.as_u64()?).ok()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_place_where_someone_answers_is_not_free() {
+        let way = Way::Direct(None);
+        let address: IpAddr = "127.0.15.21".parse().unwrap();
+        let at = SocketAddr::new(address, client::READINESS_PORT);
+        let listener = cairn_net::listen(at, &ListenOptions::default()).unwrap();
+        let error = wait_until_free(&way, address, Duration::ZERO).await.unwrap_err().to_string();
+        assert!(error.starts_with("127.0.15.21:15021 is in use"), "{error}");
+        let waiting = wait_until_free(&way, address, Duration::from_secs(10));
+        let (ended, ()) = tokio::join!(waiting, async {
+            drop(listener.accept().await.unwrap());
+            drop(listener);
+        });
+        ended.unwrap();
     }
 }
