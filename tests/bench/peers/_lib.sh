@@ -84,7 +84,7 @@ cairn_mesh() {
 
 cairn_waypoint() { # cairn_waypoint NAME POD-IP SERVICE-IP ACCESS-LOG
   cairn_mesh
-  CMD=("$CAIRN_BIN/cairn-waypoint" "${COMMON[@]}" --token "$WORK/cairn/tokens/$1.token" --gateway "default/$1"
+  CMD=("$CAIRN_BIN/waypoint" "${COMMON[@]}" --token "$WORK/cairn/tokens/$1.token" --gateway "default/$1"
     --address "$2" --access-log "$4" --log "${CAIRN_LOG:-warn}")
   READY=http://$2:15021/healthz/ready
   LOAD=(--transport hbone --target "$2:15008" --authority "$3:9000" -H "$JWT")
@@ -92,7 +92,7 @@ cairn_waypoint() { # cairn_waypoint NAME POD-IP SERVICE-IP ACCESS-LOG
 
 cairn_ztunnel() { # HBONE in, TCP out, for the pod at 127.0.0.3
   cairn_mesh
-  CMD=("$CAIRN_BIN/cairn-ztunnel" "${COMMON[@]}" --token "$WORK/cairn/tokens/ztunnel.token" --node node
+  CMD=("$CAIRN_BIN/ztunnel" "${COMMON[@]}" --token "$WORK/cairn/tokens/ztunnel.token" --node node
     --address 127.0.0.3 --twin-addresses false --access-log false --log "${CAIRN_LOG:-warn}")
   READY=http://127.0.0.3:15021/healthz/ready
   LOAD=(--transport hbone --target 127.0.0.3:15008 --authority 127.0.0.3:9000 -H "$JWT")

@@ -1,6 +1,7 @@
 //! Guests that crash, spin or eat memory: their exchange follows the fail strategy, the next one meets a new instance.
 
 use super::*;
+use std::time::{Duration, Instant};
 
 const OPEN: &str = "continue";
 const CLOSED: &str = "reply 503 wasm_fail_stream";
@@ -39,6 +40,22 @@ const ENDINGS: [(&str, &str, &str); 6] = [
     ),
 ];
 
+/// The first exchange that an instance takes part in: on a busy machine a new one starts in the background, and the
+/// fail strategy stands in for it.
+fn served(host: &Host) -> Run {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let mut run = host.start();
+        let verdict = word(&run.request());
+        if verdict == "continue" && !run.header("x-status").is_empty() {
+            return run;
+        }
+        run.finish();
+        assert!(Instant::now() < deadline, "no new instance: {verdict}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
 #[test]
 fn a_crash_ends_one_exchange() {
     for (name, code, _) in ENDINGS {
@@ -58,12 +75,10 @@ fn a_crash_ends_one_exchange() {
             assert_eq!(word(&before.response()), expected, "{name} {strategy:?}");
             before.finish();
 
-            let mut after = host.start();
-            assert_eq!(word(&after.request()), "continue", "{name}");
-            assert_eq!(after.header("x-status"), "01", "a new instance: {name}");
             let text = host.engine.encode_metrics();
             assert!(text.contains("cairn_wasm_traps_total{plugin=\"ns/test\"} 1\n"), "{text}");
             assert!(text.contains("cairn_wasm_failed_exchanges_total{plugin=\"ns/test\"} 2\n"), "{text}");
+            assert_eq!(served(&host).header("x-status"), "01", "a new instance: {name}");
         }
     }
 }
@@ -110,9 +125,7 @@ fn a_crash_at_the_end_is_contained() {
         );
         let host = Host::new(&guest("", &body));
         for _ in 0..2 {
-            let mut run = host.start();
-            assert_eq!(word(&run.request()), "continue");
-            run.finish();
+            served(&host).finish();
         }
         let text = host.engine.encode_metrics();
         assert!(text.contains("cairn_wasm_traps_total{plugin=\"ns/test\"} 2\n"), "{callback}: {text}");
