@@ -80,6 +80,7 @@ mod tests {
             destination: address,
             service: None,
             local: None,
+            callout: Arc::new(cairn_filter::NoCallout),
         };
         Exchange::new(Arc::new(connection), Protocol::Http11, Instant::now(), SystemTime::now())
     }

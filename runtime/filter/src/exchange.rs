@@ -1,6 +1,6 @@
 //! What is known of one exchange while it lives: the facts filters read, and the trail they leave.
 
-use crate::Denial;
+use crate::{Callout, Denial, Token};
 use cairn_mesh::{Identity, Service, Workload};
 use http::StatusCode;
 use std::borrow::Cow;
@@ -34,6 +34,8 @@ pub struct Connection {
     pub service: Option<Arc<Service>>,
     /// The waypoint's own identity.
     pub local: Option<Identity>,
+    /// How filters at work on this connection ask other services.
+    pub callout: Arc<dyn Callout>,
 }
 
 /// The protocol of an exchange, as metrics and plugins name it.
@@ -95,6 +97,8 @@ pub struct Exchange {
     pub status: Option<StatusCode>,
     /// Envoy's `%RESPONSE_CODE_DETAILS%`, once known.
     pub details: Cow<'static, str>,
+    /// What a verified token says of the requester; `None` without one.
+    pub token: Option<Arc<Token>>,
     /// The policy that allowed the exchange, as Istio names it; `None` when no ALLOW policy was in force.
     pub allowed_by: Option<Arc<str>>,
     /// Who denied it, if it was denied.
@@ -118,6 +122,7 @@ impl Exchange {
             upstream_workload: None,
             status: None,
             details: Cow::Borrowed(""),
+            token: None,
             allowed_by: None,
             denial: None,
             notes: Vec::new(),

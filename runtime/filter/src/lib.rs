@@ -8,17 +8,21 @@
 //! Order is data: [`sort_factories`] puts Istio's phases and priorities into one list. Requests run it forwards,
 //! responses backwards.
 
+mod callout;
 mod chain;
 mod exchange;
 mod head;
 mod order;
 mod reply;
+mod token;
 
+pub use callout::{Callout, CalloutAnswer, CalloutError, CalloutFuture, CalloutRequest, NoCallout};
 pub use chain::{Chain, Outcome, Running};
 pub use exchange::{Connection, Exchange, Note, Peer, Protocol};
 pub use head::{RequestHead, ResponseHead};
 pub use order::{Position, Slot, sort_factories};
 pub use reply::{Denial, LocalReply};
+pub use token::Token;
 
 use std::future::Future;
 use std::pin::Pin;

@@ -82,6 +82,7 @@ fn connection() -> Arc<Connection> {
         destination: ([10, 0, 1, 1], 80).into(),
         service: None,
         local: None,
+        callout: Arc::new(cairn_filter::NoCallout),
     })
 }
 

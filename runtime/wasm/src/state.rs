@@ -117,6 +117,7 @@ impl Live {
             destination: nowhere,
             service: None,
             local: None,
+            callout: Arc::new(cairn_filter::NoCallout),
         };
         let now = (Instant::now(), SystemTime::UNIX_EPOCH);
         Self {

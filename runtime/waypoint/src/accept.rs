@@ -83,6 +83,7 @@ async fn tunnel(waypoint: Arc<Waypoint>, worker: usize, connect: Connect) {
         destination,
         service: site.load().service.clone(),
         local: Some(waypoint.settings.identity.clone()),
+        callout: Arc::new(cairn_filter::NoCallout),
     });
     if let Some(denial) = refused_at_once(&site.load(), &connection) {
         tracing::info!(source = %downstream.identity, %destination, policy = %denial.policy, reason = denial.reason,

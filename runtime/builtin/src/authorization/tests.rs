@@ -597,6 +597,7 @@ fn connection(id: u64, identity: &str) -> Arc<Connection> {
         destination: SocketAddr::from(([10, 96, 0, 10], 80)),
         service: None,
         local: None,
+        callout: Arc::new(cairn_filter::NoCallout),
     })
 }
 

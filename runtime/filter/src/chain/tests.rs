@@ -120,6 +120,7 @@ fn exchange() -> Exchange {
         destination: address,
         service: None,
         local: None,
+        callout: Arc::new(crate::NoCallout),
     };
     Exchange::new(Arc::new(connection), Protocol::Http11, Instant::now(), SystemTime::now())
 }

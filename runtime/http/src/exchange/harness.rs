@@ -206,6 +206,7 @@ impl Mesh {
             destination: "10.96.0.1:80".parse().unwrap(),
             service: Some(Arc::clone(&self.service)),
             local: None,
+            callout: Arc::new(cairn_filter::NoCallout),
         };
         let (client, server) = tokio::io::duplex(64 << 10);
         let (site, worker) = (Arc::clone(&self.site), Arc::clone(&self.worker));

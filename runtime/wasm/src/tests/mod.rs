@@ -209,6 +209,7 @@ fn exchange() -> Exchange {
         destination: "10.0.1.1:80".parse().unwrap(),
         service: None,
         local: None,
+        callout: Arc::new(cairn_filter::NoCallout),
     };
     Exchange::new(Arc::new(connection), Protocol::Http11, Instant::now(), SystemTime::now())
 }

@@ -1,0 +1,78 @@
+//! How a filter asks another service: external authorization, keys of an issuer, calls of plugins.
+
+use bytes::Bytes;
+use http::{HeaderMap, Request, Response};
+use std::fmt::Debug;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// One question to another service.
+#[derive(Clone, Debug)]
+pub struct CalloutRequest {
+    /// The service's hostname.
+    pub host: Arc<str>,
+    /// The namespace in which the hostname is meant; `None`: wherever there is one.
+    pub namespace: Option<Arc<str>>,
+    /// The service's port.
+    pub port: u16,
+    /// Whether to speak HTTP/2, as gRPC needs, or HTTP/1.1.
+    pub http2: bool,
+    /// What is asked. Its URI has scheme, authority and path.
+    pub request: Request<Bytes>,
+    /// How long the whole answer may take.
+    pub timeout: Duration,
+    /// The most bytes of the answer's body.
+    pub answer_bytes_max: usize,
+}
+
+/// The answer, whole.
+#[derive(Clone, Debug)]
+pub struct CalloutAnswer {
+    /// Status, headers and body.
+    pub response: Response<Bytes>,
+    /// Trailers, where gRPC has its status; empty if there were none.
+    pub trailers: HeaderMap,
+}
+
+/// Why there is no answer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum CalloutError {
+    /// The mesh does not know the service.
+    #[error("service `{0}` is not known")]
+    UnknownService(String),
+    /// It has no endpoint that can be used.
+    #[error("service `{0}` has no endpoint")]
+    NoEndpoint(String),
+    /// The endpoint could not be reached, or it broke off.
+    #[error("the endpoint did not answer: {0}")]
+    Unreachable(String),
+    /// It took too long.
+    #[error("no answer within {0:?}")]
+    Timeout(Duration),
+    /// The answer is longer than allowed.
+    #[error("the answer is longer than {0} bytes")]
+    TooLong(usize),
+}
+
+/// An answer on its way.
+pub type CalloutFuture = Pin<Box<dyn Future<Output = Result<CalloutAnswer, CalloutError>> + Send>>;
+
+/// How filters reach other services from the worker that owns the connection. The HTTP engine implements it over its
+/// pooled upstream connections.
+pub trait Callout: Debug + Send + Sync {
+    /// Asks once, without retry. The future bounds its own waiting; dropping it abandons the question.
+    fn call(&self, request: CalloutRequest) -> CalloutFuture;
+}
+
+/// A callout for where nothing can be reached: it knows no service.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoCallout;
+
+impl Callout for NoCallout {
+    fn call(&self, request: CalloutRequest) -> CalloutFuture {
+        Box::pin(std::future::ready(Err(CalloutError::UnknownService(request.host.to_string()))))
+    }
+}
