@@ -9,8 +9,8 @@
 use cairn_builtin::{Authorizer, ConnectionFacts, Decision, Standing};
 use cairn_filter::RequestHead;
 use cairn_mesh::{
-    AuthorizationPolicy, Condition, Operation, PathMatch, PolicyAction, PolicyRule, ResourceName, Source,
-    TextMatch, Values,
+    AuthorizationPolicy, Condition, MeshSettings, Operation, PathMatch, PolicyAction, PolicyRule,
+    ResourceName, Source, TextMatch, Values,
 };
 use divan::{Bencher, black_box};
 use http::{HeaderMap, HeaderValue, Method, Version};
@@ -34,13 +34,8 @@ fn authorizer(count: usize, rule: impl Fn(usize) -> PolicyRule) -> Authorizer {
     let rules = (0..count).map(|index| PolicyRule { index, ..rule(index) }).collect();
     let name = ResourceName::new("shop", "allow");
     let action = PolicyAction::Allow;
-    Authorizer::compile(&[Arc::new(AuthorizationPolicy {
-        name,
-        targets: Vec::new(),
-        action,
-        rules,
-        dry_run: false,
-    })])
+    let policy = AuthorizationPolicy { name, targets: Vec::new(), action, rules, dry_run: false };
+    Authorizer::compile(&[Arc::new(policy)], &MeshSettings::default().trust_domains())
 }
 
 fn identity_rule(index: usize) -> PolicyRule {
@@ -88,7 +83,7 @@ fn decide(bencher: Bencher, count: usize, rule: fn(usize) -> PolicyRule) {
     let authorizer = authorizer(count, rule);
     let standing = authorizer.settle(facts(count - 1));
     let head = head(count);
-    let decide = || authorizer.decide(black_box(&standing), black_box(&head));
+    let decide = || authorizer.decide(black_box(&standing), black_box(&head), None);
     let last = format!("ns[shop]-policy[allow]-rule[{}]", count - 1);
     assert_eq!(decide(), Decision::Allow { by: Some(last.into()) });
     bencher.counter(1_u32).bench(decide);
@@ -118,7 +113,7 @@ fn denied_by_identity(bencher: Bencher, count: usize) {
     let authorizer = authorizer(count, identity_rule);
     let standing = authorizer.settle(facts(count));
     let head = head(count);
-    let decide = || authorizer.decide(black_box(&standing), black_box(&head));
+    let decide = || authorizer.decide(black_box(&standing), black_box(&head), None);
     assert!(matches!(decide(), Decision::Deny { policy: None, .. }));
     bencher.counter(1_u32).bench(decide);
 }
@@ -129,6 +124,6 @@ fn new_connection(bencher: Bencher, count: usize) {
     let authorizer = authorizer(count, identity_rule);
     let facts = facts(count - 1);
     let settle = || -> Standing { authorizer.settle(black_box(&facts).clone()) };
-    assert!(matches!(authorizer.decide(&settle(), &head(count)), Decision::Allow { by: Some(_) }));
+    assert!(matches!(authorizer.decide(&settle(), &head(count), None), Decision::Allow { by: Some(_) }));
     bencher.counter(1_u32).bench(settle);
 }

@@ -4,6 +4,7 @@ mod authorizer;
 mod check;
 mod index;
 mod l4;
+mod request;
 mod rule;
 mod template;
 
@@ -13,16 +14,17 @@ pub use check::ConnectionFacts;
 use cairn_filter::{
     Admission, Connection, Denial, Exchange, Factory, Filter, LocalReply, Phases, RequestHead, Verdict,
 };
-use cairn_mesh::AuthorizationPolicy;
+use cairn_mesh::{AuthorizationPolicy, TrustDomains};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 const NAME: &str = "authorization";
 
-/// A filter that enforces `policies`, which the caller has already chosen for this destination.
-pub fn authorization(policies: &[Arc<AuthorizationPolicy>]) -> Arc<dyn Factory> {
-    let authorizer = Authorizer::compile(policies);
+/// A filter that enforces `policies`, which the caller has already chosen for this destination, in a mesh of these
+/// trust domains.
+pub fn authorization(policies: &[Arc<AuthorizationPolicy>], domains: &TrustDomains) -> Arc<dyn Factory> {
+    let authorizer = Authorizer::compile(policies, domains);
     let standings = (!authorizer.is_empty()).then(Standings::new);
-    let connections = Authorizer::compile(&l4::policies(policies));
+    let connections = Authorizer::compile(&l4::policies(policies), domains);
     Arc::new(Authorize { shared: Arc::new(Shared { name: NAME.into(), authorizer }), connections, standings })
 }
 
@@ -55,7 +57,7 @@ impl Factory for Authorize {
 
     fn admit(&self, connection: &Connection) -> Admission {
         let standing = self.connections.settle(ConnectionFacts::of(connection));
-        match self.connections.decide(&standing, &l4::no_request()) {
+        match self.connections.decide(&standing, &l4::no_request(), None) {
             Decision::Allow { by } => Admission::Pass(by),
             Decision::Deny { policy, reason } => {
                 let policy = policy.map_or_else(|| "none".to_owned(), |id| id.to_string());
@@ -73,10 +75,11 @@ struct Authorization {
 impl Filter for Authorization {
     fn request_headers(&mut self, exchange: &mut Exchange, head: &mut RequestHead, _end: bool) -> Verdict {
         let authorizer = &self.shared.authorizer;
-        for remark in authorizer.remarks(&self.standing, head) {
+        let token = exchange.token.clone();
+        for remark in authorizer.remarks(&self.standing, head, token.as_deref()) {
             exchange.note(&self.shared.name, remark);
         }
-        match authorizer.decide(&self.standing, head) {
+        match authorizer.decide(&self.standing, head, token.as_deref()) {
             Decision::Allow { by } => {
                 exchange.allowed_by = by;
                 Verdict::Continue

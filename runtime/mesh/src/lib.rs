@@ -13,6 +13,7 @@ mod path;
 mod plan;
 mod plugin;
 mod policy;
+mod request_principal;
 mod route;
 mod service;
 mod settings;
@@ -20,6 +21,7 @@ mod sharded;
 mod snapshot;
 mod store;
 mod text_match;
+mod trust_domains;
 mod workload;
 
 pub use authorization::{Authorization, Clause, L4Match, L4Rule, PolicyAction, Scope};
@@ -31,9 +33,10 @@ pub use path::normalize_path;
 pub use plan::{HBONE_PORT, Plan, Refusal, Tunnel, plan, resolve_waypoint};
 pub use plugin::{FailStrategy, PluginPhase, WasmPlugin};
 pub use policy::{
-    AuthorizationPolicy, Condition, HostMatch, IpMatch, Operation, PathMatch, PolicyRule, PortMatch,
-    ServiceAccount, Source, TargetKind, TargetRef, Unenforceable, Values,
+    AuthorizationPolicy, ClaimPath, Condition, HostMatch, IpMatch, MetadataKey, MetadataMatch, Operation,
+    PathMatch, PolicyRule, PortMatch, ServiceAccount, Source, TargetKind, TargetRef, Unenforceable, Values,
 };
+pub use request_principal::RequestPrincipal;
 pub use route::{
     Backend, BackendKind, HeaderChange, HeaderChanges, HttpRoute, NameMatch, ParentRef, PathRewrite,
     PathRule, Redirect, Rewrite, RouteFilter, RouteMatch, RouteRule, ValueMatch,
@@ -46,6 +49,7 @@ pub use sharded::Sharded;
 pub use snapshot::{Destination, Endpoint, L7, ServiceState, Snapshot};
 pub use store::{Applied, Change, Store};
 pub use text_match::TextMatch;
+pub use trust_domains::TrustDomains;
 pub use workload::{
     GatewayAddress, GatewayTarget, Health, Locality, NetworkAddress, PortMapping, TunnelProtocol, Workload,
     WorkloadKind,

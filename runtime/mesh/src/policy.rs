@@ -1,6 +1,6 @@
 //! AuthorizationPolicy as a waypoint enforces it (`security.istio.io/v1`), read but not compiled.
 
-use crate::{PolicyAction, ResourceName, TextMatch};
+use crate::{PolicyAction, RequestPrincipal, ResourceName, TextMatch};
 use ipnet::IpNet;
 use std::sync::Arc;
 
@@ -136,6 +136,8 @@ pub struct Source {
     pub remote_ip_blocks: Values<IpMatch>,
     /// The peer's trust domain; one `*` at start or end.
     pub trust_domains: Values<TextMatch>,
+    /// Issuer and subject of the request's verified token.
+    pub request_principals: Values<RequestPrincipal>,
 }
 
 /// What a request does: every field set must match.
@@ -151,8 +153,28 @@ pub struct Operation {
     pub paths: Values<PathMatch>,
 }
 
-/// A further condition: what is looked at, and the values it may have (the keys of Istio's condition table that need
-/// no token).
+/// Where a claim is found in a token's payload: names of objects inside each other.
+pub type ClaimPath = Arc<[Arc<str>]>;
+
+/// What filters before this one know of a request (Envoy's dynamic metadata).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MetadataKey {
+    /// The filter, `envoy.filters.http.jwt_authn`.
+    pub filter: Arc<str>,
+    /// Where the value is found in what it knows.
+    pub path: ClaimPath,
+}
+
+/// A match on metadata.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MetadataMatch {
+    /// A text.
+    Text(TextMatch),
+    /// A list with such a text among its elements, written `[text]`.
+    Listed(TextMatch),
+}
+
+/// A further condition: what is looked at, and the values it may have.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Condition {
     /// `request.headers[name]`, name in lower case.
@@ -175,4 +197,14 @@ pub enum Condition {
     DestinationPort(Values<PortMatch>),
     /// `connection.sni`: empty inside a tunnel.
     ConnectionSni(Values<TextMatch>),
+    /// `request.auth.principal`.
+    RequestPrincipal(Values<RequestPrincipal>),
+    /// `request.auth.audiences`: the claim `aud`.
+    RequestAudiences(Values<TextMatch>),
+    /// `request.auth.presenter`: the claim `azp`.
+    RequestPresenter(Values<TextMatch>),
+    /// `request.auth.claims[a][b]`.
+    RequestClaim(ClaimPath, Values<TextMatch>),
+    /// `experimental.envoy.filters.…[key]`.
+    FilterMetadata(MetadataKey, Values<MetadataMatch>),
 }

@@ -1,5 +1,6 @@
 //! Settings of the whole mesh: the parts of Istio's MeshConfig that Cairn reads.
 
+use crate::TrustDomains;
 use std::sync::Arc;
 
 /// How request paths are normalised before anything looks at them (`MeshConfig.pathNormalization`).
@@ -21,6 +22,8 @@ pub enum PathNormalization {
 pub struct MeshSettings {
     /// The trust domain of every workload that does not say another.
     pub trust_domain: Arc<str>,
+    /// Other names of the same trust domain: who policies name by one of them is meant by all.
+    pub trust_domain_aliases: Vec<Arc<str>>,
     /// The namespace whose policies apply everywhere.
     pub root_namespace: Arc<str>,
     /// The DNS domain of services.
@@ -35,10 +38,18 @@ impl Default for MeshSettings {
     fn default() -> Self {
         Self {
             trust_domain: "cluster.local".into(),
+            trust_domain_aliases: Vec::new(),
             root_namespace: "istio-system".into(),
             cluster_domain: "cluster.local".into(),
             cluster_id: "Kubernetes".into(),
             path_normalization: PathNormalization::Base,
         }
+    }
+}
+
+impl MeshSettings {
+    /// The mesh's trust domain and its aliases, each once.
+    pub fn trust_domains(&self) -> TrustDomains {
+        TrustDomains::new(std::iter::once(&self.trust_domain).chain(&self.trust_domain_aliases).cloned())
     }
 }

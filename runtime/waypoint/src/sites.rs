@@ -270,7 +270,10 @@ fn slots(parts: &Parts) -> Vec<Slot> {
         slots.push(built_in(Position::Unenforceable, cairn_builtin::unenforceable(&unenforceable)));
     }
     if !parts.policies.is_empty() {
-        slots.push(built_in(Position::Authorization, cairn_builtin::authorization(&parts.policies)));
+        slots.push(built_in(
+            Position::Authorization,
+            cairn_builtin::authorization(&parts.policies, &parts.settings.trust_domains()),
+        ));
     }
     slots
 }

@@ -3,9 +3,10 @@
 
 use super::check::ConnectionFacts;
 use super::index::PathIndex;
+use super::request::Asked;
 use super::rule::{Open, Rule};
-use cairn_filter::RequestHead;
-use cairn_mesh::{AuthorizationPolicy, PolicyAction};
+use cairn_filter::{RequestHead, Token};
+use cairn_mesh::{AuthorizationPolicy, PolicyAction, TrustDomains};
 use std::sync::Arc;
 
 /// The compiled policies of one destination.
@@ -47,13 +48,15 @@ pub enum Decision {
 }
 
 impl Authorizer {
-    /// Compiles the policies attached to a destination, in the order of their names.
-    pub fn compile(policies: &[Arc<AuthorizationPolicy>]) -> Self {
-        let mut sorted: Vec<&AuthorizationPolicy> = policies.iter().map(|policy| &**policy).collect();
+    /// Compiles the policies attached to a destination, in the order of their names. Who they name in one of the
+    /// mesh's trust domains is named in all of them.
+    pub fn compile(policies: &[Arc<AuthorizationPolicy>], domains: &TrustDomains) -> Self {
+        let mut sorted: Vec<AuthorizationPolicy> =
+            policies.iter().map(|policy| domains.expand(policy)).collect();
         sorted.sort_by(|a, b| a.name.cmp(&b.name));
         let select = |action: PolicyAction, dry_run: bool| {
             let ours = |policy: &&AuthorizationPolicy| policy.action == action && policy.dry_run == dry_run;
-            Ruleset::new(sorted.iter().copied().filter(ours))
+            Ruleset::new(sorted.iter().filter(ours))
         };
         Self {
             deny: select(PolicyAction::Deny, false),
@@ -83,38 +86,38 @@ impl Authorizer {
     }
 
     /// Decides on one request: any DENY match denies; without ALLOW policies the rest passes; otherwise one of their
-    /// rules must match.
-    pub fn decide(&self, standing: &Standing, head: &RequestHead) -> Decision {
-        let facts = &standing.facts;
-        if let Some(rule) = self.deny.first_match(&standing.deny, facts, head) {
+    /// rules must match. `token` is what the request's verified token says.
+    pub fn decide(&self, standing: &Standing, head: &RequestHead, token: Option<&Token>) -> Decision {
+        let asked = &Asked { facts: &standing.facts, head, token };
+        if let Some(rule) = self.deny.first_match(&standing.deny, asked) {
             let reason = format!("DENY {} rule {} matched", rule.policy, rule.index);
             return Decision::Deny { policy: Some(Arc::clone(&rule.id)), reason };
         }
         if self.allow.policies.is_empty() {
             return Decision::Allow { by: None };
         }
-        match self.allow.first_match(&standing.allow, facts, head) {
+        match self.allow.first_match(&standing.allow, asked) {
             Some(rule) => Decision::Allow { by: Some(Arc::clone(&rule.id)) },
-            None => Decision::Deny { policy: None, reason: self.allow.explain(&standing.allow, facts, head) },
+            None => Decision::Deny { policy: None, reason: self.allow.explain(&standing.allow, asked) },
         }
     }
 
     /// What policies that decide nothing have to say about a request: AUDIT policies that match, and what policies on
     /// trial (dry run) would do. One line each.
-    pub fn remarks(&self, standing: &Standing, head: &RequestHead) -> Vec<String> {
-        let facts = &standing.facts;
+    pub fn remarks(&self, standing: &Standing, head: &RequestHead, token: Option<&Token>) -> Vec<String> {
+        let asked = &Asked { facts: &standing.facts, head, token };
         let mut remarks = Vec::new();
-        if let Some(rule) = self.audit.first_match(&standing.audit, facts, head) {
+        if let Some(rule) = self.audit.first_match(&standing.audit, asked) {
             remarks.push(format!("audit: {} matched", rule.id));
         }
-        if let Some(rule) = self.dry_deny.first_match(&standing.dry_deny, facts, head) {
+        if let Some(rule) = self.dry_deny.first_match(&standing.dry_deny, asked) {
             remarks.push(format!("dry run: {} would deny", rule.id));
         }
         if !self.dry_allow.policies.is_empty() {
-            remarks.push(match self.dry_allow.first_match(&standing.dry_allow, facts, head) {
+            remarks.push(match self.dry_allow.first_match(&standing.dry_allow, asked) {
                 Some(rule) => format!("dry run: {} would allow", rule.id),
                 None => {
-                    let nearest = self.dry_allow.explain(&standing.dry_allow, facts, head);
+                    let nearest = self.dry_allow.explain(&standing.dry_allow, asked);
                     format!("dry run: would deny, {nearest}")
                 }
             });
@@ -186,16 +189,16 @@ impl Ruleset {
         self.rules.get(usize::try_from(position).ok()?)
     }
 
-    fn first_match(&self, alive: &Alive, facts: &ConnectionFacts, head: &RequestHead) -> Option<&Rule> {
+    fn first_match(&self, alive: &Alive, asked: &Asked<'_>) -> Option<&Rule> {
         if let Some(always) = alive.always {
             return self.rule(always);
         }
-        let matching = |open: &Open| self.rule(open.rule).filter(|rule| rule.matches(open, facts, head));
+        let matching = |open: &Open| self.rule(open.rule).filter(|rule| rule.matches(open, asked));
         if alive.open.len() <= SCAN_MAX {
             return alive.open.iter().find_map(matching);
         }
         let mut first: Option<(u32, &Rule)> = None;
-        for position in self.index.candidates(head.path.path()) {
+        for position in self.index.candidates(asked.head.path.path()) {
             if first.is_some_and(|(before, _)| before <= position) {
                 continue;
             }
@@ -209,11 +212,11 @@ impl Ruleset {
 
     /// One sentence on the rule that came nearest to matching: the one with the fewest checks that failed. Rules that
     /// the connection left open are looked at first.
-    fn explain(&self, alive: &Alive, facts: &ConnectionFacts, head: &RequestHead) -> String {
+    fn explain(&self, alive: &Alive, asked: &Asked<'_>) -> String {
         let open = alive.open.iter().filter_map(|open| self.rule(open.rule));
         let looked_at = open.chain(&self.rules).take(RULES_EXPLAINED_MAX);
-        let nearest = looked_at.min_by_key(|rule| rule.distance(facts, head));
-        match nearest.and_then(|rule| Some((rule, rule.first_miss(facts, head)?))) {
+        let nearest = looked_at.min_by_key(|rule| rule.distance(asked));
+        match nearest.and_then(|rule| Some((rule, rule.first_miss(asked)?))) {
             Some((rule, miss)) => {
                 format!("ALLOW {} rule {} failed on {}: {}", rule.policy, rule.index, miss.field, miss.text)
             }

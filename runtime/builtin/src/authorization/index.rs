@@ -1,6 +1,6 @@
 //! Finds the rules that a path can reach, so that a thousand rules on paths cost what a few do.
 
-use super::check::{OfRequest, Path};
+use super::request::{OfRequest, Path};
 use super::rule::Rule;
 use cairn_mesh::{TextMatch, Values};
 use std::collections::{BTreeSet, HashMap};

@@ -2,7 +2,7 @@
 //! which then allows less, and is kept without that question in DENY, which then denies more).
 
 use cairn_filter::RequestHead;
-use cairn_mesh::{AuthorizationPolicy, Condition, Operation, PolicyAction, PolicyRule};
+use cairn_mesh::{AuthorizationPolicy, Condition, Operation, PolicyAction, PolicyRule, Source, Values};
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderValue, Method, Version};
 use std::sync::Arc;
@@ -34,7 +34,13 @@ fn of_connections(policy: &AuthorizationPolicy) -> AuthorizationPolicy {
 }
 
 fn asks_about_request(rule: &PolicyRule) -> bool {
-    rule.to.iter().any(operation_asks) || rule.when.iter().any(condition_asks)
+    rule.from.iter().any(source_asks)
+        || rule.to.iter().any(operation_asks)
+        || rule.when.iter().any(condition_asks)
+}
+
+fn source_asks(source: &Source) -> bool {
+    !source.request_principals.is_empty()
 }
 
 fn operation_asks(operation: &Operation) -> bool {
@@ -42,7 +48,24 @@ fn operation_asks(operation: &Operation) -> bool {
 }
 
 fn condition_asks(condition: &Condition) -> bool {
-    matches!(condition, Condition::RequestHeader(..))
+    match condition {
+        Condition::RequestHeader(..)
+        | Condition::RequestPrincipal(_)
+        | Condition::RequestAudiences(_)
+        | Condition::RequestPresenter(_)
+        | Condition::RequestClaim(..) => true,
+        // What filters know can be asked of connections too; it is nothing there.
+        Condition::FilterMetadata(..)
+        | Condition::SourceIp(_)
+        | Condition::RemoteIp(_)
+        | Condition::SourceNamespace(_)
+        | Condition::SourcePrincipal(_)
+        | Condition::SourceServiceAccount(_)
+        | Condition::SourceTrustDomain(_)
+        | Condition::DestinationIp(_)
+        | Condition::DestinationPort(_)
+        | Condition::ConnectionSni(_) => false,
+    }
 }
 
 fn without_request(rule: &PolicyRule) -> PolicyRule {
@@ -51,10 +74,17 @@ fn without_request(rule: &PolicyRule) -> PolicyRule {
         .iter()
         .map(|operation| Operation { ports: operation.ports.clone(), ..Operation::default() })
         .collect();
-    // An operation of which nothing is left matches every connection, and so does the list that holds it.
-    let any = to.iter().any(|operation| operation.ports.is_empty());
+    let from: Vec<Source> = rule
+        .from
+        .iter()
+        .map(|source| Source { request_principals: Values::default(), ..source.clone() })
+        .collect();
+    // An alternative of which nothing is left matches every connection, and so does the list that holds it.
+    let any_to = to.iter().any(|operation| operation.ports.is_empty());
+    let any_from = from.contains(&Source::default());
     PolicyRule {
-        to: if any { Vec::new() } else { to },
+        from: if any_from { Vec::new() } else { from },
+        to: if any_to { Vec::new() } else { to },
         when: rule.when.iter().filter(|condition| !condition_asks(condition)).cloned().collect(),
         ..rule.clone()
     }
@@ -65,7 +95,7 @@ mod tests {
     use super::super::{ConnectionFacts, Decision};
     use super::*;
     use crate::Authorizer;
-    use cairn_mesh::{Identity, PathMatch, ResourceName, Source, TextMatch, Values};
+    use cairn_mesh::{Identity, MeshSettings, PathMatch, RequestPrincipal, ResourceName, TextMatch};
 
     fn rule(namespace: Option<&str>, path: Option<&str>, port: Option<u16>) -> PolicyRule {
         let any = |value: &str| Values { any: vec![value.into()], none: Vec::new() };
@@ -89,13 +119,40 @@ mod tests {
         let name = ResourceName::new("shop", "p");
         let policy =
             AuthorizationPolicy { name, targets: Vec::new(), action, rules: vec![rule], dry_run: false };
-        let authorizer = Authorizer::compile(&policies(&[Arc::new(policy)]));
+        let authorizer =
+            Authorizer::compile(&policies(&[Arc::new(policy)]), &MeshSettings::default().trust_domains());
         let facts = ConnectionFacts {
             identity: Some(Identity::new("cluster.local", "shop", "web").unwrap()),
             source: "10.0.0.1".parse().unwrap(),
             destination: "10.1.0.1:80".parse().unwrap(),
         };
-        matches!(authorizer.decide(&authorizer.settle(facts), &no_request()), Decision::Allow { .. })
+        matches!(authorizer.decide(&authorizer.settle(facts), &no_request(), None), Decision::Allow { .. })
+    }
+
+    #[test]
+    fn a_question_about_tokens_is_one_about_requests() {
+        use PolicyAction::{Allow, Deny};
+        let of_token = |namespaces: Values<Arc<str>>| PolicyRule {
+            from: vec![Source {
+                namespaces,
+                request_principals: Values { any: vec![RequestPrincipal::parse("*")], none: Vec::new() },
+                ..Source::default()
+            }],
+            ..PolicyRule::default()
+        };
+        let other = || Values { any: vec!["other".into()], none: Vec::new() };
+        let when = |condition| PolicyRule { when: vec![condition], ..PolicyRule::default() };
+        let texts = || Values { any: vec![TextMatch::Present], none: Vec::new() };
+        for (name, action, rule, passes) in [
+            ("allow with a token is left out", Allow, of_token(Values::default()), false),
+            ("deny with a token alone denies everybody", Deny, of_token(Values::default()), false),
+            ("deny with a token keeps the rest", Deny, of_token(other()), true),
+            ("deny with a claim", Deny, when(Condition::RequestClaim(["a".into()].into(), texts())), false),
+            ("allow with a claim", Allow, when(Condition::RequestClaim(["a".into()].into(), texts())), false),
+            ("deny with an audience", Deny, when(Condition::RequestAudiences(texts())), false),
+        ] {
+            assert_eq!(check(action, rule), passes, "{name}");
+        }
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! A compiled rule: who, what and under which conditions, each split into what a connection settles and what is left
 //! for its requests.
 
-use super::check::{ConnectionFacts, Header, Miss, OfConnection, OfRequest, Path};
-use cairn_filter::RequestHead;
+use super::check::{ConnectionFacts, Miss, OfConnection};
+use super::request::{Asked, Claim, Header, Metadata, OfRequest, Path};
 use cairn_mesh::{AuthorizationPolicy, Condition, Operation, PolicyRule, Source, Values};
 use std::sync::Arc;
 
@@ -82,38 +82,34 @@ impl Rule {
     }
 
     /// Whether a request matches what its connection left.
-    pub(super) fn matches(&self, open: &Open, facts: &ConnectionFacts, head: &RequestHead) -> bool {
+    pub(super) fn matches(&self, open: &Open, asked: &Asked<'_>) -> bool {
         let holds = |left: &Left, alternatives: &[Checks]| match left {
             Left::Settled => true,
-            Left::Any(these) => these.iter().any(|at| {
-                alternatives.get(usize::from(*at)).is_some_and(|checks| checks.hold_of(facts, head))
-            }),
+            Left::Any(these) => these
+                .iter()
+                .any(|at| alternatives.get(usize::from(*at)).is_some_and(|checks| checks.hold_of(asked))),
         };
-        holds(&open.to, &self.to) && holds(&open.from, &self.from) && self.when.hold_of(facts, head)
+        holds(&open.to, &self.to) && holds(&open.from, &self.from) && self.when.hold_of(asked)
     }
 
     /// How far a request is from matching: how many checks fail, in the alternatives where the fewest do.
-    pub(super) fn distance(&self, facts: &ConnectionFacts, head: &RequestHead) -> usize {
-        let nearest = |alternatives| nearest(alternatives, facts, head).map_or(0, |(distance, _)| distance);
-        nearest(&self.from) + nearest(&self.to) + self.when.distance(facts, head)
+    pub(super) fn distance(&self, asked: &Asked<'_>) -> usize {
+        let nearest = |alternatives| nearest(alternatives, asked).map_or(0, |(distance, _)| distance);
+        nearest(&self.from) + nearest(&self.to) + self.when.distance(asked)
     }
 
     /// The first check that fails on the shortest way to a match.
-    pub(super) fn first_miss(&self, facts: &ConnectionFacts, head: &RequestHead) -> Option<Miss> {
-        let from = nearest(&self.from, facts, head).map(|(_, checks)| checks);
-        let to = nearest(&self.to, facts, head).map(|(_, checks)| checks);
-        from.into_iter().chain(to).chain([&self.when]).find_map(|checks| checks.first_miss(facts, head))
+    pub(super) fn first_miss(&self, asked: &Asked<'_>) -> Option<Miss> {
+        let from = nearest(&self.from, asked).map(|(_, checks)| checks);
+        let to = nearest(&self.to, asked).map(|(_, checks)| checks);
+        from.into_iter().chain(to).chain([&self.when]).find_map(|checks| checks.first_miss(asked))
     }
 }
 
 /// Of alternatives, the one of which the fewest checks fail, and how many do.
-fn nearest<'a>(
-    alternatives: &'a [Checks],
-    facts: &ConnectionFacts,
-    head: &RequestHead,
-) -> Option<(usize, &'a Checks)> {
+fn nearest<'a>(alternatives: &'a [Checks], asked: &Asked<'_>) -> Option<(usize, &'a Checks)> {
     let looked_at = alternatives.iter().take(ALTERNATIVES_EXPLAINED_MAX);
-    looked_at.map(|checks| (checks.distance(facts, head), checks)).min_by_key(|(distance, _)| *distance)
+    looked_at.map(|checks| (checks.distance(asked), checks)).min_by_key(|(distance, _)| *distance)
 }
 
 /// The most alternatives of a rule that an explanation looks at: refusing must stay cheap.
@@ -145,6 +141,7 @@ impl Checks {
         checks.on_connection(&source.trust_domains, OfConnection::TrustDomain);
         checks.on_connection(&source.ip_blocks, OfConnection::SourceIp);
         checks.on_request(&source.remote_ip_blocks, OfRequest::RemoteIp);
+        checks.on_request(&source.request_principals, OfRequest::RequestPrincipal);
         checks
     }
 
@@ -177,6 +174,19 @@ impl Checks {
             Condition::DestinationIp(values) => self.on_connection(values, OfConnection::DestinationIp),
             Condition::DestinationPort(values) => self.on_connection(values, OfConnection::DestinationPort),
             Condition::ConnectionSni(values) => self.on_connection(values, OfConnection::Sni),
+            Condition::RequestPrincipal(values) => self.on_request(values, OfRequest::RequestPrincipal),
+            Condition::RequestAudiences(values) => {
+                self.on_request(values, |values| OfRequest::Claim(Claim::named("aud", "audience"), values));
+            }
+            Condition::RequestPresenter(values) => {
+                self.on_request(values, |values| OfRequest::Claim(Claim::named("azp", "presenter"), values));
+            }
+            Condition::RequestClaim(path, values) => {
+                self.on_request(values, |values| OfRequest::Claim(Claim::new(path), values));
+            }
+            Condition::FilterMetadata(key, values) => {
+                self.on_request(values, |values| OfRequest::Metadata(Metadata::new(key), values));
+            }
         }
     }
 
@@ -196,20 +206,20 @@ impl Checks {
         self.connection.iter().all(|check| check.holds(facts))
     }
 
-    fn hold_of(&self, facts: &ConnectionFacts, head: &RequestHead) -> bool {
-        self.request.iter().all(|check| check.holds(head, facts.source))
+    fn hold_of(&self, asked: &Asked<'_>) -> bool {
+        self.request.iter().all(|check| check.holds(asked))
     }
 
-    fn distance(&self, facts: &ConnectionFacts, head: &RequestHead) -> usize {
-        let of_connection = self.connection.iter().filter(|check| !check.holds(facts)).count();
-        of_connection + self.request.iter().filter(|check| !check.holds(head, facts.source)).count()
+    fn distance(&self, asked: &Asked<'_>) -> usize {
+        let of_connection = self.connection.iter().filter(|check| !check.holds(asked.facts)).count();
+        of_connection + self.request.iter().filter(|check| !check.holds(asked)).count()
     }
 
-    fn first_miss(&self, facts: &ConnectionFacts, head: &RequestHead) -> Option<Miss> {
-        let of_connection = self.connection.iter().find(|check| !check.holds(facts));
-        let of_request = || self.request.iter().find(|check| !check.holds(head, facts.source));
+    fn first_miss(&self, asked: &Asked<'_>) -> Option<Miss> {
+        let of_connection = self.connection.iter().find(|check| !check.holds(asked.facts));
+        let of_request = || self.request.iter().find(|check| !check.holds(asked));
         of_connection
-            .map(|check| check.miss(facts))
-            .or_else(|| of_request().map(|check| check.miss(head, facts.source)))
+            .map(|check| check.miss(asked.facts))
+            .or_else(|| of_request().map(|check| check.miss(asked)))
     }
 }

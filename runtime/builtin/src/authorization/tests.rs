@@ -1,10 +1,11 @@
 //! Tests of authorization: what Istio's own tests expect of a waypoint, at the matcher.
 
 use super::*;
-use cairn_filter::{Peer, Protocol};
+use cairn_filter::{Peer, Protocol, Token};
 use cairn_mesh::{
-    Condition, Identity, Operation, PathMatch, PathNormalization, PolicyAction, PolicyRule, ResourceName,
-    ServiceAccount, Source, TextMatch, Values, normalize_path,
+    ClaimPath, Condition, Identity, MeshSettings, MetadataKey, MetadataMatch, Operation, PathMatch,
+    PathNormalization, PolicyAction, PolicyRule, RequestPrincipal, ResourceName, ServiceAccount, Source,
+    TextMatch, TrustDomains, Values, normalize_path,
 };
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version};
 use proptest::prelude::*;
@@ -75,6 +76,12 @@ fn account(namespace: &str, name: &str) -> ServiceAccount {
 struct Request {
     facts: ConnectionFacts,
     head: RequestHead,
+    token: Option<Token>,
+}
+
+/// The trust domains of a mesh that says nothing of them.
+fn domains() -> TrustDomains {
+    MeshSettings::default().trust_domains()
 }
 
 fn get(path: &str) -> Request {
@@ -91,7 +98,7 @@ fn get(path: &str) -> Request {
         headers: HeaderMap::new(),
         version: Version::HTTP_11,
     };
-    Request { facts, head }
+    Request { facts, head, token: None }
 }
 
 impl Request {
@@ -125,9 +132,19 @@ impl Request {
         self
     }
 
+    fn token(mut self, payload: serde_json::Value) -> Self {
+        let serde_json::Value::Object(payload) = payload else { panic!("an object") };
+        self.token = Some(Token::new(payload));
+        self
+    }
+
     fn decide(&self, policies: &[Arc<AuthorizationPolicy>]) -> Decision {
-        let authorizer = Authorizer::compile(policies);
-        authorizer.decide(&authorizer.settle(self.facts.clone()), &self.head)
+        self.decide_among(policies, &domains())
+    }
+
+    fn decide_among(&self, policies: &[Arc<AuthorizationPolicy>], domains: &TrustDomains) -> Decision {
+        let authorizer = Authorizer::compile(policies, domains);
+        authorizer.decide(&authorizer.settle(self.facts.clone()), &self.head, self.token.as_ref())
     }
 
     fn passes(&self, policies: &[Arc<AuthorizationPolicy>]) -> bool {
@@ -369,6 +386,11 @@ fn invert(condition: &Condition) -> Condition {
         Condition::DestinationIp(values) => Condition::DestinationIp(swap(values)),
         Condition::DestinationPort(values) => Condition::DestinationPort(swap(values)),
         Condition::ConnectionSni(values) => Condition::ConnectionSni(swap(values)),
+        Condition::RequestPrincipal(values) => Condition::RequestPrincipal(swap(values)),
+        Condition::RequestAudiences(values) => Condition::RequestAudiences(swap(values)),
+        Condition::RequestPresenter(values) => Condition::RequestPresenter(swap(values)),
+        Condition::RequestClaim(path, values) => Condition::RequestClaim(path.clone(), swap(values)),
+        Condition::FilterMetadata(key, values) => Condition::FilterMetadata(key.clone(), swap(values)),
     }
 }
 
@@ -578,12 +600,15 @@ fn policies_on_trial_and_audit_only_remark() {
         ),
     ] {
         let request = get("/");
-        let authorizer = Authorizer::compile(&policies);
+        let authorizer = Authorizer::compile(&policies, &domains());
         let standing = authorizer.settle(request.facts.clone());
-        assert_eq!(authorizer.remarks(&standing, &request.head), expected);
-        assert_eq!(authorizer.decide(&standing, &request.head), Decision::Allow { by: None });
+        assert_eq!(authorizer.remarks(&standing, &request.head, None), expected);
+        assert_eq!(authorizer.decide(&standing, &request.head, None), Decision::Allow { by: None });
     }
 }
+
+#[path = "tests/tokens.rs"]
+mod tokens;
 
 fn connection(id: u64, identity: &str) -> Arc<Connection> {
     Arc::new(Connection {
@@ -616,7 +641,7 @@ fn run(factory: &dyn Factory, exchange: &mut Exchange) -> Option<LocalReply> {
 
 #[test]
 fn filter_answers_403_and_tells_the_peer_nothing_more() {
-    let factory = authorization(&[deny(vec![PolicyRule::default()])]);
+    let factory = authorization(&[deny(vec![PolicyRule::default()])], &domains());
     let mut denied = exchange(&connection(1, A));
     let reply = run(&*factory, &mut denied).unwrap();
     assert_eq!(reply.status, StatusCode::FORBIDDEN);
@@ -626,7 +651,7 @@ fn filter_answers_403_and_tells_the_peer_nothing_more() {
     assert_eq!(denial.policy, "ns[shop]-policy[deny]-rule[0]");
     assert_eq!(denial.reason, "DENY deny rule 0 matched");
 
-    let factory = authorization(&[allow(vec![])]);
+    let factory = authorization(&[allow(vec![])], &domains());
     let mut denied = exchange(&connection(1, A));
     let reply = run(&*factory, &mut denied).unwrap();
     assert_eq!(reply.details, "rbac_access_denied_matched_policy[none]");
@@ -636,7 +661,7 @@ fn filter_answers_403_and_tells_the_peer_nothing_more() {
 #[test]
 fn filter_records_who_allowed_and_what_was_remarked() {
     let everything = || vec![PolicyRule::default()];
-    let factory = authorization(&[allow(everything()), on_trial(&deny(everything()))]);
+    let factory = authorization(&[allow(everything()), on_trial(&deny(everything()))], &domains());
     let mut allowed = exchange(&connection(1, A));
     assert!(run(&*factory, &mut allowed).is_none());
     assert_eq!(allowed.allowed_by.as_deref(), Some("ns[shop]-policy[allow]-rule[0]"));
@@ -646,13 +671,15 @@ fn filter_records_who_allowed_and_what_was_remarked() {
 
 #[test]
 fn filter_does_not_start_without_policies() {
-    assert!(authorization(&[]).start(&exchange(&connection(1, A))).is_none());
+    assert!(authorization(&[], &domains()).start(&exchange(&connection(1, A))).is_none());
 }
 
 #[test]
 fn connections_never_share_a_standing_by_mistake() {
-    let factory =
-        authorization(&[allow(vec![from(Source { namespaces: any(["ns1".into()]), ..Source::default() })])]);
+    let factory = authorization(
+        &[allow(vec![from(Source { namespaces: any(["ns1".into()]), ..Source::default() })])],
+        &domains(),
+    );
     let mut closed = Vec::new();
     for round in 0..300 {
         // The same slot again and again, by clients of either kind, old connections open or closed.

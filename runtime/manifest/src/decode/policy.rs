@@ -1,5 +1,8 @@
 //! AuthorizationPolicy, read whole and checked as Istio's admission does.
 
+mod condition;
+mod values;
+
 use super::target::{self, Attachment};
 use super::{refusal, unenforceable};
 use crate::diagnostic::Severity;
@@ -7,18 +10,16 @@ use crate::field::FieldPath;
 use crate::object::Object;
 use crate::reader::{Entries, Findings, Node};
 use cairn_mesh::{
-    AuthorizationPolicy, Change, Condition, HostMatch, MeshSettings, Operation, PathMatch, PolicyAction,
-    PolicyRule, ResourceKey, ServiceAccount, Source, TextMatch, Values,
+    AuthorizationPolicy, Change, MeshSettings, Operation, PolicyAction, PolicyRule, ResourceKey, Source,
 };
-use ipnet::IpNet;
-use std::net::IpAddr;
-use std::sync::Arc;
+use values::{
+    host, ip_block, path, port, principal, request_principal, text, text_match, trust_domain, values,
+};
 
 /// Istio's limit on rules of one policy, and on sources of one rule.
 const RULES_MAX: usize = 512;
-/// Istio's limits on service accounts of one source.
+/// Istio's limit on service accounts of one source.
 const SERVICE_ACCOUNTS_MAX: usize = 16;
-const SERVICE_ACCOUNT_LEN_MAX: usize = 320;
 
 /// What a policy does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,16 +39,12 @@ pub(crate) struct Policy {
     pub(crate) dry_run: bool,
 }
 
-/// A rule, and what of it the model's form does not hold.
+/// A rule, and where it asks what a ztunnel cannot know.
 #[derive(Debug, Default)]
 pub(crate) struct Rule {
     pub(crate) rule: PolicyRule,
     /// Attributes that only a waypoint can look at.
     pub(crate) l7: Vec<FieldPath>,
-    /// Attributes that need a verified token or filter metadata; they are not in `rule`.
-    pub(crate) unsupported: Vec<FieldPath>,
-    /// How many conditions are not in `rule`.
-    pub(crate) missing_conditions: usize,
 }
 
 /// What a waypoint does with the policy.
@@ -74,10 +71,6 @@ pub(super) fn decode(
             return refuse_targets(object, key, policy.attachment, &spec.key("action"), reason, findings);
         }
     };
-    if let Some(field) = policy.rules.iter().flat_map(|rule| &rule.unsupported).next() {
-        let reason = "attributes of verified tokens and of filter metadata are not supported yet";
-        return refuse_targets(object, key, policy.attachment, field, reason, findings);
-    }
     vec![Change::Policy(AuthorizationPolicy {
         name: object.name.clone(),
         targets: policy.attachment.targets,
@@ -170,10 +163,8 @@ fn rule(node: &Node<'_>, index: usize, object: &Object, findings: &mut Findings)
         found.rule.to.push(operation);
     }
     for when in entries.list("when", findings) {
-        match condition(&when, object, &mut found, findings) {
-            Some(condition) => found.rule.when.push(condition),
-            None => found.missing_conditions += 1,
-        }
+        let condition = condition::read(&when, object, &mut found, findings);
+        found.rule.when.extend(condition);
     }
     found
 }
@@ -199,22 +190,23 @@ fn source(node: &Node<'_>, object: &Object, rule: &mut Rule, findings: &mut Find
     if entries.is_empty() {
         findings.refuse("invalid-value", &node.at, "must not be empty");
     }
-    let request_principals =
-        values(&entries, "requestPrincipals", "notRequestPrincipals", findings, text_match);
-    if !request_principals.is_empty() {
-        let at = set_field(&entries, "requestPrincipals", "notRequestPrincipals");
-        rule.l7.push(at.clone());
-        rule.unsupported.push(at);
-    }
-    let account =
-        |node: &Node<'_>, text: &str, findings: &mut Findings| service_account(node, text, object, findings);
+    let account = |node: &Node<'_>, text: &str, findings: &mut Findings| {
+        values::service_account(node, text, object, findings)
+    };
     let source = Source {
         principals: values(&entries, "principals", "notPrincipals", findings, principal),
-        namespaces: values(&entries, "namespaces", "notNamespaces", findings, as_text),
+        namespaces: values(&entries, "namespaces", "notNamespaces", findings, text),
         service_accounts: values(&entries, "serviceAccounts", "notServiceAccounts", findings, account),
         ip_blocks: values(&entries, "ipBlocks", "notIpBlocks", findings, ip_block),
         remote_ip_blocks: values(&entries, "remoteIpBlocks", "notRemoteIpBlocks", findings, ip_block),
         trust_domains: values(&entries, "trustDomains", "notTrustDomains", findings, trust_domain),
+        request_principals: values(
+            &entries,
+            "requestPrincipals",
+            "notRequestPrincipals",
+            findings,
+            request_principal,
+        ),
     };
     let accounts = &source.service_accounts;
     if accounts.any.len() > SERVICE_ACCOUNTS_MAX || accounts.none.len() > SERVICE_ACCOUNTS_MAX {
@@ -226,11 +218,13 @@ fn source(node: &Node<'_>, object: &Object, rule: &mut Rule, findings: &mut Find
         let reason = "service accounts cannot be combined with principals or namespaces in one source";
         findings.refuse("invalid-value", &node.at, reason);
     }
-    if !source.remote_ip_blocks.is_empty() {
-        rule.l7.push(set_field(&entries, "remoteIpBlocks", "notRemoteIpBlocks"));
-    }
-    if !source.trust_domains.is_empty() {
-        rule.l7.push(set_field(&entries, "trustDomains", "notTrustDomains"));
+    let l7 = [
+        (source.request_principals.is_empty(), "requestPrincipals", "notRequestPrincipals"),
+        (source.remote_ip_blocks.is_empty(), "remoteIpBlocks", "notRemoteIpBlocks"),
+        (source.trust_domains.is_empty(), "trustDomains", "notTrustDomains"),
+    ];
+    for (_, any, none) in l7.into_iter().filter(|(is_empty, _, _)| !is_empty) {
+        rule.l7.push(set_field(&entries, any, none));
     }
     source
 }
@@ -262,231 +256,4 @@ fn operation(node: &Node<'_>, rule: &mut Rule, findings: &mut Findings) -> Opera
 /// The place of whichever of two fields is set.
 fn set_field(entries: &Entries<'_>, any: &str, none: &str) -> FieldPath {
     entries.at.key(if entries.get(any).is_some() { any } else { none })
-}
-
-/// Reads a condition; `None` when it cannot be held, which `rule` then knows.
-fn condition(
-    node: &Node<'_>,
-    object: &Object,
-    rule: &mut Rule,
-    findings: &mut Findings,
-) -> Option<Condition> {
-    let entries = node.map(&["key", "values", "notValues"], findings);
-    let key_node = entries.require("key", findings)?;
-    let key = key_node.filled(findings)?;
-    if entries.get("values").is_none() && entries.get("notValues").is_none() {
-        findings.refuse("missing-field", &node.at, "must have `values` or `notValues`");
-    }
-    let e = &entries;
-    let account =
-        |node: &Node<'_>, text: &str, findings: &mut Findings| service_account(node, text, object, findings);
-    let condition = match key {
-        "source.ip" => Condition::SourceIp(both(e, findings, ip_block)),
-        "source.namespace" => Condition::SourceNamespace(both(e, findings, as_text)),
-        "source.principal" => Condition::SourcePrincipal(both(e, findings, principal)),
-        "destination.ip" => Condition::DestinationIp(both(e, findings, ip_block)),
-        "destination.port" => Condition::DestinationPort(both(e, findings, port)),
-        l7 => {
-            rule.l7.push(key_node.at.clone());
-            match l7 {
-                "remote.ip" => Condition::RemoteIp(both(e, findings, ip_block)),
-                "source.serviceAccount" => Condition::SourceServiceAccount(both(e, findings, account)),
-                "source.trustDomain" => Condition::SourceTrustDomain(both(e, findings, trust_domain)),
-                "connection.sni" => Condition::ConnectionSni(both(e, findings, text_match)),
-                _ if bracketed(key, "request.headers").is_some_and(|name| !name.contains(['[', ']'])) => {
-                    let name = bracketed(key, "request.headers").unwrap_or_default().to_ascii_lowercase();
-                    Condition::RequestHeader(name.into(), both(e, findings, text_match))
-                }
-                "request.auth.principal" | "request.auth.audiences" | "request.auth.presenter" => {
-                    return unsupported(&key_node, e, rule, findings);
-                }
-                _ if bracketed(key, "request.auth.claims").is_some()
-                    || key.starts_with("experimental.envoy.filters.") =>
-                {
-                    return unsupported(&key_node, e, rule, findings);
-                }
-                _ => {
-                    findings.refuse(
-                        "invalid-value",
-                        &key_node.at,
-                        format!("`{key}` is not a key of conditions"),
-                    );
-                    return None;
-                }
-            }
-        }
-    };
-    Some(condition)
-}
-
-fn unsupported(
-    key: &Node<'_>,
-    entries: &Entries<'_>,
-    rule: &mut Rule,
-    findings: &mut Findings,
-) -> Option<Condition> {
-    both(entries, findings, as_text);
-    rule.unsupported.push(key.at.clone());
-    None
-}
-
-/// The name in `prefix[name]`, if it is one and not empty.
-fn bracketed<'a>(key: &'a str, prefix: &str) -> Option<&'a str> {
-    let name = key.strip_prefix(prefix)?.strip_prefix('[')?.strip_suffix(']')?;
-    (!name.is_empty()).then_some(name)
-}
-
-/// Reads `values` and `notValues` of a condition.
-fn both<T>(
-    entries: &Entries<'_>,
-    findings: &mut Findings,
-    parse: impl Fn(&Node<'_>, &str, &mut Findings) -> Option<T>,
-) -> Values<T> {
-    values(entries, "values", "notValues", findings, parse)
-}
-
-/// Reads a list and its opposite. An empty list is refused: it would quietly mean any.
-fn values<T>(
-    entries: &Entries<'_>,
-    any: &str,
-    none: &str,
-    findings: &mut Findings,
-    parse: impl Fn(&Node<'_>, &str, &mut Findings) -> Option<T>,
-) -> Values<T> {
-    let mut list = |key: &str| -> Vec<T> {
-        let Some(node) = entries.get(key) else { return Vec::new() };
-        let items = node.list(findings);
-        if items.is_empty() && node.value.is_array() {
-            findings.refuse("invalid-value", &node.at, "must not be empty: leave it out to mean any");
-        }
-        items.iter().filter_map(|item| parse(item, item.filled(findings)?, findings)).collect()
-    };
-    Values { any: list(any), none: list(none) }
-}
-
-fn as_text(_: &Node<'_>, text: &str, _: &mut Findings) -> Option<Arc<str>> {
-    Some(text.into())
-}
-
-fn text_match(_: &Node<'_>, text: &str, _: &mut Findings) -> Option<TextMatch> {
-    Some(TextMatch::parse(text))
-}
-
-fn principal(node: &Node<'_>, text: &str, findings: &mut Findings) -> Option<TextMatch> {
-    if text.starts_with("spiffe://") {
-        findings.refuse(
-            "invalid-value",
-            &node.at,
-            "principals are written without `spiffe://`, and never match with it",
-        );
-        return None;
-    }
-    Some(TextMatch::parse(text))
-}
-
-fn host(_: &Node<'_>, text: &str, _: &mut Findings) -> Option<HostMatch> {
-    Some(TextMatch::parse(&text.to_ascii_lowercase()))
-}
-
-fn ip_block(node: &Node<'_>, text: &str, findings: &mut Findings) -> Option<IpNet> {
-    let block = text.parse::<IpNet>().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from));
-    if block.is_none() {
-        findings.refuse("invalid-value", &node.at, format!("`{text}` is not an IP address or CIDR block"));
-    }
-    block
-}
-
-fn port(node: &Node<'_>, text: &str, findings: &mut Findings) -> Option<u16> {
-    let port = text.parse::<u16>().ok().filter(|_| text.bytes().all(|byte| byte.is_ascii_digit()));
-    if port.is_none() {
-        findings.refuse("invalid-value", &node.at, format!("`{text}` is not a port number"));
-    }
-    port
-}
-
-fn trust_domain(node: &Node<'_>, text: &str, findings: &mut Findings) -> Option<TextMatch> {
-    let stars = text.matches('*').count();
-    let at_an_end = text.starts_with('*') || text.ends_with('*');
-    if text.contains('/') || stars > 1 || (stars == 1 && !at_an_end) {
-        let reason = format!("`{text}` is not a trust domain with at most one `*` at its start or end");
-        findings.refuse("invalid-value", &node.at, reason);
-        return None;
-    }
-    Some(TextMatch::parse(text))
-}
-
-fn service_account(
-    node: &Node<'_>,
-    text: &str,
-    object: &Object,
-    findings: &mut Findings,
-) -> Option<ServiceAccount> {
-    let (namespace, name) = text.split_once('/').unwrap_or((&object.name.namespace, text));
-    let is_part = |part: &str| !part.is_empty() && !part.contains(['/', '*']);
-    if !is_part(namespace) || !is_part(name) || text.len() > SERVICE_ACCOUNT_LEN_MAX {
-        let reason = format!("`{text}` is not `namespace/name` or `name` of a service account");
-        findings.refuse("invalid-value", &node.at, reason);
-        return None;
-    }
-    Some(ServiceAccount { namespace: namespace.into(), name: name.into() })
-}
-
-fn path(node: &Node<'_>, text: &str, findings: &mut Findings) -> Option<PathMatch> {
-    if !text.contains(['{', '}']) {
-        return Some(PathMatch::Text(TextMatch::parse(text)));
-    }
-    match template_fault(text) {
-        None => Some(PathMatch::Template(text.into())),
-        Some(fault) => {
-            findings.refuse("invalid-value", &node.at, format!("`{text}` is not a path template: {fault}"));
-            None
-        }
-    }
-}
-
-/// What is wrong with a path template (Istio `security.CheckValidPathTemplate`, Envoy's `uri_template`).
-fn template_fault(text: &str) -> Option<&'static str> {
-    const MARKS: &str = "-._~%!$&'()+,;:@=";
-    let Some(rest) = text.strip_prefix('/') else { return Some("it must begin with `/`") };
-    let is_literal = |segment: &str| segment.chars().all(|c| c.is_ascii_alphanumeric() || MARKS.contains(c));
-    let last = rest.split('/').count() - 1;
-    let mut ended = false;
-    for (index, segment) in rest.split('/').enumerate() {
-        match segment {
-            "{*}" | "{**}" if ended => return Some("`{**}` must be its last operator"),
-            "{**}" => ended = true,
-            "{*}" => {}
-            "" if index < last => return Some("it has an empty segment"),
-            _ if segment.contains(['{', '}', '*']) => return Some("`{*}` or `{**}` must be a whole segment"),
-            _ if !is_literal(segment) => return Some("it has a character that a path cannot have"),
-            _ => {}
-        }
-    }
-    None
-}
-
-#[cfg(test)]
-mod tests {
-    use super::template_fault;
-
-    #[test]
-    fn template_is_checked() {
-        for (template, valid) in [
-            ("/foo/{*}", true),
-            ("/foo/{**}/", true),
-            ("/foo/{*}/bar/{**}", true),
-            ("/{**}/cart", true),
-            ("/foo/{*}.txt", false),
-            ("/foo//{*}", false),
-            ("/foo/{**}/{*}", false),
-            ("/foo/{**}/{**}", false),
-            ("/foo/*/{*}", false),
-            ("/foo/{x}", false),
-            ("/foo/{", false),
-            ("foo/{*}", false),
-            ("/foo bar/{*}", false),
-        ] {
-            assert_eq!(template_fault(template).is_none(), valid, "{template}");
-        }
-    }
 }

@@ -6,6 +6,7 @@ use crate::object::Object;
 use crate::reader::{Findings, Node};
 use cairn_mesh::{Change, MeshSettings, PathNormalization};
 use serde_json::Value;
+use std::sync::Arc;
 
 /// The settings, with what the ConfigMap does not say from `settings`.
 pub(super) fn decode(object: &Object, settings: &MeshSettings, findings: &mut Findings) -> Vec<Change> {
@@ -20,6 +21,9 @@ pub(super) fn decode(object: &Object, settings: &MeshSettings, findings: &mut Fi
             Some(text) => read.trust_domain = text.into(),
             None => {}
         }
+    }
+    if let Some(node) = entries.get("trustDomainAliases") {
+        read.trust_domain_aliases = aliases(&node, findings);
     }
     if let Some(text) = entries.get("rootNamespace").and_then(|node| node.filled(findings)) {
         read.root_namespace = text.into();
@@ -36,6 +40,20 @@ pub(super) fn decode(object: &Object, settings: &MeshSettings, findings: &mut Fi
         read.path_normalization = mode.unwrap_or(read.path_normalization);
     }
     if findings.broken { Vec::new() } else { vec![Change::Settings(read)] }
+}
+
+fn aliases(node: &Node<'_>, findings: &mut Findings) -> Vec<Arc<str>> {
+    let mut aliases = Vec::new();
+    for node in node.list(findings) {
+        match node.filled(findings) {
+            Some(text) if text.contains(['/', '*']) => {
+                findings.refuse("invalid-value", &node.at, "must not hold a `/` or a `*`")
+            }
+            Some(text) => aliases.push(text.into()),
+            None => {}
+        }
+    }
+    aliases
 }
 
 /// The MeshConfig inside the ConfigMap, or the object's own spec.

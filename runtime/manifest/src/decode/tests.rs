@@ -3,9 +3,9 @@
 use super::*;
 use crate::testing::{object, short};
 use cairn_mesh::{
-    AuthorizationPolicy, BackendKind, Condition, FailStrategy, HttpRoute, PathMatch, PathNormalization,
-    PathRewrite, PathRule, PluginPhase, PolicyAction, RouteFilter, TargetKind, TextMatch, ValueMatch,
-    WasmPlugin,
+    AuthorizationPolicy, BackendKind, Condition, FailStrategy, HttpRoute, MetadataKey, MetadataMatch,
+    PathMatch, PathNormalization, PathRewrite, PathRule, PluginPhase, PolicyAction, RequestPrincipal,
+    RouteFilter, TargetKind, TextMatch, ValueMatch, Values, WasmPlugin,
 };
 
 fn read(head: &str, spec: &str) -> Decoded {
@@ -101,6 +101,43 @@ fn every_field_of_a_policy_is_read() {
     assert!(matches!(&rule.when[0], Condition::RequestHeader(name, values)
         if &**name == "x-team" && values.any == [TextMatch::Present]));
     assert!(matches!(&rule.when[1], Condition::DestinationPort(values) if values.none == [81]));
+}
+
+#[test]
+fn questions_about_tokens_are_read() {
+    let policy = the_policy(policy(&format!(
+        "{TARGET}rules:\n- from:\n  - source: {{requestPrincipals: [i/s], notRequestPrincipals: [\"*\"]}}\n  when:\n  \
+         - {{key: request.auth.principal, values: [\"i/*\"]}}\n  - {{key: request.auth.audiences, values: [a]}}\n  - \
+         {{key: request.auth.presenter, notValues: [b]}}\n  - {{key: \"request.auth.claims[a][b]\", values: [c]}}\n  \
+         - {{key: \"experimental.envoy.filters.http.jwt_authn[payload][g]\", values: [c, \"[d]\"]}}\n"
+    )));
+    let rule = &policy.rules[0];
+    let principals = &rule.from[0].request_principals;
+    assert_eq!(principals.any, [RequestPrincipal::parse("i/s")]);
+    assert_eq!(principals.none, [RequestPrincipal::parse("*")]);
+    let any = |value: &str| Values { any: vec![text(value)], none: Vec::new() };
+    let metadata = MetadataKey {
+        filter: "envoy.filters.http.jwt_authn".into(),
+        path: ["payload".into(), "g".into()].into(),
+    };
+    let matches = vec![MetadataMatch::Text(text("c")), MetadataMatch::Listed(text("d"))];
+    let expected = [
+        Condition::RequestPrincipal(Values { any: vec![RequestPrincipal::parse("i/*")], none: Vec::new() }),
+        Condition::RequestAudiences(any("a")),
+        Condition::RequestPresenter(Values { any: Vec::new(), none: vec![text("b")] }),
+        Condition::RequestClaim(["a".into(), "b".into()].into(), any("c")),
+        Condition::FilterMetadata(metadata, Values { any: matches, none: Vec::new() }),
+    ];
+    assert_eq!(rule.when, expected);
+}
+
+#[test]
+fn metadata_that_there_is_not_is_warned_of() {
+    let decoded = policy(&format!(
+        "{TARGET}rules: [{{when: [{{key: \"experimental.envoy.filters.a.b[c]\", notValues: [d]}}]}}]"
+    ));
+    assert_eq!(shorts(&decoded), ["warning not-supported spec.rules[0].when[0].key"]);
+    assert!(matches!(decoded.changes.as_slice(), [Change::Policy(_)]));
 }
 
 #[test]
@@ -251,19 +288,11 @@ fn selector_and_targets_together_are_refused() {
 
 #[test]
 fn what_cannot_be_enforced_refuses_its_targets() {
-    let account = "rules: [{from: [{source: {requestPrincipals: [\"*\"]}}]}]";
-    let claim = "rules: [{when: [{key: \"request.auth.claims[groups]\", values: [a]}]}]";
     let custom = "action: CUSTOM\nprovider: {name: x}\nrules: [{}]";
-    for (name, spec, field) in [
-        ("token principal", account, "spec.rules[0].from[0].source.requestPrincipals"),
-        ("claim", claim, "spec.rules[0].when[0].key"),
-        ("external authorization", custom, "spec.action"),
-    ] {
-        let decoded = policy(&format!("{TARGET}{spec}"));
-        assert_eq!(shorts(&decoded), [format!("error unenforceable {field}")], "{name}");
-        assert!(!decoded.broken, "{name}: it means something certain, so an older version must not stay");
-        assert_eq!(the_refusal(&decoded).targets.len(), 1, "{name}");
-    }
+    let decoded = policy(&format!("{TARGET}{custom}"));
+    assert_eq!(shorts(&decoded), ["error unenforceable spec.action"]);
+    assert!(!decoded.broken, "it means something certain, so an older version must not stay");
+    assert_eq!(the_refusal(&decoded).targets.len(), 1);
     let head =
         "apiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {name: j, namespace: n}";
     let decoded = read(head, &format!("{TARGET}jwtRules: [{{issuer: a}}]"));
@@ -517,11 +546,12 @@ fn settings_come_from_the_config_map() {
         )
     };
     let base = MeshSettings { cluster_id: "c1".into(), ..MeshSettings::default() };
-    let mesh = "    trustDomain: corp\n    rootNamespace: mesh\n    pathNormalization: {normalization: MERGE_SLASHES}\n    \
+    let mesh = "    trustDomain: corp\n    trustDomainAliases: [old]\n    rootNamespace: mesh\n    pathNormalization: {normalization: MERGE_SLASHES}\n    \
                 enableTracing: true\n";
     let decoded = decode(&object(&text(mesh)), &base);
     let [Change::Settings(settings)] = decoded.changes.as_slice() else { panic!("{decoded:?}") };
     assert_eq!((&*settings.trust_domain, &*settings.root_namespace), ("corp", "mesh"));
+    assert_eq!(settings.trust_domain_aliases, ["old".into()]);
     assert_eq!(settings.path_normalization, PathNormalization::MergeSlashes);
     assert_eq!(&*settings.cluster_id, "c1", "what is not said stays");
     for (mesh, code) in

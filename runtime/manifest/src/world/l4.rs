@@ -10,7 +10,7 @@ use crate::object::Object;
 use crate::reader::Findings;
 use cairn_mesh::{
     Authorization, Clause, Condition, L4Match, L4Rule, Operation, PolicyAction, Scope, Source, TextMatch,
-    Values,
+    TrustDomains, Values,
 };
 use std::sync::Arc;
 
@@ -89,15 +89,15 @@ fn convert(
     guarded: bool,
 ) -> L4Rule {
     let mut clauses = Vec::new();
-    let from: Vec<L4Match> = rule.rule.from.iter().map(source_match).collect();
+    let domains = scene.settings.trust_domains();
+    let from: Vec<L4Match> = rule.rule.from.iter().map(|source| source_match(source, &domains)).collect();
     let to: Vec<L4Match> = rule.rule.to.iter().map(operation_match).collect();
     clauses.extend(
         [from, to].into_iter().filter(|matches| !matches.is_empty()).map(|matches| Clause { matches }),
     );
     for condition in &rule.rule.when {
-        clauses.push(Clause { matches: vec![condition_match(condition)] });
+        clauses.push(Clause { matches: vec![condition_match(condition, &domains)] });
     }
-    clauses.extend((0..rule.missing_conditions).map(|_| Clause { matches: vec![L4Match::default()] }));
     let place = FieldPath::of(&["spec", "rules"]).index(at);
     let l7 = rule.l7.first().cloned().or_else(|| has_inner_star(rule).then(|| place.key("from")));
     let Some(field) = l7 else { return L4Rule { clauses } };
@@ -145,9 +145,9 @@ fn has_inner_star(rule: &Rule) -> bool {
     all.flat_map(|values| values.any.iter().chain(&values.none)).any(|text| is_inner_star(text))
 }
 
-fn source_match(source: &Source) -> L4Match {
+fn source_match(source: &Source, domains: &TrustDomains) -> L4Match {
     L4Match {
-        principals: source.principals.clone(),
+        principals: domains.principals(&source.principals),
         namespaces: namespaces(&source.namespaces),
         service_accounts: source.service_accounts.clone(),
         source_ips: source.ip_blocks.clone(),
@@ -159,18 +159,23 @@ fn operation_match(operation: &Operation) -> L4Match {
     L4Match { destination_ports: operation.ports.clone(), ..L4Match::default() }
 }
 
-fn condition_match(condition: &Condition) -> L4Match {
+fn condition_match(condition: &Condition, domains: &TrustDomains) -> L4Match {
     let none = L4Match::default();
     match condition {
         Condition::SourceIp(values) => L4Match { source_ips: values.clone(), ..none },
         Condition::SourceNamespace(values) => L4Match { namespaces: namespaces(values), ..none },
-        Condition::SourcePrincipal(values) => L4Match { principals: values.clone(), ..none },
+        Condition::SourcePrincipal(values) => L4Match { principals: domains.principals(values), ..none },
         Condition::DestinationIp(values) => L4Match { destination_ips: values.clone(), ..none },
         Condition::DestinationPort(values) => L4Match { destination_ports: values.clone(), ..none },
         Condition::RequestHeader(..)
         | Condition::RemoteIp(_)
         | Condition::SourceServiceAccount(_)
         | Condition::SourceTrustDomain(_)
-        | Condition::ConnectionSni(_) => none,
+        | Condition::ConnectionSni(_)
+        | Condition::RequestPrincipal(_)
+        | Condition::RequestAudiences(_)
+        | Condition::RequestPresenter(_)
+        | Condition::RequestClaim(..)
+        | Condition::FilterMetadata(..) => none,
     }
 }

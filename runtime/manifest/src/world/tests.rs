@@ -4,7 +4,8 @@ use super::*;
 use crate::testing::{objects, short_placed};
 use cairn_mesh::{
     AppProtocol, Clause, Decision, DenyReason, GatewayTarget, Health, HealthPolicy, L4Peer, L4Rule,
-    LoadBalancingMode, PolicyAction, PortMapping, Scope, Store, TunnelProtocol, WorkloadKind, decide,
+    LoadBalancingMode, PolicyAction, PortMapping, Scope, Store, TextMatch, TunnelProtocol, WorkloadKind,
+    decide,
 };
 
 /// Numbers pods and services as they come.
@@ -429,6 +430,24 @@ fn l4_policies_are_converted_as_istiod_does() {
             .collect();
         assert_eq!(said_now, said, "{name}");
     }
+}
+
+#[test]
+fn l4_policies_name_principals_in_every_trust_domain_of_the_mesh() {
+    let settings = MeshSettings { trust_domain_aliases: vec!["old".into()], ..MeshSettings::default() };
+    let spec = "rules:\n- from: [{source: {principals: [old/ns/shop/sa/web]}}]\n  when: [{key: source.principal, \
+                notValues: [cluster.local/ns/shop/sa/x]}]";
+    let world = World::build(&objects(&policy("p", spec)), &mut Numbers::default(), &settings);
+    let clauses = &world.authorizations[0].rules[0].clauses;
+    let texts = |values: &[TextMatch]| values.iter().map(ToString::to_string).collect::<Vec<_>>();
+    assert_eq!(
+        texts(&clauses[0].matches[0].principals.any),
+        ["cluster.local/ns/shop/sa/web", "old/ns/shop/sa/web"]
+    );
+    assert_eq!(
+        texts(&clauses[1].matches[0].principals.none),
+        ["cluster.local/ns/shop/sa/x", "old/ns/shop/sa/x"]
+    );
 }
 
 #[test]
