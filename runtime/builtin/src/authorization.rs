@@ -7,6 +7,7 @@ mod l4;
 mod request;
 mod rule;
 mod template;
+mod text_index;
 
 pub use authorizer::{Authorizer, Decision, Standing};
 pub use check::ConnectionFacts;

@@ -2,7 +2,7 @@
 //! and ports decide; its requests look only at what is left.
 
 use super::check::ConnectionFacts;
-use super::index::PathIndex;
+use super::index::Index;
 use super::request::Asked;
 use super::rule::{Open, Rule};
 use cairn_filter::{RequestHead, Token};
@@ -132,20 +132,34 @@ struct Ruleset {
     /// The names of the policies, those without rules included.
     policies: Vec<Arc<str>>,
     rules: Vec<Rule>,
-    index: PathIndex,
+    index: Index,
     /// What every connection leaves, when connections make no difference.
     for_all: Option<Arc<Alive>>,
 }
 
-/// The rules that requests of a connection can match, by position.
+/// The rules that requests of a connection can match, by position. None comes after one that all of them match.
 #[derive(Debug, Default)]
 struct Alive {
     open: Vec<Open>,
-    /// The first rule that every request matches.
-    always: Option<u32>,
 }
 
-/// Up to this many open rules are tried one after the other; more are looked up by path.
+impl Alive {
+    /// Those of `positions` that are open, in order. It goes through whichever are fewer.
+    fn among<'a>(&'a self, positions: &'a [u32]) -> impl Iterator<Item = &'a Open> {
+        let (few, many) = match positions.len() <= self.open.len() {
+            true => (Some(positions), None),
+            false => (None, Some(&self.open)),
+        };
+        let by_position = few.into_iter().flatten().filter_map(|position| {
+            let at = self.open.binary_search_by_key(position, |open| open.rule).ok()?;
+            self.open.get(at)
+        });
+        let by_rule = many.into_iter().flatten().filter(|open| positions.binary_search(&open.rule).is_ok());
+        by_position.chain(by_rule)
+    }
+}
+
+/// Up to this many open rules are tried one after the other; more are looked up in the index.
 const SCAN_MAX: usize = 8;
 
 /// The most rules that an explanation looks at: refusing must stay cheap.
@@ -158,7 +172,10 @@ impl Ruleset {
             names.push(Arc::clone(&policy.name.name));
             rules.extend(policy.rules.iter().map(|rule| Rule::new(policy, rule)));
         }
-        let mut set = Self { policies: names, index: PathIndex::new(&rules), rules, for_all: None };
+        // Envoy goes through policies in the order of their ids as texts, and names the first that matches: rule[10]
+        // comes before rule[2].
+        rules.sort_by(|a, b| a.id.cmp(&b.id));
+        let mut set = Self { policies: names, index: Index::new(&rules), rules, for_all: None };
         if !set.rules.iter().any(Rule::depends_on_connection) {
             let nobody = ConnectionFacts {
                 identity: None,
@@ -177,10 +194,11 @@ impl Ruleset {
         let mut alive = Alive::default();
         for (rule, position) in self.rules.iter().zip(0..) {
             let Some(open) = rule.open(position, facts) else { continue };
-            if rule.is_settled(&open) {
-                return Arc::new(Alive { open: vec![open], always: Some(position) });
-            }
+            let is_settled = rule.is_settled(&open);
             alive.open.push(open);
+            if is_settled {
+                break;
+            }
         }
         Arc::new(alive)
     }
@@ -190,23 +208,16 @@ impl Ruleset {
     }
 
     fn first_match(&self, alive: &Alive, asked: &Asked<'_>) -> Option<&Rule> {
-        if let Some(always) = alive.always {
-            return self.rule(always);
-        }
         let matching = |open: &Open| self.rule(open.rule).filter(|rule| rule.matches(open, asked));
         if alive.open.len() <= SCAN_MAX {
             return alive.open.iter().find_map(matching);
         }
         let mut first: Option<(u32, &Rule)> = None;
-        for position in self.index.candidates(asked.head.path.path()) {
-            if first.is_some_and(|(before, _)| before <= position) {
-                continue;
-            }
-            let Ok(at) = alive.open.binary_search_by_key(&position, |open| open.rule) else { continue };
-            if let Some(rule) = alive.open.get(at).and_then(matching) {
-                first = Some((position, rule));
-            }
-        }
+        self.index.candidates(asked, &mut |positions| {
+            let before = first.map_or(u32::MAX, |(position, _)| position);
+            let mut open = alive.among(positions).take_while(|open| open.rule < before);
+            first = open.find_map(|open| Some((open.rule, matching(open)?))).or(first);
+        });
         first.map(|(_, rule)| rule)
     }
 

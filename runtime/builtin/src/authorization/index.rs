@@ -1,82 +1,245 @@
-//! Finds the rules that a path can reach, so that a thousand rules on paths cost what a few do.
+//! Finds the rules that a request can match, so that a thousand rules cost what a few do.
+//!
+//! Most rules demand one thing that few others do: a path, a header, a claim. Each rule is filed under the demand that
+//! it shares with the fewest, and only rules filed under what a request has are tried on it.
 
-use super::request::{OfRequest, Path};
-use super::rule::Rule;
-use cairn_mesh::{TextMatch, Values};
-use std::collections::{BTreeSet, HashMap};
+use super::request::{Asked, OfRequest, Path};
+use super::rule::{Checks, Rule};
+use super::text_index::TextIndex;
+use cairn_mesh::{ClaimPath, RequestPrincipal, TextMatch};
+use http::HeaderName;
+use serde_json::Value;
+use std::borrow::Cow;
+use std::collections::HashMap;
 
-/// Rules by the paths they ask for.
+/// Rules by what they demand.
 #[derive(Debug, Default)]
-pub(super) struct PathIndex {
-    exact: HashMap<String, Vec<u32>>,
-    prefixes: HashMap<String, Vec<u32>>,
-    /// The lengths of the prefixes there are.
-    lengths: Vec<usize>,
-    /// Rules that any path may match.
+pub(super) struct Index {
+    paths: TextIndex,
+    hosts: TextIndex,
+    methods: TextIndex,
+    issuers: TextIndex,
+    subjects: TextIndex,
+    headers: HashMap<HeaderName, TextIndex>,
+    claims: HashMap<ClaimPath, TextIndex>,
+    /// Rules that demand nothing that is looked up.
     others: Vec<u32>,
 }
 
-enum Key<'a> {
-    Exact(&'a str),
-    Prefix(&'a str),
+/// What of a request a demand is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Attribute<'a> {
+    Path,
+    Host,
+    Method,
+    Issuer,
+    Subject,
+    Header(&'a HeaderName),
+    Claim(&'a ClaimPath),
 }
 
-impl PathIndex {
-    /// Indexes `rules` by their position.
+/// A text, or what it begins or ends with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Key<'a> {
+    Exact(&'a str),
+    Prefix(&'a str),
+    Suffix(&'a str),
+}
+
+/// A request matches only when one of the keys matches the attribute.
+struct Demand<'a> {
+    attribute: Attribute<'a>,
+    keys: Vec<Key<'a>>,
+}
+
+impl Index {
+    /// Files `rules` by their position.
     pub(super) fn new(rules: &[Rule]) -> Self {
-        let mut index = Self::default();
-        let mut lengths = BTreeSet::new();
-        for (rule, position) in rules.iter().zip(0..) {
-            let Some(keys) = keys(rule) else {
-                index.others.push(position);
-                continue;
-            };
-            for key in keys {
-                let (map, text) = match key {
-                    Key::Exact(text) => (&mut index.exact, text),
-                    Key::Prefix(text) => {
-                        lengths.insert(text.len());
-                        (&mut index.prefixes, text)
-                    }
-                };
-                let positions = map.entry(text.to_owned()).or_default();
-                if positions.last() != Some(&position) {
-                    positions.push(position);
-                }
+        let demands: Vec<Vec<Demand<'_>>> = rules.iter().map(demands).collect();
+        let mut shared: HashMap<(Attribute<'_>, Key<'_>), usize> = HashMap::new();
+        for demand in demands.iter().flatten() {
+            for key in &demand.keys {
+                *shared.entry((demand.attribute, *key)).or_default() += 1;
             }
         }
-        index.lengths = lengths.into_iter().collect();
+        let cost = |demand: &&Demand<'_>| {
+            let cost =
+                |key| shared.get(&(demand.attribute, key)).copied().unwrap_or_default() * key.breadth();
+            demand.keys.iter().copied().map(cost).max().unwrap_or_default()
+        };
+        let mut index = Self::default();
+        for (demands, position) in demands.iter().zip(0..) {
+            match demands.iter().min_by_key(cost) {
+                Some(demand) => index.file(demand, position),
+                None => index.others.push(position),
+            }
+        }
+        index.seal();
         index
     }
 
-    /// The positions of all rules whose paths may match `path`, each at least once.
-    pub(super) fn candidates<'a>(&'a self, path: &'a str) -> impl Iterator<Item = u32> + 'a {
-        // A length may fall inside a character.
-        let prefixes = self.lengths.iter().filter_map(|length| path.get(..*length));
-        let of_prefixes = prefixes.filter_map(|prefix| self.prefixes.get(prefix));
-        self.exact.get(path).into_iter().chain(of_prefixes).flatten().chain(&self.others).copied()
+    fn file(&mut self, demand: &Demand<'_>, position: u32) {
+        let texts = match demand.attribute {
+            Attribute::Path => &mut self.paths,
+            Attribute::Host => &mut self.hosts,
+            Attribute::Method => &mut self.methods,
+            Attribute::Issuer => &mut self.issuers,
+            Attribute::Subject => &mut self.subjects,
+            Attribute::Header(name) => self.headers.entry(name.clone()).or_default(),
+            Attribute::Claim(path) => self.claims.entry(path.clone()).or_default(),
+        };
+        for key in &demand.keys {
+            texts.insert(*key, position);
+        }
+    }
+
+    fn seal(&mut self) {
+        let one =
+            [&mut self.paths, &mut self.hosts, &mut self.methods, &mut self.issuers, &mut self.subjects];
+        let many = self.headers.values_mut().chain(self.claims.values_mut());
+        one.into_iter().chain(many).for_each(TextIndex::seal);
+    }
+
+    /// Calls `each` with the positions of rules that the request may match, in rising order within one call. No other
+    /// rule matches.
+    pub(super) fn candidates(&self, asked: &Asked<'_>, each: &mut impl FnMut(&[u32])) {
+        each(&self.others);
+        self.paths.find(asked.head.path.path(), each);
+        self.methods.find(asked.head.method.as_str(), each);
+        if !self.hosts.is_empty() {
+            self.hosts.find(&lower_case(asked.host()), each);
+        }
+        self.by_header(asked, each);
+        if asked.token.is_some() {
+            self.by_token(asked, each);
+        }
+    }
+
+    /// Goes through whichever are fewer: the headers that rules ask for, or the request's.
+    fn by_header(&self, asked: &Asked<'_>, each: &mut impl FnMut(&[u32])) {
+        let headers = &asked.head.headers;
+        let mut look = |name: &HeaderName, texts: &TextIndex| {
+            if let Some(value) = asked.header(name) {
+                texts.find(&value, each);
+            }
+        };
+        if self.headers.len() <= headers.keys_len() {
+            self.headers.iter().for_each(|(name, texts)| look(name, texts));
+        } else {
+            for name in headers.keys() {
+                if let Some(texts) = self.headers.get(name) {
+                    look(name, texts);
+                }
+            }
+        }
+    }
+
+    fn by_token(&self, asked: &Asked<'_>, each: &mut impl FnMut(&[u32])) {
+        let (issuer, subject) = asked.issuer_and_subject();
+        if let Some(issuer) = issuer {
+            self.issuers.find(issuer, each);
+        }
+        if let Some(subject) = subject {
+            self.subjects.find(subject, each);
+        }
+        for (path, texts) in &self.claims {
+            match asked.claim(path) {
+                Some(Value::String(text)) => texts.find(text, each),
+                Some(Value::Array(list)) => {
+                    list.iter().filter_map(Value::as_str).for_each(|text| texts.find(text, each));
+                }
+                _ => {}
+            }
+        }
     }
 }
 
-/// The texts one of which a path must equal or begin with to match `rule`; `None` when other paths may match too.
-fn keys(rule: &Rule) -> Option<Vec<Key<'_>>> {
-    if rule.to.is_empty() {
-        return None;
-    }
-    let mut keys = Vec::new();
-    for operation in &rule.to {
-        let paths = operation.request.iter().find_map(|check| match check {
-            OfRequest::Path(Values { any, .. }) if !any.is_empty() => Some(any),
-            _ => None,
-        })?;
-        for path in paths {
-            keys.push(match path {
-                Path::Text(TextMatch::Exact(text)) => Key::Exact(text),
-                Path::Text(TextMatch::Prefix(text)) => Key::Prefix(text),
-                Path::Template(template) => Key::Prefix(template.as_str().split('{').next()?),
-                Path::Text(TextMatch::Suffix(_) | TextMatch::Present) => return None,
-            });
+impl Key<'_> {
+    /// How many more requests it lets through than an exact text, roughly.
+    fn breadth(self) -> usize {
+        match self {
+            Self::Exact(_) => 1,
+            Self::Prefix(text) | Self::Suffix(text) if text.len() > 1 => 2,
+            Self::Prefix(_) | Self::Suffix(_) => 1_000,
         }
     }
-    Some(keys)
+}
+
+fn lower_case(text: Cow<'_, str>) -> Cow<'_, str> {
+    if text.bytes().any(|byte| byte.is_ascii_uppercase()) { text.to_ascii_lowercase().into() } else { text }
+}
+
+/// Everything that a rule demands of every request.
+fn demands(rule: &Rule) -> Vec<Demand<'_>> {
+    let mut demands: Vec<Demand<'_>> = rule.when.request.iter().flat_map(of_check).collect();
+    demands.extend(of_alternatives(&rule.to));
+    demands.extend(of_alternatives(&rule.from));
+    demands
+}
+
+/// What all alternatives demand one thing or another of.
+fn of_alternatives(alternatives: &[Checks]) -> Vec<Demand<'_>> {
+    let mut each = alternatives.iter().map(|checks| checks.request.iter().flat_map(of_check).collect());
+    let Some(mut common): Option<Vec<Demand<'_>>> = each.next() else { return Vec::new() };
+    for others in each {
+        common.retain_mut(|demand| {
+            let same = others.iter().find(|other| other.attribute == demand.attribute);
+            same.map(|other| demand.keys.extend(&other.keys)).is_some()
+        });
+    }
+    common
+}
+
+fn of_check(check: &OfRequest) -> Vec<Demand<'_>> {
+    match check {
+        OfRequest::Host(values) => texts(Attribute::Host, &values.any),
+        OfRequest::Method(values) => texts(Attribute::Method, &values.any),
+        OfRequest::Header(header, values) => match header.name_in_map() {
+            Some(name) => texts(Attribute::Header(name), &values.any),
+            None => Vec::new(),
+        },
+        OfRequest::Claim(claim, values) => texts(Attribute::Claim(&claim.path), &values.any),
+        OfRequest::Path(values) if !values.any.is_empty() => {
+            vec![Demand { attribute: Attribute::Path, keys: values.any.iter().map(path_key).collect() }]
+        }
+        OfRequest::RequestPrincipal(values) if !values.any.is_empty() => {
+            let keys =
+                |part: fn(&RequestPrincipal) -> &TextMatch| values.any.iter().map(part).map(key).collect();
+            vec![
+                Demand { attribute: Attribute::Subject, keys: keys(RequestPrincipal::subject) },
+                Demand { attribute: Attribute::Issuer, keys: keys(RequestPrincipal::issuer) },
+            ]
+        }
+        OfRequest::Path(_)
+        | OfRequest::RequestPrincipal(_)
+        | OfRequest::RemoteIp(_)
+        | OfRequest::Metadata(..) => Vec::new(),
+    }
+}
+
+fn texts<'a>(attribute: Attribute<'a>, any: &'a [TextMatch]) -> Vec<Demand<'a>> {
+    let keys: Vec<Key<'a>> = any.iter().map(key).collect();
+    if keys.is_empty() { Vec::new() } else { vec![Demand { attribute, keys }] }
+}
+
+fn key(text: &TextMatch) -> Key<'_> {
+    match text {
+        TextMatch::Exact(text) => Key::Exact(text),
+        TextMatch::Prefix(text) => Key::Prefix(text),
+        TextMatch::Suffix(text) => Key::Suffix(text),
+        TextMatch::Present => Key::Prefix(""),
+    }
+}
+
+/// A template is filed under what it begins with, or under what it ends with when that says more.
+fn path_key(path: &Path) -> Key<'_> {
+    match path {
+        Path::Text(text) => key(text),
+        Path::Template(template) => {
+            let text = template.as_str();
+            let begins = text.split('{').next().unwrap_or_default();
+            let ends = text.rsplit('}').next().unwrap_or_default();
+            if begins.len() >= ends.len() { Key::Prefix(begins) } else { Key::Suffix(ends) }
+        }
+    }
 }

@@ -96,7 +96,17 @@ impl<'a> Asked<'a> {
         (text("iss"), text("sub"))
     }
 
-    fn claim(&self, path: &ClaimPath) -> Option<&'a Value> {
+    /// The authority as sent.
+    pub(super) fn host(&self) -> Cow<'a, str> {
+        String::from_utf8_lossy(self.head.authority.as_bytes())
+    }
+
+    /// All values of a header, joined by `,`.
+    pub(super) fn header(&self, name: &HeaderName) -> Option<Cow<'a, str>> {
+        joined(self.head, name)
+    }
+
+    pub(super) fn claim(&self, path: &ClaimPath) -> Option<&'a Value> {
         self.token?.claim(path)
     }
 
@@ -168,7 +178,7 @@ impl OfRequest {
         let head = asked.head;
         match self {
             Self::Host(values) => {
-                let host = String::from_utf8_lossy(head.authority.as_bytes());
+                let host = asked.host();
                 values.hold(|text| host_matches(text, &host))
             }
             Self::Method(values) => values.hold(|text| text.matches(head.method.as_str())),
@@ -201,10 +211,7 @@ impl OfRequest {
     pub(super) fn miss(&self, asked: &Asked<'_>) -> Miss {
         let head = asked.head;
         match self {
-            Self::Host(values) => {
-                let host = String::from_utf8_lossy(head.authority.as_bytes()).into_owned();
-                Miss::new("host", host, values, ToString::to_string)
-            }
+            Self::Host(values) => Miss::new("host", asked.host().into_owned(), values, ToString::to_string),
             Self::Method(values) => Miss::new("method", head.method.to_string(), values, ToString::to_string),
             Self::Path(values) => Miss::new("path", head.path.path().to_owned(), values, ToString::to_string),
             Self::Header(header, values) => {
@@ -277,14 +284,17 @@ impl Header {
         Self { name: Arc::clone(name), place }
     }
 
+    /// Its name, if it is a header of the map.
+    pub(super) fn name_in_map(&self) -> Option<&HeaderName> {
+        match &self.place {
+            Place::Named(name) => Some(name),
+            Place::Method | Place::Authority | Place::Path | Place::Scheme | Place::Nowhere => None,
+        }
+    }
+
     fn value<'a>(&self, head: &'a RequestHead) -> Option<Cow<'a, str>> {
         match &self.place {
-            Place::Named(name) => {
-                let mut values =
-                    head.headers.get_all(name).iter().map(|value| String::from_utf8_lossy(value.as_bytes()));
-                let first = values.next()?;
-                Some(values.fold(first, |joined, value| Cow::Owned(format!("{joined},{value}"))))
-            }
+            Place::Named(name) => joined(head, name),
             Place::Method => Some(head.method.as_str().into()),
             Place::Authority => Some(String::from_utf8_lossy(head.authority.as_bytes())),
             Place::Path => Some(head.path.as_str().into()),
@@ -292,6 +302,12 @@ impl Header {
             Place::Nowhere => None,
         }
     }
+}
+
+fn joined<'a>(head: &'a RequestHead, name: &HeaderName) -> Option<Cow<'a, str>> {
+    let mut values = head.headers.get_all(name).iter().map(|value| String::from_utf8_lossy(value.as_bytes()));
+    let first = values.next()?;
+    Some(values.fold(first, |joined, value| Cow::Owned(format!("{joined},{value}"))))
 }
 
 /// A header that is there and empty counts as present, unlike any other empty text (Envoy's header matcher).

@@ -15,9 +15,9 @@ pub(super) struct Rule {
     pub(super) policy: Arc<str>,
     /// Its place in the policy as written.
     pub(super) index: usize,
-    from: Vec<Checks>,
+    pub(super) from: Vec<Checks>,
     pub(super) to: Vec<Checks>,
-    when: Checks,
+    pub(super) when: Checks,
 }
 
 /// Checks all of which must hold.

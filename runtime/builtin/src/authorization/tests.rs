@@ -73,6 +73,7 @@ fn account(namespace: &str, name: &str) -> ServiceAccount {
 }
 
 /// A request on a connection of client `a` of namespace `ns1` to port 80.
+#[derive(Debug)]
 struct Request {
     facts: ConnectionFacts,
     head: RequestHead,
@@ -607,6 +608,8 @@ fn policies_on_trial_and_audit_only_remark() {
     }
 }
 
+#[path = "tests/many.rs"]
+mod many;
 #[path = "tests/tokens.rs"]
 mod tokens;
 
@@ -737,21 +740,6 @@ prop_compose! {
     }
 }
 
-/// The alternatives of a rule, each with a path.
-fn some_operation() -> impl Strategy<Value = Vec<Operation>> {
-    let some_paths = paths(["/a", "/ab", "/abb*", "/ab*", "*bb", "*é", "/é*", "/b*", "/never", "/no*"]);
-    let operation = (
-        prop::collection::vec(prop::sample::select(some_paths.to_vec()), 1..3),
-        prop::sample::subsequence(texts(["GET", "POST", "PUT"]).to_vec(), 0..2),
-    );
-    let operation = operation.prop_map(|(some_paths, methods)| Operation {
-        paths: any(some_paths),
-        methods: any(methods),
-        ..Operation::default()
-    });
-    prop::collection::vec(operation, 1..3)
-}
-
 proptest! {
     #[test]
     fn compiled_rules_decide_as_the_plain_words_do(
@@ -776,24 +764,6 @@ proptest! {
                 prop_assert!(matches!(decision, Decision::Allow { by: Some(_) }), "{:?}", decision);
             }
         }
-    }
-
-    /// More rules than are tried one by one, none of which matches every request: the index must find the first.
-    #[test]
-    fn the_first_of_many_rules_on_paths_is_found(
-        operations in prop::collection::vec(some_operation(), 9..40),
-        path in "/(a|ab|abb|b|é|éb|)",
-        is_post: bool,
-    ) {
-        let rules: Vec<PolicyRule> = operations.into_iter().map(|to| PolicyRule { to, ..PolicyRule::default() }).collect();
-        let request = get(&path).method(if is_post { "POST" } else { "GET" });
-        let first = rules.iter().position(|rule| matches_plainly(rule, &request));
-        let expected = first.map(|index| format!("ns[shop]-policy[deny]-rule[{index}]"));
-        let found = match request.decide(&[deny(rules)]) {
-            Decision::Deny { policy, .. } => policy.map(|id| id.to_string()),
-            Decision::Allow { .. } => None,
-        };
-        prop_assert_eq!(found, expected);
     }
 
     #[test]
