@@ -5,7 +5,6 @@ use cairn_mesh::{NameMatch, PathRule, RouteMatch, ValueMatch};
 use http::{HeaderName, Method};
 use regex::Regex;
 use std::borrow::Cow;
-use std::cmp::Reverse;
 use std::sync::Arc;
 
 /// One alternative of a rule, compiled.
@@ -27,12 +26,6 @@ pub(crate) enum MatcherError {
     #[error("`{0}` is not a method")]
     Method(Arc<str>),
 }
-
-/// Where an alternative stands among all of a destination: lower is tried first.
-///
-/// Exact paths, then prefixes, then expressions, each longer first; then with a method, more headers, more query
-/// parameters (facts: Istio's order for HTTPRoutes; the Gateway API leaves expressions open).
-pub(crate) type Precedence = (u8, Reverse<usize>, Reverse<bool>, Reverse<usize>, Reverse<usize>);
 
 impl Matcher {
     pub(crate) fn compile(rule: &RouteMatch) -> Result<Self, MatcherError> {
@@ -59,17 +52,6 @@ impl Matcher {
     pub(crate) fn of_path_alone(rule: &RouteMatch) -> Self {
         let path = PathMatcher::compile(&rule.path).unwrap_or(PathMatcher::Prefix("".into()));
         Self { path, method: None, headers: Vec::new(), query: Vec::new() }
-    }
-
-    /// The place of `rule`, which need not compile.
-    pub(crate) fn precedence(rule: &RouteMatch) -> Precedence {
-        let (rank, length) = match &rule.path {
-            PathRule::Exact(path) => (0, path.len()),
-            PathRule::Prefix(prefix) => (1, prefix.trim_end_matches('/').len()),
-            PathRule::Regex(expression) => (2, expression.len()),
-        };
-        let has_method = rule.method.is_some();
-        (rank, Reverse(length), Reverse(has_method), Reverse(rule.headers.len()), Reverse(rule.query.len()))
     }
 
     pub(crate) fn matches(&self, head: &RequestHead) -> bool {

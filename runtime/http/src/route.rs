@@ -1,10 +1,12 @@
 //! The routes of one destination: compiled once, looked up for each exchange.
 
 use crate::Failure;
-use crate::matcher::{Matcher, Precedence};
+use crate::matcher::Matcher;
 use crate::rewrite::{HeaderOps, HostAndPath, backend_ops};
 use cairn_filter::RequestHead;
-use cairn_mesh::{BackendKind, HttpRoute, Redirect, ResourceName, RouteFilter, RouteRule, Service};
+use cairn_mesh::{
+    BackendKind, HttpRoute, Precedence, Redirect, ResourceName, RouteFilter, RouteRule, Service,
+};
 use std::sync::Arc;
 
 /// The routes of one destination.
@@ -81,8 +83,7 @@ impl RouteTable {
             return Self { entries: Vec::new(), implicit: Some(implicit_rule(own)), looks_at_headers: false };
         }
         let mut routes: Vec<&HttpRoute> = routes.iter().map(|route| &**route).collect();
-        // Ties go to the oldest, then by name; routes of unknown age count as the youngest.
-        routes.sort_by_key(|route| (route.created.is_empty(), &route.created, &route.name));
+        routes.sort_by_key(|route| route.precedence());
         let mut entries: Vec<(Precedence, Entry)> = Vec::new();
         for route in routes {
             for (index, rule) in route.rules.iter().enumerate() {
@@ -180,7 +181,7 @@ fn compile_rule(
     };
     let compiled = Arc::new(compiled);
     for alternative in &rule.matches {
-        let precedence = Matcher::precedence(alternative);
+        let precedence = alternative.precedence();
         match Matcher::compile(alternative) {
             Ok(matcher) => entries.push((precedence, Entry { matcher, rule: Arc::clone(&compiled) })),
             Err(error) => {

@@ -39,7 +39,7 @@ pub use policy::{
 pub use request_principal::RequestPrincipal;
 pub use route::{
     Backend, BackendKind, HeaderChange, HeaderChanges, HttpRoute, NameMatch, ParentRef, PathRewrite,
-    PathRule, Redirect, Rewrite, RouteFilter, RouteMatch, RouteRule, ValueMatch,
+    PathRule, Precedence, Redirect, Rewrite, RouteFilter, RouteMatch, RouteRule, ValueMatch,
 };
 pub use service::{
     AppProtocol, HealthPolicy, LoadBalancing, LoadBalancingMode, RoutingScope, Service, ServicePort,

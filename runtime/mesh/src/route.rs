@@ -1,6 +1,7 @@
 //! HTTPRoute (`gateway.networking.k8s.io/v1`), read but not compiled.
 
 use crate::ResourceName;
+use std::cmp::Reverse;
 use std::sync::Arc;
 
 /// What a route is attached to: a Service of the mesh.
@@ -23,6 +24,14 @@ pub struct HttpRoute {
     pub parents: Vec<ParentRef>,
     /// Its rules.
     pub rules: Vec<RouteRule>,
+}
+
+impl HttpRoute {
+    /// Its place among the routes of a destination where their rules are equal: the oldest first, then by name; routes
+    /// of unknown age count as the youngest.
+    pub fn precedence(&self) -> (bool, &Arc<str>, &ResourceName) {
+        (self.created.is_empty(), &self.created, &self.name)
+    }
 }
 
 /// One rule.
@@ -51,6 +60,23 @@ pub struct RouteMatch {
     pub query: Vec<NameMatch>,
     /// The method.
     pub method: Option<Arc<str>>,
+}
+
+/// Where an alternative stands among all of a destination: lower is tried first.
+pub type Precedence = (u8, Reverse<usize>, Reverse<bool>, Reverse<usize>, Reverse<usize>);
+
+impl RouteMatch {
+    /// Its place: exact paths, then prefixes, then expressions, each longer first; then with a method, more headers,
+    /// more query parameters (facts: Istio's order for HTTPRoutes; the Gateway API leaves expressions open).
+    pub fn precedence(&self) -> Precedence {
+        let (rank, length) = match &self.path {
+            PathRule::Exact(path) => (0, path.len()),
+            PathRule::Prefix(prefix) => (1, prefix.trim_end_matches('/').len()),
+            PathRule::Regex(expression) => (2, expression.len()),
+        };
+        let has_method = self.method.is_some();
+        (rank, Reverse(length), Reverse(has_method), Reverse(self.headers.len()), Reverse(self.query.len()))
+    }
 }
 
 /// A match on the path.
