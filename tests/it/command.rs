@@ -45,6 +45,31 @@ spec:
     let found = found.with_context(|| json.clone())?;
     assert_eq!((&found["severity"], &found["line"]), (&"error".into(), &5.into()), "{found}");
     assert!(found["file"].as_str().is_some_and(|file| file.ends_with("b.yaml")), "{found}");
+    let (good, sarif) = check(directory.path(), "sarif")?;
+    let sarif: Value = serde_json::from_str(&sarif)?;
+    assert!(!good && sarif["version"] == "2.1.0", "{sarif}");
+    let results = sarif["runs"][0]["results"].as_array().context("no results")?;
+    assert!(results.iter().any(|result| result["ruleId"] == "invalid-value"), "{results:?}");
+    Ok(())
+}
+
+#[test]
+fn a_warning_fails_the_check_only_where_it_is_asked_to() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let policy = "apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: { name: twice, namespace: shop }
+spec:
+  targetRefs: [{ group: \"\", kind: Service, name: catalog }]
+  rules: [{ to: [{ operation: { methods: [GET] } }] }, { to: [{ operation: { methods: [GET], paths: [/a] } }] }]
+";
+    std::fs::write(directory.path().join("a.yaml"), SMALL.1)?;
+    std::fs::write(directory.path().join("b.yaml"), policy)?;
+    let (good, text) = check(directory.path(), "text")?;
+    assert!(good && text.contains("b.yaml:6:") && text.contains("[shadowed-rule]"), "{text}");
+    assert!(text.contains("= fix: remove it"), "{text}");
+    let denied = run(&["check", &directory.path().display().to_string(), "--deny-warnings"])?;
+    assert!(!denied.status.success());
     Ok(())
 }
 

@@ -81,13 +81,6 @@ pub struct Reading {
     pub diagnostics: Vec<Diagnostic>,
 }
 
-impl Reading {
-    /// Whether something is wrong that an author must mend.
-    pub fn has_errors(&self) -> bool {
-        self.diagnostics.iter().any(|diagnostic| diagnostic.severity == Severity::Error)
-    }
-}
-
 impl Control {
     /// Opens the control plane of the manifests at `root`. The CA is made in, or taken from, `state`, unless a
     /// certificate and key are given.
@@ -306,7 +299,7 @@ fn finding(
         Some(object) => Diagnostic::at(object, &Finding { severity, code, field, reason }),
         None => {
             let (file, field) = (Arc::clone(root), String::new());
-            Diagnostic { severity, file, line: 0, column: 0, object: None, field, reason, code }
+            Diagnostic { severity, file, line: 0, column: 0, object: None, field, reason, code, fix: None }
         }
     }
 }

@@ -52,7 +52,7 @@ pub struct Options {
     block: u8,
     /// The form of the answer.
     #[arg(long, value_enum, default_value_t)]
-    output: crate::check::Output,
+    output: crate::output::Output,
 }
 
 /// Runs the demo; the exit status tells whether everything was as it should be.
@@ -240,8 +240,8 @@ async fn show(up: &mut Up, options: &Options) -> Result<Ended> {
     rows.push(plaintext(up, &scene).await?);
     let all_well = rows.iter().all(|row| row.ok);
     match options.output {
-        crate::check::Output::Json => println!("{}", serde_json::to_string_pretty(&rows)?),
-        crate::check::Output::Text => print_table(&rows, all_well),
+        crate::output::Output::Json => println!("{}", serde_json::to_string_pretty(&rows)?),
+        crate::output::Output::Text => print_table(&rows, all_well),
     }
     Ok(if all_well { Ended::Well } else { Ended::Wrong })
 }

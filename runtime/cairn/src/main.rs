@@ -9,6 +9,7 @@ mod demo;
 mod echo;
 mod forward;
 mod netns;
+mod output;
 mod supervise;
 mod up;
 mod xds;

@@ -11,6 +11,7 @@ use crate::diagnostic::{Finding, Severity};
 use crate::object::Object;
 use crate::reader::{Findings, Node};
 use cairn_mesh::{Change, Kind, MeshSettings, ResourceKey, ResourceName, TargetRef, Unenforceable};
+pub(crate) use settings::mesh_config;
 use target::Attachment;
 
 /// What an object means for a waypoint.

@@ -1,5 +1,6 @@
 //! What is said about manifests: findings inside an object, and diagnostics that also name file and line.
 
+use crate::codes::Code;
 use crate::field::FieldPath;
 use crate::object::Object;
 use serde::Serialize;
@@ -67,12 +68,24 @@ pub struct Diagnostic {
     pub reason: String,
     /// What kind of thing it is, `unknown-field`.
     pub code: &'static str,
+    /// What would mend it, one line; `None`: as [`crate::CODES`] says of the code.
+    pub fix: Option<String>,
 }
 
 impl Diagnostic {
     /// About a file as a whole.
     pub(crate) fn file(severity: Severity, code: &'static str, file: Arc<Path>, reason: String) -> Self {
-        Self { severity, file, line: 0, column: 0, object: None, field: String::new(), reason, code }
+        Self {
+            severity,
+            file,
+            line: 0,
+            column: 0,
+            object: None,
+            field: String::new(),
+            reason,
+            code,
+            fix: None,
+        }
     }
 
     /// `finding`, made in `object`.
@@ -91,6 +104,7 @@ impl Diagnostic {
             field: finding.field.to_string(),
             reason: finding.reason.clone(),
             code: finding.code,
+            fix: None,
         }
     }
 
@@ -105,7 +119,13 @@ impl Diagnostic {
             field: &self.field,
             reason: &self.reason,
             code: self.code,
+            fix: self.fix(),
         }
+    }
+
+    /// What would mend it: its own advice, or that of its code.
+    pub fn fix(&self) -> Option<&str> {
+        self.fix.as_deref().or_else(|| Code::named(self.code).map(|code| code.fix))
     }
 }
 
@@ -139,4 +159,6 @@ pub struct DiagnosticView<'a> {
     field: &'a str,
     reason: &'a str,
     code: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fix: Option<&'a str>,
 }

@@ -57,7 +57,7 @@ fn aliases(node: &Node<'_>, findings: &mut Findings) -> Vec<Arc<str>> {
 }
 
 /// The MeshConfig inside the ConfigMap, or the object's own spec.
-fn mesh_config(object: &Object, findings: &mut Findings) -> Option<(Value, FieldPath)> {
+pub(crate) fn mesh_config(object: &Object, findings: &mut Findings) -> Option<(Value, FieldPath)> {
     let Some(data) = object.spec.get("data") else {
         let own = object.kind == "MeshConfig";
         return own.then(|| (object.spec.clone(), object.root()));
