@@ -70,6 +70,7 @@ fn condition(asked: &Condition, given: &Condition) -> bool {
         (Condition::SourcePrincipal(wide), Condition::SourcePrincipal(narrow))
         | (Condition::SourceTrustDomain(wide), Condition::SourceTrustDomain(narrow)) => texts(wide, narrow),
         (Condition::DestinationPort(wide), Condition::DestinationPort(narrow)) => ports(wide, narrow),
+        // Claims may be lists, of which one element can be asked for and another excluded.
         (asked, given) => asked == given,
     }
 }

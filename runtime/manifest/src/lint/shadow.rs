@@ -89,9 +89,7 @@ impl Guard<'_, '_> {
     /// Whether it matches all that `narrow` matches.
     fn covers(&self, narrow: &Guard<'_, '_>) -> bool {
         // What a ztunnel cannot look at is another matter, and has been said already.
-        let is_whole = |guard: &Guard<'_, '_>| {
-            guard.rule.unsupported.is_empty() && (guard.has_targets() || guard.rule.l7.is_empty())
-        };
+        let is_whole = |guard: &Guard<'_, '_>| guard.has_targets() || guard.rule.l7.is_empty();
         is_whole(self) && is_whole(narrow) && cover::rule(&self.rule.rule, &narrow.rule.rule)
     }
 
