@@ -3,6 +3,7 @@
 
 mod plugin;
 pub(crate) mod policy;
+mod provider;
 mod route;
 mod settings;
 pub(crate) mod target;

@@ -4,6 +4,7 @@
 use crate::diagnostic::{Finding, Severity};
 use crate::field::FieldPath;
 use serde_json::Value;
+use std::time::Duration;
 
 /// What was found while reading one object.
 #[derive(Debug, Default)]
@@ -127,6 +128,35 @@ impl<'a> Node<'a> {
             return None;
         }
         Some(number)
+    }
+
+    /// `true` or `false`.
+    pub(crate) fn flag(&self, findings: &mut Findings) -> Option<bool> {
+        let flag = self.value.as_bool();
+        if flag.is_none() {
+            self.wrong("true or false", findings);
+        }
+        flag
+    }
+
+    /// The length of time, `1.5s`, `100ms`, `1m` or `1h`.
+    pub(crate) fn duration(&self, findings: &mut Findings) -> Option<Duration> {
+        const UNITS: [(&str, f64); 4] = [("ms", 0.001), ("s", 1.0), ("m", 60.0), ("h", 3600.0)];
+        /// As long as protobuf's durations may be.
+        const SECONDS_MAX: f64 = 315_576_000_000.0;
+        let text = self.text(findings)?;
+        let seconds = UNITS.iter().find_map(|(unit, seconds)| {
+            let number = text.strip_suffix(unit)?;
+            let plain =
+                !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
+            plain.then(|| number.parse::<f64>().ok()).flatten().map(|number| number * seconds)
+        });
+        let Some(seconds) = seconds.filter(|seconds| *seconds <= SECONDS_MAX) else {
+            let reason = format!("`{text}` is not a length of time, as `1.5s`, `100ms`, `1m`");
+            findings.refuse("invalid-value", &self.at, reason);
+            return None;
+        };
+        Some(Duration::from_secs_f64(seconds))
     }
 
     /// The port number.

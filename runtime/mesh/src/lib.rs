@@ -13,6 +13,7 @@ mod path;
 mod plan;
 mod plugin;
 mod policy;
+mod provider;
 mod request_principal;
 mod route;
 mod service;
@@ -36,6 +37,7 @@ pub use policy::{
     AuthorizationPolicy, ClaimPath, Condition, HostMatch, IpMatch, MetadataKey, MetadataMatch, Operation,
     PathMatch, PolicyRule, PortMatch, ServiceAccount, Source, TargetKind, TargetRef, Unenforceable, Values,
 };
+pub use provider::{AuthorizationProvider, CheckBody, CheckProtocol, HttpCheck};
 pub use request_principal::RequestPrincipal;
 pub use route::{
     Backend, BackendKind, HeaderChange, HeaderChanges, HttpRoute, NameMatch, ParentRef, PathRewrite,

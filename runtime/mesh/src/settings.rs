@@ -1,6 +1,6 @@
 //! Settings of the whole mesh: the parts of Istio's MeshConfig that Cairn reads.
 
-use crate::TrustDomains;
+use crate::{AuthorizationProvider, TrustDomains};
 use std::sync::Arc;
 
 /// How request paths are normalised before anything looks at them (`MeshConfig.pathNormalization`).
@@ -30,6 +30,8 @@ pub struct MeshSettings {
     pub cluster_domain: Arc<str>,
     /// The cluster's name.
     pub cluster_id: Arc<str>,
+    /// Services that policies with action CUSTOM ask.
+    pub authorization_providers: Vec<Arc<AuthorizationProvider>>,
     /// Path normalisation.
     pub path_normalization: PathNormalization,
 }
@@ -42,6 +44,7 @@ impl Default for MeshSettings {
             root_namespace: "istio-system".into(),
             cluster_domain: "cluster.local".into(),
             cluster_id: "Kubernetes".into(),
+            authorization_providers: Vec::new(),
             path_normalization: PathNormalization::Base,
         }
     }

@@ -1,5 +1,6 @@
 //! Settings of the whole mesh: key `mesh` of the ConfigMap `istio`, of which only what Cairn reads is looked at.
 
+use super::provider;
 use crate::document::documents;
 use crate::field::FieldPath;
 use crate::object::Object;
@@ -24,6 +25,9 @@ pub(super) fn decode(object: &Object, settings: &MeshSettings, findings: &mut Fi
     }
     if let Some(node) = entries.get("trustDomainAliases") {
         read.trust_domain_aliases = aliases(&node, findings);
+    }
+    if entries.get("extensionProviders").is_some() {
+        read.authorization_providers = provider::decode(&entries, findings);
     }
     if let Some(text) = entries.get("rootNamespace").and_then(|node| node.filled(findings)) {
         read.root_namespace = text.into();
