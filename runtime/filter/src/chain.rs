@@ -1,7 +1,8 @@
 //! The chain: the filters of one destination, and their run over one exchange.
 
 use crate::{
-    Admission, Connection, Exchange, Factory, Filter, LocalReply, Phases, RequestHead, ResponseHead, Verdict,
+    Admission, Body, BodyRead, Connection, Exchange, Factory, Filter, LocalReply, Phases, RequestHead,
+    ResponseHead, Verdict,
 };
 use smallvec::SmallVec;
 use std::sync::Arc;
@@ -27,6 +28,8 @@ pub enum Outcome {
     Reply(Box<LocalReply>),
     /// A filter ended the exchange.
     Reset,
+    /// The client broke off within the body that a filter asked for.
+    ClientGone,
 }
 
 impl Chain {
@@ -58,6 +61,17 @@ impl Chain {
         Admission::Pass(allowed_by)
     }
 
+    /// Judges a connection that carries no HTTP and that [`Chain::admit`] lets pass, by filters that ask somebody.
+    pub async fn ask(&self, connection: &Connection) -> Admission {
+        let asked: Vec<_> = self.links.iter().filter_map(|link| link.factory.ask(connection)).collect();
+        for judgement in asked {
+            if let Admission::Refuse(denial) = judgement.await {
+                return Admission::Refuse(denial);
+            }
+        }
+        Admission::Pass(None)
+    }
+
     /// Starts the instances for one exchange.
     pub fn start(&self, exchange: &Exchange) -> Running {
         let mut filters = SmallVec::new();
@@ -86,22 +100,33 @@ pub struct Running {
 impl Running {
     /// Runs the request phase, first filter first. Filters after the one that answered do not run, and will not see
     /// the response either (Envoy encodes a local reply through the filters from the one that sent it backwards).
+    /// `body` is read when a filter asks for it.
     pub async fn request_headers(
         &mut self,
         exchange: &mut Exchange,
         head: &mut RequestHead,
         end_of_stream: bool,
+        body: &mut dyn Body,
     ) -> Outcome {
         for index in 0..self.filters.len() {
             let active = &mut self.filters[index];
             if !active.phases.contains(Phases::REQUEST_HEADERS) {
                 continue;
             }
+            let mut read: Option<BodyRead> = None;
             loop {
-                match active.filter.request_headers(exchange, head, end_of_stream) {
+                let verdict = match &read {
+                    None => active.filter.request_headers(exchange, head, end_of_stream),
+                    Some(read) => active.filter.request_body(exchange, head, read),
+                };
+                match verdict {
                     Verdict::Continue => break,
                     Verdict::Wait(until) => until.await,
                     Verdict::Reset => return Outcome::Reset,
+                    Verdict::ReadBody { bytes_max } => match body.read(bytes_max).await {
+                        Ok(body) => read = Some(body),
+                        Err(_) => return Outcome::ClientGone,
+                    },
                     Verdict::Reply(reply) => {
                         self.end_rest(index + 1, exchange);
                         return Outcome::Reply(reply);
@@ -127,7 +152,8 @@ impl Running {
                 false => Verdict::Continue,
             };
             match verdict {
-                Verdict::Continue => self.respond_to = index,
+                // There is no request left to read when it is answered.
+                Verdict::Continue | Verdict::ReadBody { .. } => self.respond_to = index,
                 Verdict::Wait(until) => until.await,
                 Verdict::Reset => return Outcome::Reset,
                 Verdict::Reply(reply) => {

@@ -8,6 +8,7 @@
 //! Order is data: [`sort_factories`] puts Istio's phases and priorities into one list. Requests run it forwards,
 //! responses backwards.
 
+mod body;
 mod callout;
 mod chain;
 mod exchange;
@@ -16,6 +17,7 @@ mod order;
 mod reply;
 mod token;
 
+pub use body::{Body, BodyBroken, BodyFuture, BodyRead, NoBody};
 pub use callout::{Callout, CalloutAnswer, CalloutError, CalloutFuture, CalloutRequest, NoCallout};
 pub use chain::{Chain, Outcome, Running};
 pub use exchange::{Connection, Exchange, Note, Peer, Protocol};
@@ -53,6 +55,12 @@ pub enum Verdict {
     /// Hold the exchange until the future resolves; the chain then calls the same phase of the same filter again,
     /// which finds out from its own state what came of it. The future must bound its own waiting.
     Wait(Pin<Box<dyn Future<Output = ()> + Send>>),
+    /// In the request phase: hold the exchange until the request's body is here, or more than `bytes_max` of it, and
+    /// call [`Filter::request_body`] with it. What is read still goes upstream.
+    ReadBody {
+        /// The most bytes that the filter is given; one more frame may be kept.
+        bytes_max: usize,
+    },
 }
 
 /// What a filter says of a connection whose bytes are not HTTP: its own judgement on who connects to what.
@@ -63,6 +71,9 @@ pub enum Admission {
     /// It may not.
     Refuse(Denial),
 }
+
+/// A judgement on its way.
+pub type AdmissionFuture = Pin<Box<dyn Future<Output = Admission> + Send>>;
 
 /// The compiled configuration of one filter, immutable and shared by all exchanges of all workers.
 pub trait Factory: Send + Sync {
@@ -82,6 +93,14 @@ pub trait Factory: Send + Sync {
         let _ = connection;
         Admission::Pass(None)
     }
+
+    /// Judges a connection that carries no HTTP when that takes asking somebody; `None`: it does not. It is asked once
+    /// [`Factory::admit`] of all filters let the connection pass, and again only when the filters of the destination
+    /// changed. The future must bound its own waiting.
+    fn ask(&self, connection: &Connection) -> Option<AdmissionFuture> {
+        let _ = connection;
+        None
+    }
 }
 
 /// One filter at work on one exchange.
@@ -97,6 +116,12 @@ pub trait Filter: Send {
         end_of_stream: bool,
     ) -> Verdict {
         let _ = (exchange, head, end_of_stream);
+        Verdict::Continue
+    }
+
+    /// The request's body is here, as far as [`Verdict::ReadBody`] asked for it; no byte has gone upstream.
+    fn request_body(&mut self, exchange: &mut Exchange, head: &mut RequestHead, body: &BodyRead) -> Verdict {
+        let _ = (exchange, head, body);
         Verdict::Continue
     }
 

@@ -3,9 +3,12 @@
 use crate::record::{Ending, Record};
 use crate::reply::{GRPC_STATUS, grpc_status};
 use crate::upstream::Lease;
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
+use cairn_filter::{BodyBroken, BodyFuture, BodyRead};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
+use std::collections::VecDeque;
+use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -21,33 +24,38 @@ pub(crate) struct Progress {
 
 /// A request's body on its way upstream.
 pub(crate) struct RequestBody {
-    /// `None`: there is no body.
+    /// What was read before it was sent on.
+    read: VecDeque<Frame<Bytes>>,
+    /// What comes after that; `None`: nothing does.
     incoming: Option<(Incoming, Arc<Progress>)>,
 }
 
 impl RequestBody {
     pub(crate) fn none() -> Self {
-        Self { incoming: None }
+        Self { read: VecDeque::new(), incoming: None }
+    }
+
+    /// A body made here.
+    pub(crate) fn full(bytes: Bytes) -> Self {
+        let frame = (!bytes.is_empty()).then(|| Frame::data(bytes));
+        Self { read: frame.into_iter().collect(), incoming: None }
     }
 
     /// The body, and how to follow it if there is one.
     pub(crate) fn new(incoming: Incoming) -> (Self, Option<Arc<Progress>>) {
         if incoming.is_end_stream() {
-            return (Self { incoming: None }, None);
+            return (Self::none(), None);
         }
         let progress = Arc::new(Progress::default());
-        (Self { incoming: Some((incoming, Arc::clone(&progress))) }, Some(progress))
+        let incoming = Some((incoming, Arc::clone(&progress)));
+        (Self { read: VecDeque::new(), incoming }, Some(progress))
     }
-}
 
-impl Body for RequestBody {
-    type Data = Bytes;
-    type Error = hyper::Error;
+    fn bytes_read(&self) -> usize {
+        self.read.iter().filter_map(Frame::data_ref).map(Bytes::len).sum()
+    }
 
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    fn poll_incoming(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         let Some((incoming, progress)) = &mut self.incoming else { return Poll::Ready(None) };
         let frame = ready!(Pin::new(incoming).poll_frame(cx));
         match &frame {
@@ -60,13 +68,59 @@ impl Body for RequestBody {
         }
         Poll::Ready(frame)
     }
+}
+
+impl cairn_filter::Body for RequestBody {
+    fn read(&mut self, bytes_max: usize) -> BodyFuture<'_> {
+        Box::pin(async move {
+            // What is read stays here, to be sent on.
+            while self.bytes_read() <= bytes_max {
+                match poll_fn(|cx| self.poll_incoming(cx)).await {
+                    Some(Ok(frame)) => self.read.push_back(frame),
+                    Some(Err(_)) => return Err(BodyBroken),
+                    None => {
+                        self.incoming = None;
+                        break;
+                    }
+                }
+            }
+            let is_whole = self.bytes_read() <= bytes_max;
+            let mut bytes = BytesMut::new();
+            self.read.iter().filter_map(Frame::data_ref).for_each(|data| bytes.extend_from_slice(data));
+            bytes.truncate(bytes_max);
+            Ok(BodyRead { bytes: bytes.freeze(), is_whole })
+        })
+    }
+}
+
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        match self.read.pop_front() {
+            Some(frame) => Poll::Ready(Some(Ok(frame))),
+            None => self.poll_incoming(cx),
+        }
+    }
 
     fn is_end_stream(&self) -> bool {
-        self.incoming.as_ref().is_none_or(|(incoming, _)| incoming.is_end_stream())
+        self.read.is_empty() && self.incoming.as_ref().is_none_or(|(incoming, _)| incoming.is_end_stream())
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.incoming.as_ref().map_or_else(|| SizeHint::with_exact(0), |(incoming, _)| incoming.size_hint())
+        let read = self.bytes_read() as u64;
+        let rest =
+            self.incoming.as_ref().map_or_else(|| SizeHint::with_exact(0), |(body, _)| body.size_hint());
+        let mut whole = SizeHint::new();
+        if let Some(upper) = rest.upper() {
+            whole.set_upper(upper.saturating_add(read));
+        }
+        whole.set_lower(rest.lower().saturating_add(read));
+        whole
     }
 }
 

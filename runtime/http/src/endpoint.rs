@@ -3,8 +3,7 @@
 use crate::host::{Active, Host};
 use crate::route::Target;
 use crate::worker::Balancer;
-use crate::{Failure, Site, Worker};
-use cairn_filter::Connection;
+use crate::{Failure, Worker};
 use cairn_mesh::{AppProtocol, Service, ServiceState, TunnelProtocol, Workload, pick};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -20,21 +19,25 @@ pub(crate) struct Chosen {
 /// How often another endpoint is drawn when one has been tried already (Envoy `host_selection_retry_max_attempts`).
 const DRAWS_MAX: usize = 5;
 
+/// From where an endpoint is looked for.
+pub(crate) struct Reach<'a> {
+    pub(crate) worker: &'a Worker,
+    /// The workload whose own place endpoints should be near to.
+    pub(crate) viewpoint: Option<&'a Workload>,
+    /// Where the client meant to go.
+    pub(crate) destination: SocketAddr,
+}
+
 /// Chooses an endpoint of `target`, not one of `tried` if that can be helped.
-pub(crate) fn choose(
-    worker: &Worker,
-    site: &Site,
-    target: &Target,
-    connection: &Connection,
-    tried: &[SocketAddr],
-) -> Result<Chosen, Failure> {
+pub(crate) fn choose(reach: &Reach<'_>, target: &Target, tried: &[SocketAddr]) -> Result<Chosen, Failure> {
+    let Reach { worker, destination, .. } = *reach;
     let snapshot = worker.snapshot();
     let (key, port) = match target {
         Target::Invalid(reason) => return Err(Failure::InvalidBackend(Arc::clone(reason))),
         Target::Addressed => {
-            let at = snapshot.local(connection.destination);
+            let at = snapshot.local(destination);
             let workload = snapshot.workload_at(&at).ok_or(Failure::NoEndpoint)?;
-            let host = host_of(worker, workload, connection.destination);
+            let host = host_of(worker, workload, destination);
             return Ok(Chosen {
                 active: Active::new(host),
                 workload: Arc::clone(workload),
@@ -48,8 +51,7 @@ pub(crate) fn choose(
     let declared = |service: &Service| service.port(port).map(|port| port.protocol);
     let protocol =
         declared(&state.service).ok_or_else(|| unusable(format!("service {key} has no port {port}")))?;
-    let wanted = connection.destination.ip();
-    let draw = || draw(worker, site, state, port, wanted);
+    let draw = || draw(reach, state, port);
     let mut best = draw().ok_or(Failure::NoEndpoint)?;
     for _ in 0..DRAWS_MAX {
         if !tried.contains(&best.1.address) {
@@ -65,15 +67,10 @@ pub(crate) fn choose(
     Ok(Chosen { active: Active::new(host), workload: Arc::clone(workload), protocol })
 }
 
-fn draw<'a>(
-    worker: &Worker,
-    site: &Site,
-    state: &'a ServiceState,
-    port: u16,
-    wanted: IpAddr,
-) -> Option<(&'a Arc<Workload>, Arc<Host>)> {
-    let (endpoint, target) = pick(state, port, site.viewpoint.as_deref(), &mut |bound| worker.draw(bound))?;
-    let ip = address_of(&endpoint.workload, wanted)?;
+fn draw<'a>(reach: &Reach<'_>, state: &'a ServiceState, port: u16) -> Option<(&'a Arc<Workload>, Arc<Host>)> {
+    let worker = reach.worker;
+    let (endpoint, target) = pick(state, port, reach.viewpoint, &mut |bound| worker.draw(bound))?;
+    let ip = address_of(&endpoint.workload, reach.destination.ip())?;
     Some((&endpoint.workload, host_of(worker, &endpoint.workload, SocketAddr::new(ip, target))))
 }
 

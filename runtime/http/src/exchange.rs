@@ -2,7 +2,7 @@
 //! an endpoint, send, retry, run the response filters in reverse, and hand the response on with its record.
 
 use crate::body::{RequestBody, ResponseBody};
-use crate::endpoint::{Chosen, choose};
+use crate::endpoint::{Chosen, Reach, choose};
 use crate::head::{
     Wish, request_head, set_own_response_headers, set_service_time, strip_hop, upstream_parts, wish,
 };
@@ -96,14 +96,16 @@ async fn go(
     body: Incoming,
     upgrade: Option<&Upgrade>,
 ) -> Turn {
-    let (body, progress) = RequestBody::new(body);
+    let (mut body, progress) = RequestBody::new(body);
     record.progress = progress;
     let before = (head.method.clone(), head.path.clone(), head.authority.clone());
     let end_of_stream = record.progress.is_none();
-    match record.running.request_headers(&mut record.exchange, &mut head, end_of_stream).await {
+    let Record { running, exchange, .. } = record;
+    match running.request_headers(exchange, &mut head, end_of_stream, &mut body).await {
         Outcome::Continue => {}
         Outcome::Reply(reply) => return Turn::Reply(reply),
         Outcome::Reset => return Turn::Reset,
+        Outcome::ClientGone => return Turn::Fail(Failure::ClientGone),
     }
     let is_touched = site.routes.looks_at_headers()
         || (&head.method, &head.path, &head.authority) != (&before.0, &before.1, &before.2);
@@ -150,7 +152,9 @@ async fn send(
     let served = Arc::clone(&record.served);
     let worker = &*served.worker;
     let mut tried: SmallVec<[SocketAddr; 3]> = SmallVec::new();
-    let mut chosen = choose(worker, site, &backend.target, &served.connection, &tried)?;
+    let destination = served.connection.destination;
+    let reach = Reach { worker, viewpoint: site.viewpoint.as_deref(), destination };
+    let mut chosen = choose(&reach, &backend.target, &tried)?;
     let version = upstream_version(chosen.protocol, head.version, is_upgrade);
     let mut request = upstream_parts(head, version)?.body(body).map_err(|_| Failure::BadPath)?;
     loop {
@@ -170,7 +174,7 @@ async fn send(
         let Some(unsent) = unsent.filter(|_| may_retry) else { return Err(failure) };
         request = unsent;
         tried.push(address);
-        chosen = choose(worker, site, &backend.target, &served.connection, &tried)?;
+        chosen = choose(&reach, &backend.target, &tried)?;
         if tried.contains(&chosen.active.host().address) {
             // There is no other: give it a moment (Envoy's base interval, 25 ms, doubling, with jitter).
             let most = 25_u64 << tried.len().min(4);
@@ -227,7 +231,7 @@ async fn respond(
             Ok(response_of(head, |record| ResponseBody::upstream(incoming, record, lease), record))
         }
         Outcome::Reply(reply) => Ok(answer_with(record, *reply, false)),
-        Outcome::Reset => {
+        Outcome::Reset | Outcome::ClientGone => {
             record.end(Ending::FilterReset);
             Err(Reset)
         }
@@ -266,7 +270,7 @@ async fn reply_here(
     match running.response_headers(exchange, &mut head, body.is_empty()).await {
         Outcome::Continue => Ok(finish_reply(record, head, body, is_head)),
         Outcome::Reply(reply) => Ok(answer_with(record, *reply, is_head)),
-        Outcome::Reset => {
+        Outcome::Reset | Outcome::ClientGone => {
             record.end(Ending::FilterReset);
             Err(Reset)
         }
@@ -324,7 +328,7 @@ fn protocol(version: Version) -> Protocol {
 
 #[cfg(test)]
 #[path = "exchange/harness.rs"]
-mod harness;
+pub(crate) mod harness;
 #[cfg(test)]
 #[path = "exchange/tests.rs"]
 mod tests;

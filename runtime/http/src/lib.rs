@@ -5,6 +5,7 @@
 //! copied. A [`Worker`] owns what the connections of one thread share: upstream connections and their load.
 
 mod body;
+mod callout;
 mod endpoint;
 mod exchange;
 mod failure;
@@ -24,6 +25,7 @@ mod upgrade;
 mod upstream;
 mod worker;
 
+pub use callout::MeshCallout;
 pub use failure::{Answer, Failure};
 pub use route::RouteTable;
 pub use serve::serve;

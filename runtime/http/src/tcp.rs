@@ -1,6 +1,6 @@
 //! Connections that carry no HTTP: an endpoint is chosen and bytes are copied.
 
-use crate::endpoint::{Chosen, choose};
+use crate::endpoint::{Chosen, Reach, choose};
 use crate::route::Target;
 use crate::stream::Upstream;
 use crate::{Failure, Site, SiteHandle, Worker, upstream};
@@ -9,6 +9,7 @@ use cairn_net::ByteCounts;
 use cairn_telemetry::{Direction, PeerLabels, Reporter, Security, TcpConnection, TcpLabels, TcpRecord};
 use std::io;
 use std::pin::pin;
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant, SystemTime};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -30,7 +31,7 @@ where
     let current = site.load_full();
     let counts = ByteCounts::default();
     let failed = |flags| TcpConnection::failed(&worker.telemetry().metrics, &labels(connection, None, flags));
-    let mut verdict = current.chain.admit(connection);
+    let mut verdict = admit(&current, connection).await;
     let (chosen, outcome) = match (&verdict, open(connection, &current, worker)) {
         (Admission::Refuse(denial), _) => {
             failed(DENIED);
@@ -42,7 +43,7 @@ where
                 let mut counted = TcpConnection::open(&worker.telemetry().metrics, labels);
                 let ended = tokio::select! {
                     copied = copy(&mut stream, &mut server, &counts, &mut counted) => copied.map_err(|error| error.to_string()),
-                    denial = until_refused(connection, site, &mut changes) => {
+                    denial = until_refused(connection, site, Arc::clone(&current), &mut changes) => {
                         let reason = denial.reason.clone();
                         verdict = Admission::Refuse(denial);
                         Err(reason)
@@ -86,10 +87,24 @@ where
     });
 }
 
-/// Resolves when the destination's filters, as they are by then, no longer let the connection pass.
+/// The judgement of the destination's filters: first of those that know, then of those that ask.
+async fn admit(site: &Site, connection: &Connection) -> Admission {
+    let allowed_by = match site.chain.admit(connection) {
+        Admission::Pass(by) => by,
+        refused => return refused,
+    };
+    match site.chain.ask(connection).await {
+        Admission::Pass(by) => Admission::Pass(allowed_by.or(by)),
+        refused => refused,
+    }
+}
+
+/// Resolves when the destination's filters, as they are by then, no longer let the connection pass. They let it when
+/// they were as `judged` has them.
 async fn until_refused(
     connection: &Connection,
     site: &SiteHandle,
+    mut judged: Arc<Site>,
     changes: &mut watch::Receiver<()>,
 ) -> Denial {
     loop {
@@ -97,9 +112,14 @@ async fn until_refused(
             // Nothing changes any more: the worker is ending.
             return std::future::pending().await;
         }
-        if let Admission::Refuse(denial) = site.load_full().chain.admit(connection) {
+        let now = site.load_full();
+        if Arc::ptr_eq(&now, &judged) {
+            continue;
+        }
+        if let Admission::Refuse(denial) = admit(&now, connection).await {
             return denial;
         }
+        judged = now;
     }
 }
 
@@ -109,8 +129,9 @@ async fn open(connection: &Connection, site: &Site, worker: &Worker) -> Result<(
         None => Target::Addressed,
     };
     let mut tried = Vec::new();
+    let reach = Reach { worker, viewpoint: site.viewpoint.as_deref(), destination: connection.destination };
     loop {
-        let chosen = choose(worker, site, &target, connection, &tried)?;
+        let chosen = choose(&reach, &target, &tried)?;
         match upstream::open(worker, chosen.active.host()).await {
             Ok(server) => return Ok((chosen, server)),
             Err(failure) if !failure.answer().retry || tried.len() == worker.settings.retries_max => {

@@ -3,7 +3,7 @@
 use crate::Waypoint;
 use cairn_filter::{Admission, Connection, Denial, Peer};
 use cairn_hbone::{Authority, Connect, ServerSettings};
-use cairn_http::{Site, SiteHandle};
+use cairn_http::{MeshCallout, Site, SiteHandle};
 use cairn_mesh::{AppProtocol, NetworkAddress, Snapshot};
 use http::{HeaderMap, StatusCode};
 use std::net::SocketAddr;
@@ -76,6 +76,9 @@ async fn tunnel(waypoint: Arc<Waypoint>, worker: usize, connect: Connect) {
         return connect.refuse(StatusCode::NOT_FOUND);
     };
     let snapshot = waypoint.snapshot.load_full();
+    let Some(engine) = waypoint.engines.get(worker) else {
+        return connect.refuse(StatusCode::SERVICE_UNAVAILABLE);
+    };
     let connection = Arc::new(Connection {
         id: CONNECTIONS.fetch_add(1, Ordering::Relaxed),
         worker,
@@ -83,16 +86,13 @@ async fn tunnel(waypoint: Arc<Waypoint>, worker: usize, connect: Connect) {
         destination,
         service: site.load().service.clone(),
         local: Some(waypoint.settings.identity.clone()),
-        callout: Arc::new(cairn_filter::NoCallout),
+        callout: Arc::new(MeshCallout::new(Arc::clone(engine), Arc::clone(&site), destination)),
     });
     if let Some(denial) = refused_at_once(&site.load(), &connection) {
         tracing::info!(source = %downstream.identity, %destination, policy = %denial.policy, reason = denial.reason,
             "CONNECT refused by policy");
         return connect.refuse(StatusCode::FORBIDDEN);
     }
-    let Some(engine) = waypoint.engines.get(worker) else {
-        return connect.refuse(StatusCode::SERVICE_UNAVAILABLE);
-    };
     match connect.accept(HeaderMap::new()) {
         Ok(stream) => {
             cairn_http::serve(stream, connection, site, Arc::clone(engine), waypoint.drain.clone()).await;

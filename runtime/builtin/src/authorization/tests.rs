@@ -638,7 +638,7 @@ fn run(factory: &dyn Factory, exchange: &mut Exchange) -> Option<LocalReply> {
     match filter.request_headers(exchange, &mut get("/").head, true) {
         Verdict::Continue => None,
         Verdict::Reply(reply) => Some(*reply),
-        Verdict::Reset | Verdict::Wait(_) => panic!("neither resets nor waits"),
+        Verdict::Reset | Verdict::Wait(_) | Verdict::ReadBody { .. } => panic!("it decides at once"),
     }
 }
 

@@ -2,7 +2,10 @@
 
 use super::*;
 use crate::exchange::NOTES_MAX;
-use crate::{Connection, LocalReply, Peer, Protocol};
+use crate::{
+    AdmissionFuture, BodyBroken, BodyFuture, Connection, Denial, LocalReply, NoBody, Peer, Protocol,
+};
+use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Version};
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -147,13 +150,14 @@ async fn run(factories: Vec<Scripted>) -> (Vec<String>, &'static str) {
     let chain = Chain::new(factories.into_iter().map(|f| Arc::new(f) as Arc<dyn Factory>).collect());
     let mut exchange = exchange();
     let mut running = chain.start(&exchange);
-    let outcome = match running.request_headers(&mut exchange, &mut request(), true).await {
+    let outcome = match running.request_headers(&mut exchange, &mut request(), true, &mut NoBody).await {
         Outcome::Continue => "continue",
         Outcome::Reply(reply) => {
             assert_eq!(reply.status, StatusCode::FORBIDDEN);
             "reply"
         }
         Outcome::Reset => "reset",
+        Outcome::ClientGone => "gone",
     };
     if outcome != "reset" {
         running.response_headers(&mut exchange, &mut response(), true).await;
@@ -262,8 +266,8 @@ async fn an_exchange_abandoned_while_waiting_still_ends_every_filter_once() {
     let mut exchange = exchange();
     let mut running = chain.start(&exchange);
     {
-        let mut head = request();
-        let phase = running.request_headers(&mut exchange, &mut head, true);
+        let (mut head, mut body) = (request(), NoBody);
+        let phase = running.request_headers(&mut exchange, &mut head, true, &mut body);
         // The client goes away while `b` waits: the future is polled once and dropped.
         assert!(futures_util::FutureExt::now_or_never(phase).is_none());
     }
@@ -276,6 +280,112 @@ async fn an_exchange_abandoned_while_waiting_still_ends_every_filter_once() {
         *ends.entry(line).or_default() += 1;
     }
     assert_eq!(ends, HashMap::from([("a drop", 1), ("b drop", 1), ("c drop", 1)]));
+}
+
+/// A filter that asks for two bytes of the body, then for four, and then says what it was given.
+struct Reader(Log);
+
+impl Factory for Reader {
+    fn name(&self) -> &str {
+        "reader"
+    }
+
+    fn phases(&self) -> Phases {
+        Phases::REQUEST_HEADERS
+    }
+
+    fn start(&self, _exchange: &Exchange) -> Option<Box<dyn Filter>> {
+        Some(Box::new(Reader(Arc::clone(&self.0))))
+    }
+}
+
+impl Filter for Reader {
+    fn request_headers(&mut self, _: &mut Exchange, _: &mut RequestHead, _: bool) -> Verdict {
+        Verdict::ReadBody { bytes_max: 2 }
+    }
+
+    fn request_body(&mut self, _: &mut Exchange, _: &mut RequestHead, body: &BodyRead) -> Verdict {
+        let mut log = self.0.lock().unwrap();
+        log.push(format!("{} {}", String::from_utf8_lossy(&body.bytes), body.is_whole));
+        if log.len() == 1 { Verdict::ReadBody { bytes_max: 4 } } else { Verdict::Continue }
+    }
+}
+
+/// A body of three bytes, or one that the client breaks off.
+struct Three {
+    broken: bool,
+}
+
+impl Body for Three {
+    fn read(&mut self, bytes_max: usize) -> BodyFuture<'_> {
+        let bytes = Bytes::from_static(b"abc").slice(..bytes_max.min(3));
+        let read = BodyRead { bytes, is_whole: bytes_max >= 3 };
+        let read = if self.broken { Err(BodyBroken) } else { Ok(read) };
+        Box::pin(async move {
+            tokio::task::yield_now().await;
+            read
+        })
+    }
+}
+
+#[tokio::test]
+async fn a_filter_reads_as_much_of_the_body_as_it_asks_for() {
+    for (broken, outcome, said) in
+        [(false, "continue", &["ab false", "abc true", "after request"][..]), (true, "gone", &[])]
+    {
+        let log = Log::default();
+        let after = Arc::new(scripted("after", &log));
+        let chain = Chain::new(vec![Arc::new(Reader(Arc::clone(&log))), after]);
+        let mut exchange = exchange();
+        let mut running = chain.start(&exchange);
+        let found =
+            running.request_headers(&mut exchange, &mut request(), false, &mut Three { broken }).await;
+        let found = match found {
+            Outcome::Continue => "continue",
+            Outcome::ClientGone => "gone",
+            Outcome::Reply(_) | Outcome::Reset => "neither",
+        };
+        assert_eq!(found, outcome);
+        assert_eq!(*log.lock().unwrap(), said);
+    }
+}
+
+/// A filter that asks somebody of connections.
+struct Asker(Option<Admission>);
+
+impl Factory for Asker {
+    fn name(&self) -> &str {
+        "asker"
+    }
+
+    fn phases(&self) -> Phases {
+        Phases::empty()
+    }
+
+    fn start(&self, _exchange: &Exchange) -> Option<Box<dyn Filter>> {
+        None
+    }
+
+    fn ask(&self, _connection: &Connection) -> Option<AdmissionFuture> {
+        let answer = self.0.clone()?;
+        Some(Box::pin(std::future::ready(answer)))
+    }
+}
+
+#[tokio::test]
+async fn a_connection_passes_when_everybody_who_is_asked_lets_it() {
+    let refuse = || Admission::Refuse(Denial { policy: "p".into(), reason: "no".to_owned() });
+    let pass = || Admission::Pass(None);
+    for (answers, expected) in [
+        (vec![], pass()),
+        (vec![None], pass()),
+        (vec![None, Some(pass())], pass()),
+        (vec![Some(pass()), Some(refuse())], refuse()),
+    ] {
+        let askers = answers.into_iter().map(|answer| Arc::new(Asker(answer)) as Arc<dyn Factory>);
+        let chain = Chain::new(askers.collect());
+        assert_eq!(chain.ask(&exchange().connection).await, expected);
+    }
 }
 
 #[test]

@@ -1,0 +1,173 @@
+//! How filters ask other services: over the worker's own upstream connections, to an endpoint chosen as for any backend.
+
+use crate::body::RequestBody;
+use crate::endpoint::{Reach, choose};
+use crate::host::Active;
+use crate::route::Target;
+use crate::upstream::{self, Lease};
+use crate::{Failure, SiteHandle, Worker};
+use bytes::{Bytes, BytesMut};
+use cairn_filter::{Callout, CalloutAnswer, CalloutError, CalloutFuture, CalloutRequest};
+use cairn_mesh::{ResourceName, Snapshot};
+use http::header::{CONTENT_LENGTH, HOST};
+use http::{HeaderMap, HeaderValue, Request, Response, Uri, Version, request};
+use http_body::Body;
+use hyper::body::Incoming;
+use smallvec::SmallVec;
+use std::fmt;
+use std::future::poll_fn;
+use std::net::{IpAddr, SocketAddr};
+use std::pin::pin;
+use std::sync::Arc;
+
+/// Asks services of the mesh on behalf of one connection, and addresses outside it over plain TCP.
+pub struct MeshCallout {
+    worker: Arc<Worker>,
+    site: SiteHandle,
+    destination: SocketAddr,
+}
+
+impl MeshCallout {
+    /// Asks over `worker`'s connections, for a connection to `destination`, which `site` serves.
+    pub fn new(worker: Arc<Worker>, site: SiteHandle, destination: SocketAddr) -> Self {
+        Self { worker, site, destination }
+    }
+}
+
+impl fmt::Debug for MeshCallout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MeshCallout").field("destination", &self.destination).finish_non_exhaustive()
+    }
+}
+
+impl Callout for MeshCallout {
+    fn call(&self, request: CalloutRequest) -> CalloutFuture {
+        let (worker, site) = (Arc::clone(&self.worker), Arc::clone(&self.site));
+        let destination = self.destination;
+        Box::pin(async move {
+            let wait = request.timeout;
+            let asked = ask(&worker, &site, destination, request);
+            tokio::time::timeout(wait, asked).await.unwrap_or(Err(CalloutError::Timeout(wait)))
+        })
+    }
+}
+
+/// How often a request is sent, when nothing of it left the time before: a connection that was kept may be gone.
+const SENDS_MAX: usize = 2;
+
+async fn ask(
+    worker: &Worker,
+    site: &SiteHandle,
+    destination: SocketAddr,
+    asked: CalloutRequest,
+) -> Result<CalloutAnswer, CalloutError> {
+    let CalloutRequest { host, namespace, port, http2, request, answer_bytes_max, .. } = asked;
+    let mut request = with_body(request, http2)?;
+    let mut tried: SmallVec<[SocketAddr; 3]> = SmallVec::new();
+    loop {
+        let place = Place { host: &host, namespace: namespace.as_deref(), port };
+        let active = place.endpoint(worker, site, destination, &tried)?;
+        tried.push(active.host().address);
+        match upstream::send(worker, active, request).await {
+            Ok((response, lease)) => return answer(response, lease, answer_bytes_max).await,
+            Err(upstream::Unsent { request: Some(unsent), .. }) if tried.len() < SENDS_MAX => {
+                request = unsent
+            }
+            Err(upstream::Unsent { failure, .. }) => {
+                return Err(CalloutError::Unreachable(failure.to_string()));
+            }
+        }
+    }
+}
+
+/// Whom a filter asks.
+struct Place<'a> {
+    host: &'a Arc<str>,
+    namespace: Option<&'a str>,
+    port: u16,
+}
+
+impl Place<'_> {
+    fn endpoint(
+        &self,
+        worker: &Worker,
+        site: &SiteHandle,
+        destination: SocketAddr,
+        tried: &[SocketAddr],
+    ) -> Result<Active, CalloutError> {
+        let Some(key) = self.service(&worker.snapshot()) else {
+            // An address says itself where it is, so nothing is guessed; a name that nobody knows might be anybody's.
+            let address = self.host.parse::<IpAddr>().map_err(|_| self.unknown())?;
+            let host = worker.hosts.host(SocketAddr::new(address, self.port), None);
+            return Ok(Active::new(host));
+        };
+        let target = Target::Service { key, port: self.port };
+        let site = site.load();
+        let reach = Reach { worker, viewpoint: site.viewpoint.as_deref(), destination };
+        match choose(&reach, &target, tried) {
+            Ok(chosen) => Ok(chosen.active),
+            Err(Failure::NoEndpoint) => Err(CalloutError::NoEndpoint(self.host.to_string())),
+            Err(_) => Err(self.unknown()),
+        }
+    }
+
+    fn service(&self, snapshot: &Snapshot) -> Option<ResourceName> {
+        let state = match self.namespace {
+            Some(namespace) => snapshot.service(&ResourceName::new(namespace, Arc::clone(self.host))),
+            None => snapshot.service_named(self.host, ""),
+        };
+        state.map(|state| state.service.key())
+    }
+
+    fn unknown(&self) -> CalloutError {
+        CalloutError::UnknownService(format!("{}:{}", self.host, self.port))
+    }
+}
+
+/// The request as the endpoint's protocol writes it.
+fn with_body(request: Request<Bytes>, http2: bool) -> Result<Request<RequestBody>, CalloutError> {
+    let bad = |what: &str| CalloutError::Unreachable(format!("the request has no {what}"));
+    let (mut parts, body) = request.into_parts();
+    if http2 {
+        parts.version = Version::HTTP_2;
+    } else {
+        let authority = parts.uri.authority().ok_or_else(|| bad("authority"))?;
+        let host = HeaderValue::from_str(authority.as_str()).map_err(|_| bad("authority"))?;
+        let path = parts.uri.path_and_query().cloned().ok_or_else(|| bad("path"))?;
+        parts.headers.insert(HOST, host);
+        parts.uri = Uri::from(path);
+        parts.version = Version::HTTP_11;
+        set_length(&mut parts, body.len());
+    }
+    Ok(Request::from_parts(parts, RequestBody::full(body)))
+}
+
+/// A length is said also when it is nothing: the request may be of a method that has a body.
+fn set_length(parts: &mut request::Parts, length: usize) {
+    parts.headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
+}
+
+async fn answer(
+    response: Response<Incoming>,
+    lease: Lease,
+    bytes_max: usize,
+) -> Result<CalloutAnswer, CalloutError> {
+    let (parts, body) = response.into_parts();
+    let mut body = pin!(body);
+    let mut bytes = BytesMut::new();
+    let mut trailers = HeaderMap::new();
+    while let Some(frame) = poll_fn(|cx| body.as_mut().poll_frame(cx)).await {
+        let frame = frame.map_err(|error| CalloutError::Unreachable(error.to_string()))?;
+        match frame.into_data() {
+            Ok(data) if bytes.len() + data.len() > bytes_max => return Err(CalloutError::TooLong(bytes_max)),
+            Ok(data) => bytes.extend_from_slice(&data),
+            Err(other) => trailers = other.into_trailers().unwrap_or_default(),
+        }
+    }
+    lease.put_back();
+    Ok(CalloutAnswer { response: Response::from_parts(parts, bytes.freeze()), trailers })
+}
+
+#[cfg(test)]
+#[path = "callout/tests.rs"]
+mod tests;
