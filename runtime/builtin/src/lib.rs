@@ -1,11 +1,17 @@
 //! Filters written in Rust.
 //!
-//! [`authorization`] enforces Istio's AuthorizationPolicy on the requests of one destination; [`unenforceable`]
-//! answers in place of policies that cannot be enforced yet. Both give a [`cairn_filter::Factory`]: the waypoint puts
-//! it into the destination's chain. [`Authorizer`] is the pure decision behind the first.
+//! [`authentication`] verifies the tokens of the requests to one destination, as Istio's RequestAuthentication asks;
+//! [`authorization`] enforces AuthorizationPolicy on them; [`unenforceable`] answers in place of policies that cannot be
+//! enforced yet. Each gives a [`cairn_filter::Factory`]: the waypoint puts it into the destination's chain.
+//! [`Authenticator`] and [`Authorizer`] are the decisions behind the first two.
 
+mod authentication;
 mod authorization;
 mod unenforceable;
 
+pub use authentication::{
+    Accepted, Algorithm, Authenticator, Judgement, Jwt, KeySet, KeySetError, KeySource, Keys, Moment,
+    Refused, Terms, TokenCache, TokenError, authentication, inline_keys,
+};
 pub use authorization::{Authorizer, ConnectionFacts, Decision, Standing, authorization};
 pub use unenforceable::unenforceable;

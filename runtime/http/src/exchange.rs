@@ -64,7 +64,7 @@ pub(crate) async fn run(
     let mut exchange = Exchange::new(Arc::clone(&served.connection), protocol(head.version), now.0, now.1);
     exchange.grpc = head.is_grpc();
     // The filter list belongs to the destination: what matches no route is still authorized before it is answered.
-    let found = site.routes.find(&head);
+    let found = site.routes.find(&head, None);
     exchange.route = found.as_ref().map(|found| Arc::clone(&found.rule.name));
     let chain = if well_formed.is_ok() { &site.chain } else { &Chain::default() };
     let running = chain.start(&exchange);
@@ -107,10 +107,10 @@ async fn go(
         Outcome::Reset => return Turn::Reset,
         Outcome::ClientGone => return Turn::Fail(Failure::ClientGone),
     }
-    let is_touched = site.routes.looks_at_headers()
+    let is_touched = site.routes.depends_on_filters()
         || (&head.method, &head.path, &head.authority) != (&before.0, &before.1, &before.2);
     if is_touched && !site.routes.is_implicit() {
-        found = site.routes.find(&head);
+        found = site.routes.find(&head, record.exchange.token.as_deref());
         record.exchange.route = found.as_ref().map(|found| Arc::clone(&found.rule.name));
     }
     let Some(Found { rule, prefix }) = found else { return Turn::Fail(Failure::NoRoute) };

@@ -1,9 +1,10 @@
 //! The conditions of a route, compiled: regular expressions built, names parsed.
 
-use cairn_filter::RequestHead;
-use cairn_mesh::{NameMatch, PathRule, RouteMatch, ValueMatch};
+use cairn_filter::{RequestHead, Token};
+use cairn_mesh::{ClaimMatch, NameMatch, PathRule, RouteMatch, ValueMatch};
 use http::{HeaderName, Method};
 use regex::Regex;
+use serde_json::Value;
 use std::borrow::Cow;
 use std::sync::Arc;
 
@@ -13,6 +14,7 @@ pub(crate) struct Matcher {
     path: PathMatcher,
     method: Option<Method>,
     headers: Vec<(HeaderName, ValueMatcher)>,
+    claims: Vec<ClaimMatcher>,
     query: Vec<(Arc<str>, ValueMatcher)>,
 }
 
@@ -43,6 +45,7 @@ impl Matcher {
             path,
             method: method.transpose()?,
             headers: rule.headers.iter().map(header).collect::<Result<_, _>>()?,
+            claims: rule.claims.iter().map(ClaimMatcher::compile).collect::<Result<_, _>>()?,
             query: rule.query.iter().map(query).collect::<Result<_, _>>()?,
         })
     }
@@ -51,16 +54,18 @@ impl Matcher {
     /// not compile. It stands in front of an error answer, so it may take too much but never too little.
     pub(crate) fn of_path_alone(rule: &RouteMatch) -> Self {
         let path = PathMatcher::compile(&rule.path).unwrap_or(PathMatcher::Prefix("".into()));
-        Self { path, method: None, headers: Vec::new(), query: Vec::new() }
+        Self { path, method: None, headers: Vec::new(), claims: Vec::new(), query: Vec::new() }
     }
 
-    pub(crate) fn matches(&self, head: &RequestHead) -> bool {
+    /// Whether the request matches; `token` is what is verified of the requester so far.
+    pub(crate) fn matches(&self, head: &RequestHead, token: Option<&Token>) -> bool {
         self.path.matches(head.path.path())
             && self.method.as_ref().is_none_or(|method| *method == head.method)
             && self
                 .headers
                 .iter()
                 .all(|(name, value)| header(head, name).is_some_and(|text| value.matches(&text)))
+            && self.claims.iter().all(|claim| claim.matches(token))
             && self.query.iter().all(|(name, value)| {
                 parameter(head.path.query().unwrap_or(""), name).is_some_and(|text| value.matches(text))
             })
@@ -74,8 +79,9 @@ impl Matcher {
         }
     }
 
-    pub(crate) fn looks_at_headers(&self) -> bool {
-        !self.headers.is_empty()
+    /// Whether filters may change the answer, by changing headers or by verifying a token.
+    pub(crate) fn depends_on_filters(&self) -> bool {
+        !self.headers.is_empty() || !self.claims.is_empty()
     }
 }
 
@@ -107,9 +113,36 @@ impl PathMatcher {
     }
 }
 
+/// A claim of the verified token and its value. No header stands for a claim.
+#[derive(Clone, Debug)]
+struct ClaimMatcher {
+    path: Vec<Arc<str>>,
+    value: ValueMatcher,
+    inverted: bool,
+}
+
+impl ClaimMatcher {
+    fn compile(rule: &ClaimMatch) -> Result<Self, MatcherError> {
+        let value = ValueMatcher::compile(&rule.value)?;
+        Ok(Self { path: rule.path.clone(), value, inverted: rule.inverted })
+    }
+
+    fn matches(&self, token: Option<&Token>) -> bool {
+        let is_value = match token.and_then(|token| token.claim(&self.path)) {
+            Some(Value::String(text)) => self.value.matches(text),
+            Some(Value::Array(list)) => {
+                list.iter().filter_map(Value::as_str).any(|text| self.value.matches(text))
+            }
+            _ => false,
+        };
+        is_value != self.inverted
+    }
+}
+
 #[derive(Clone, Debug)]
 enum ValueMatcher {
     Exact(Arc<str>),
+    Prefix(Arc<str>),
     Regex(Regex),
 }
 
@@ -117,6 +150,7 @@ impl ValueMatcher {
     fn compile(value: &ValueMatch) -> Result<Self, MatcherError> {
         Ok(match value {
             ValueMatch::Exact(text) => Self::Exact(Arc::clone(text)),
+            ValueMatch::Prefix(text) => Self::Prefix(Arc::clone(text)),
             ValueMatch::Regex(expression) => Self::Regex(full_match(expression)?),
         })
     }
@@ -124,6 +158,7 @@ impl ValueMatcher {
     fn matches(&self, text: &str) -> bool {
         match self {
             Self::Exact(exact) => **exact == *text,
+            Self::Prefix(prefix) => text.starts_with(&**prefix),
             Self::Regex(regex) => regex.is_match(text),
         }
     }

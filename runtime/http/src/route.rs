@@ -3,7 +3,7 @@
 use crate::Failure;
 use crate::matcher::Matcher;
 use crate::rewrite::{HeaderOps, HostAndPath, backend_ops};
-use cairn_filter::RequestHead;
+use cairn_filter::{RequestHead, Token};
 use cairn_mesh::{
     BackendKind, HttpRoute, Precedence, Redirect, ResourceName, RouteFilter, RouteRule, Service,
 };
@@ -16,7 +16,7 @@ pub struct RouteTable {
     entries: Vec<Entry>,
     /// Where everything goes when no route is attached.
     implicit: Option<Arc<Rule>>,
-    looks_at_headers: bool,
+    depends_on_filters: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -80,7 +80,11 @@ impl RouteTable {
     ) -> Self {
         let own = service.map(|service| (service, port));
         if routes.is_empty() {
-            return Self { entries: Vec::new(), implicit: Some(implicit_rule(own)), looks_at_headers: false };
+            return Self {
+                entries: Vec::new(),
+                implicit: Some(implicit_rule(own)),
+                depends_on_filters: false,
+            };
         }
         let mut routes: Vec<&HttpRoute> = routes.iter().map(|route| &**route).collect();
         routes.sort_by_key(|route| route.precedence());
@@ -92,16 +96,16 @@ impl RouteTable {
         }
         entries.sort_by_key(|(precedence, _)| *precedence);
         let entries: Vec<Entry> = entries.into_iter().map(|(_, entry)| entry).collect();
-        let looks_at_headers = entries.iter().any(|entry| entry.matcher.looks_at_headers());
-        Self { entries, implicit: None, looks_at_headers }
+        let depends_on_filters = entries.iter().any(|entry| entry.matcher.depends_on_filters());
+        Self { entries, implicit: None, depends_on_filters }
     }
 
-    /// The rule for a request, or `None` when there are routes and none matches.
-    pub(crate) fn find(&self, head: &RequestHead) -> Option<Found> {
+    /// The rule for a request with this verified token, or `None` when there are routes and none matches.
+    pub(crate) fn find(&self, head: &RequestHead, token: Option<&Token>) -> Option<Found> {
         if let Some(rule) = &self.implicit {
             return Some(Found { rule: Arc::clone(rule), prefix: None });
         }
-        let entry = self.entries.iter().find(|entry| entry.matcher.matches(head))?;
+        let entry = self.entries.iter().find(|entry| entry.matcher.matches(head, token))?;
         Some(Found { rule: Arc::clone(&entry.rule), prefix: entry.matcher.prefix().cloned() })
     }
 
@@ -110,9 +114,9 @@ impl RouteTable {
         self.implicit.is_some()
     }
 
-    /// Whether the answer may depend on headers.
-    pub(crate) fn looks_at_headers(&self) -> bool {
-        self.looks_at_headers
+    /// Whether filters may change the answer: what they do to headers, or the token that they verify.
+    pub(crate) fn depends_on_filters(&self) -> bool {
+        self.depends_on_filters
     }
 }
 

@@ -129,6 +129,11 @@ pub const CODES: &[Code] = &[
         "The object is read and changes nothing.",
         "Remove it, or follow what the message says.",
     ),
+    error(
+        "no-keys",
+        "An issuer's keys cannot be had as the rule is written, so that each of its tokens is refused.",
+        "Set `jwks` to a JWK Set or `jwksUri` to its address, or let the issuer be a URI with an OpenID configuration.",
+    ),
     warning(
         "no-listener",
         "The Gateway of a waypoint has no HBONE listener on port 15008.",
@@ -170,6 +175,11 @@ pub const CODES: &[Code] = &[
         "port-not-served",
         "A policy at a waypoint names a port that no Service it is for has: there ports are the Service's.",
         "Use a port of the Service, not of its pods.",
+    ),
+    warning(
+        "private-key",
+        "A JWK Set in a RequestAuthentication holds a private key, with which whoever reads it can sign tokens.",
+        "Replace it by the public key, and the key pair by another.",
     ),
     warning(
         "provider-name-clash",

@@ -4,13 +4,14 @@
 mod plugin;
 pub(crate) mod policy;
 mod provider;
+mod request_authentication;
 mod route;
 mod settings;
 pub(crate) mod target;
 
 use crate::diagnostic::{Finding, Severity};
 use crate::object::Object;
-use crate::reader::{Findings, Node};
+use crate::reader::Findings;
 use cairn_mesh::{Change, Kind, MeshSettings, ResourceKey, ResourceName, TargetRef, Unenforceable};
 pub(crate) use settings::mesh_config;
 use target::Attachment;
@@ -57,7 +58,9 @@ pub fn decode(object: &Object, settings: &MeshSettings) -> Decoded {
             Kind::Gateway => vec![Change::Gateway(object.name.clone())],
             Kind::HttpRoute => route::decode(object, &mut findings),
             Kind::AuthorizationPolicy => policy::decode(object, &key, settings, &mut findings),
-            Kind::RequestAuthentication => request_authentication(object, &key, settings, &mut findings),
+            Kind::RequestAuthentication => {
+                request_authentication::decode(object, &key, settings, &mut findings)
+            }
             Kind::Telemetry => telemetry(&mut findings),
             Kind::WasmPlugin => plugin::decode(object, &key, settings, &mut findings),
             Kind::MeshConfig => settings::decode(object, settings, &mut findings),
@@ -90,32 +93,6 @@ fn refusal(object: &Object, key: &ResourceKey, attachment: &Attachment, findings
     let first = findings.list.iter().find(|finding| finding.severity == Severity::Error);
     let reason = first.map_or_else(|| "it cannot be read".to_owned(), Finding::to_string);
     vec![unenforceable(object, key, attachment.certain_targets(), reason)]
-}
-
-fn request_authentication(
-    object: &Object,
-    key: &ResourceKey,
-    settings: &MeshSettings,
-    findings: &mut Findings,
-) -> Vec<Change> {
-    const KNOWN: [&str; 4] = ["selector", "targetRef", "targetRefs", "jwtRules"];
-    let spec = Node::new(&object.spec, object.root()).map(&KNOWN, findings);
-    let attachment = target::attachment(&spec, object, settings, findings);
-    for rule in spec.bounded_list("jwtRules", 4096, findings) {
-        rule.any_map(findings);
-    }
-    if findings.broken {
-        return refusal(object, key, &attachment, findings);
-    }
-    if attachment.targets.is_empty() {
-        let reason = "has no targetRefs, so no waypoint takes it, and a ztunnel verifies no tokens";
-        findings.note(Severity::Warning, "not-attached", &spec.at, reason);
-        return vec![Change::L7Removed(key.clone())];
-    }
-    let reason = "RequestAuthentication is not supported yet";
-    let said = format!("{reason}: its targets answer 503 until it is removed");
-    findings.note(Severity::Error, "unenforceable", &spec.at, said);
-    vec![unenforceable(object, key, attachment.targets, reason.to_owned())]
 }
 
 fn telemetry(findings: &mut Findings) -> Vec<Change> {

@@ -5,6 +5,7 @@
 //! next, [`decide`] whether an inbound one is allowed. Nothing here does I/O, reads a clock, or knows protobuf or
 //! YAML; randomness is passed in.
 
+mod authentication;
 mod authorization;
 mod balance;
 mod identity;
@@ -25,6 +26,7 @@ mod text_match;
 mod trust_domains;
 mod workload;
 
+pub use authentication::{ClaimHeader, JwtRule, KeyPlace, RequestAuthentication, TokenHeader, TokenPlaces};
 pub use authorization::{Authorization, Clause, L4Match, L4Rule, PolicyAction, Scope};
 pub use authorization::{Decision, DenyReason, L4Peer, decide};
 pub use balance::{Random, pick};
@@ -40,8 +42,8 @@ pub use policy::{
 pub use provider::{AuthorizationProvider, CheckBody, CheckProtocol, HttpCheck};
 pub use request_principal::RequestPrincipal;
 pub use route::{
-    Backend, BackendKind, HeaderChange, HeaderChanges, HttpRoute, NameMatch, ParentRef, PathRewrite,
-    PathRule, Precedence, Redirect, Rewrite, RouteFilter, RouteMatch, RouteRule, ValueMatch,
+    Backend, BackendKind, ClaimMatch, HeaderChange, HeaderChanges, HttpRoute, NameMatch, ParentRef,
+    PathRewrite, PathRule, Precedence, Redirect, Rewrite, RouteFilter, RouteMatch, RouteRule, ValueMatch,
 };
 pub use service::{
     AppProtocol, HealthPolicy, LoadBalancing, LoadBalancingMode, RoutingScope, Service, ServicePort,

@@ -56,6 +56,8 @@ pub struct RouteMatch {
     pub path: PathRule,
     /// Headers, names in lower case.
     pub headers: Vec<NameMatch>,
+    /// Claims of the verified token.
+    pub claims: Vec<ClaimMatch>,
     /// Query parameters.
     pub query: Vec<NameMatch>,
     /// The method.
@@ -75,7 +77,9 @@ impl RouteMatch {
             PathRule::Regex(expression) => (2, expression.len()),
         };
         let has_method = self.method.is_some();
-        (rank, Reverse(length), Reverse(has_method), Reverse(self.headers.len()), Reverse(self.query.len()))
+        // A claim is written as a header, and counts as one.
+        let headers = self.headers.len() + self.claims.len();
+        (rank, Reverse(length), Reverse(has_method), Reverse(headers), Reverse(self.query.len()))
     }
 }
 
@@ -99,11 +103,25 @@ pub struct NameMatch {
     pub value: ValueMatch,
 }
 
+/// A claim of the verified token and what its value, or one of the values of a list, must be. Without a token there is
+/// no claim.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClaimMatch {
+    /// The names that lead to it, from the outermost.
+    pub path: Vec<Arc<str>>,
+    /// Its value.
+    pub value: ValueMatch,
+    /// The match is that there is no such value, the claim missing included (VirtualService `withoutHeaders`).
+    pub inverted: bool,
+}
+
 /// A match on a value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ValueMatch {
     /// Equal.
     Exact(Arc<str>),
+    /// Begins with.
+    Prefix(Arc<str>),
     /// The whole value matches the expression.
     Regex(Arc<str>),
 }

@@ -2,7 +2,8 @@
 
 use crate::{
     Authorization, AuthorizationPolicy, Health, HealthPolicy, HttpRoute, MeshSettings, NetworkAddress,
-    PortMapping, ResourceKey, ResourceName, Service, Sharded, Unenforceable, WasmPlugin, Workload,
+    PortMapping, RequestAuthentication, ResourceKey, ResourceName, Service, Sharded, Unenforceable,
+    WasmPlugin, Workload,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -67,6 +68,8 @@ pub struct L7 {
     pub routes: BTreeMap<ResourceName, Arc<HttpRoute>>,
     /// Authorization policies.
     pub policies: BTreeMap<ResourceName, Arc<AuthorizationPolicy>>,
+    /// Whose tokens are accepted.
+    pub authentications: BTreeMap<ResourceName, Arc<RequestAuthentication>>,
     /// Plugins.
     pub plugins: BTreeMap<ResourceName, Arc<WasmPlugin>>,
     /// Resources that are attached and cannot be enforced.

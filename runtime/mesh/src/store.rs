@@ -2,8 +2,8 @@
 
 use crate::snapshot::{Endpoint, ServiceState};
 use crate::{
-    Authorization, AuthorizationPolicy, HttpRoute, MeshSettings, NetworkAddress, ResourceKey, ResourceName,
-    Scope, Service, Snapshot, Unenforceable, WasmPlugin, Workload,
+    Authorization, AuthorizationPolicy, HttpRoute, MeshSettings, NetworkAddress, RequestAuthentication,
+    ResourceKey, ResourceName, Scope, Service, Snapshot, Unenforceable, WasmPlugin, Workload,
 };
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -29,6 +29,8 @@ pub enum Change {
     Route(HttpRoute),
     /// An L7 policy is there, or changed.
     Policy(AuthorizationPolicy),
+    /// Whose tokens are accepted is known, or changed.
+    RequestAuthentication(RequestAuthentication),
     /// A plugin is there, or changed.
     Plugin(WasmPlugin),
     /// A resource is attached that cannot be enforced. It replaces the enforceable form of the same name.
@@ -137,6 +139,11 @@ impl Store {
                 let l7 = self.l7_without(ResourceKey { kind, name: policy.name.clone() });
                 l7.policies.insert(policy.name.clone(), Arc::new(policy));
             }
+            Change::RequestAuthentication(authentication) => {
+                let kind = crate::Kind::RequestAuthentication;
+                let l7 = self.l7_without(ResourceKey { kind, name: authentication.name.clone() });
+                l7.authentications.insert(authentication.name.clone(), Arc::new(authentication));
+            }
             Change::Plugin(plugin) => {
                 let l7 =
                     self.l7_without(ResourceKey { kind: crate::Kind::WasmPlugin, name: plugin.name.clone() });
@@ -158,6 +165,7 @@ impl Store {
         match key.kind {
             crate::Kind::HttpRoute => drop(l7.routes.remove(&key.name)),
             crate::Kind::AuthorizationPolicy => drop(l7.policies.remove(&key.name)),
+            crate::Kind::RequestAuthentication => drop(l7.authentications.remove(&key.name)),
             crate::Kind::WasmPlugin => drop(l7.plugins.remove(&key.name)),
             crate::Kind::Gateway if l7.gateway.as_ref() == Some(&key.name) => l7.gateway = None,
             _ => {}

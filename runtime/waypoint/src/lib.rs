@@ -5,6 +5,7 @@
 
 mod accept;
 mod admin;
+mod keys;
 mod objects;
 mod plugins;
 mod scope;
@@ -192,7 +193,7 @@ async fn first_certificate(waypoint: &Waypoint, pending: Pending) {
 /// Compiles sites whenever the mesh or a plugin changes.
 async fn compile(waypoint: Arc<Waypoint>, wasm: Arc<Engine>, first: oneshot::Sender<()>, settled: Pending) {
     let own = Own { gateway: waypoint.settings.gateway.clone(), address: waypoint.settings.hbone.ip() };
-    let mut sites = Sites::new(own);
+    let mut sites = Sites::new(own, Arc::default());
     let (mut plugins, mut finished) = Plugins::new(wasm);
     let mut changes = waypoint.mesh.changes();
     waypoint.mesh.ready().await;

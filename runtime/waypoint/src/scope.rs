@@ -1,8 +1,8 @@
 //! Which resources apply to which destination of this waypoint. Pure.
 
 use cairn_mesh::{
-    AuthorizationPolicy, GatewayAddress, GatewayTarget, HttpRoute, L7, NetworkAddress, ResourceName, Service,
-    Snapshot, TargetKind, TargetRef, Unenforceable, WasmPlugin, Workload,
+    AuthorizationPolicy, GatewayAddress, GatewayTarget, HttpRoute, L7, NetworkAddress, RequestAuthentication,
+    ResourceName, Service, Snapshot, TargetKind, TargetRef, Unenforceable, WasmPlugin, Workload,
 };
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -77,6 +77,19 @@ impl Own {
             self.is_target(&policy.name.namespace, &policy.targets, addressed, root)
         };
         l7.policies.values().filter(applies).cloned().collect()
+    }
+
+    /// The RequestAuthentications that apply, by name.
+    pub fn authentications(
+        &self,
+        l7: &L7,
+        addressed: Addressed<'_>,
+        root: &str,
+    ) -> Vec<Arc<RequestAuthentication>> {
+        let applies = |one: &&Arc<RequestAuthentication>| {
+            self.is_target(&one.name.namespace, &one.targets, addressed, root)
+        };
+        l7.authentications.values().filter(applies).cloned().collect()
     }
 
     /// The plugins that apply, by name.

@@ -3,14 +3,16 @@
 //! This is the one place where built-in filters and plugins meet. A site is compiled again only when something it is
 //! made of changed; connections find the new one at their next exchange.
 
+use crate::keys::Keyring;
 use crate::plugins::{Plugins, Standing};
 use crate::scope::{Addressed, Own};
 use arc_swap::ArcSwap;
 use cairn_filter::{Chain, Position, Slot, sort_factories};
 use cairn_http::{RouteTable, Site, SiteHandle};
 use cairn_mesh::{
-    AppProtocol, AuthorizationPolicy, FailStrategy, HttpRoute, MeshSettings, NetworkAddress, PluginPhase,
-    Service, Snapshot, Unenforceable, WasmPlugin, Workload,
+    AppProtocol, AuthorizationPolicy, FailStrategy, HttpRoute, JwtRule, KeyPlace, MeshSettings,
+    NetworkAddress, PluginPhase, RequestAuthentication, ResourceName, Service, Snapshot, Unenforceable,
+    WasmPlugin, Workload,
 };
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -64,10 +66,13 @@ impl Table {
 
 /// What a site is made of; equal parts make an equal site.
 struct Parts {
+    /// The same for all: what their tokens are verified with.
+    keyring: Arc<Keyring>,
     service: Option<Arc<Service>>,
     workload: Option<Arc<Workload>>,
     viewpoint: Option<Arc<Workload>>,
     settings: Arc<MeshSettings>,
+    authentications: Vec<Arc<RequestAuthentication>>,
     policies: Vec<Arc<AuthorizationPolicy>>,
     plugins: Vec<(Arc<WasmPlugin>, Standing)>,
     unenforceable: Vec<Arc<Unenforceable>>,
@@ -86,6 +91,7 @@ impl Parts {
             && self.workload == other.workload
             && self.viewpoint == other.viewpoint
             && self.settings == other.settings
+            && same_all(&self.authentications, &other.authentications)
             && same_all(&self.policies, &other.policies)
             && same_all(&self.unenforceable, &other.unenforceable)
             && same_all(&self.routes, &other.routes)
@@ -101,6 +107,7 @@ fn same_all<T: PartialEq>(a: &[Arc<T>], b: &[Arc<T>]) -> bool {
 /// Compiles sites.
 pub struct Sites {
     own: Own,
+    keyring: Arc<Keyring>,
     known: HashMap<Key, (Parts, SiteHandle)>,
     /// Destinations that are no longer ours, while connections to them are open: what they still send is refused, and
     /// should the destination come back, they find its new site.
@@ -109,8 +116,8 @@ pub struct Sites {
 
 impl Sites {
     /// None yet.
-    pub fn new(own: Own) -> Self {
-        Self { own, known: HashMap::new(), left: HashMap::new() }
+    pub fn new(own: Own, keyring: Arc<Keyring>) -> Self {
+        Self { own, keyring, known: HashMap::new(), left: HashMap::new() }
     }
 
     /// Compiles what changed and returns the table of all. `plugins` starts to load what is new.
@@ -188,10 +195,12 @@ impl Sites {
         let own = NetworkAddress { network: "".into(), address: self.own.address };
         let attached = self.own.plugins(l7, addressed, root).into_iter();
         Parts {
+            keyring: Arc::clone(&self.keyring),
             service: None,
             workload: None,
             viewpoint: snapshot.workload_at(&own).cloned(),
             settings: Arc::clone(settings),
+            authentications: self.own.authentications(l7, addressed, root),
             policies: self.own.policies(l7, addressed, root),
             plugins: attached
                 .map(|plugin| (plugins.standing(&plugin.name), plugin))
@@ -266,8 +275,15 @@ fn slots(parts: &Parts) -> Vec<Slot> {
             Standing::Failed(reason) => unenforceable.push(not_running(plugin, reason)),
         }
     }
+    unenforceable.extend(parts.authentications.iter().filter_map(not_fetched));
     if !unenforceable.is_empty() {
         slots.push(built_in(Position::Unenforceable, cairn_builtin::unenforceable(&unenforceable)));
+    }
+    if !parts.authentications.is_empty() {
+        let keyring = &parts.keyring;
+        let mut keys = |name: &ResourceName, rule: &JwtRule| keyring.source(name, rule);
+        let factory = cairn_builtin::authentication(&parts.authentications, &mut keys, &keyring.cache);
+        slots.push(built_in(Position::Authentication, factory));
     }
     if !parts.policies.is_empty() {
         slots.push(built_in(
@@ -276,6 +292,18 @@ fn slots(parts: &Parts) -> Vec<Slot> {
         ));
     }
     slots
+}
+
+fn not_fetched(authentication: &Arc<RequestAuthentication>) -> Option<Arc<Unenforceable>> {
+    let is_fetched = |rule: &JwtRule| !matches!(rule.keys, KeyPlace::Inline(_));
+    authentication.rules.iter().any(is_fetched).then(|| {
+        Arc::new(Unenforceable {
+            what: format!("RequestAuthentication {}", authentication.name).into(),
+            targets: authentication.targets.clone(),
+            namespace: Arc::clone(&authentication.name.namespace),
+            reason: "keys are not fetched yet, only `jwks` is read".into(),
+        })
+    })
 }
 
 fn not_running(plugin: &WasmPlugin, reason: &str) -> Arc<Unenforceable> {

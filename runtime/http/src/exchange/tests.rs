@@ -23,7 +23,8 @@ fn route(rules: Vec<RouteRule>) -> Vec<Arc<HttpRoute>> {
 
 fn rule(prefix: &str, backend: &str) -> RouteRule {
     let path = PathRule::Prefix(prefix.into());
-    let matches = vec![RouteMatch { path, headers: Vec::new(), query: Vec::new(), method: None }];
+    let matches =
+        vec![RouteMatch { path, headers: Vec::new(), claims: Vec::new(), query: Vec::new(), method: None }];
     let kind = BackendKind::Service { service: ResourceName::new("shop", backend), port: 80 };
     let backends = vec![Backend { kind, weight: 1, filters: Vec::new() }];
     RouteRule { name: None, matches, filters: Vec::new(), backends, broken: None }

@@ -2,8 +2,8 @@
 
 use super::*;
 use cairn_mesh::{
-    Backend as MeshBackend, HeaderChange, HeaderChanges, NameMatch, ParentRef, PathRule, Redirect,
-    RouteMatch, ValueMatch,
+    Backend as MeshBackend, ClaimMatch, HeaderChange, HeaderChanges, NameMatch, ParentRef, PathRule,
+    Redirect, RouteMatch, ValueMatch,
 };
 use http::{HeaderMap, HeaderValue, Method, Version};
 
@@ -15,7 +15,7 @@ fn path(text: &str) -> RouteMatch {
             None => PathRule::Prefix(text.into()),
         },
     };
-    RouteMatch { path, headers: Vec::new(), query: Vec::new(), method: None }
+    RouteMatch { path, headers: Vec::new(), claims: Vec::new(), query: Vec::new(), method: None }
 }
 
 fn exact(name: &str, value: &str) -> NameMatch {
@@ -62,7 +62,7 @@ fn table(routes: &[Arc<HttpRoute>]) -> RouteTable {
 /// Whether a single alternative matches.
 fn check(name: &str, rule_match: RouteMatch, head: &RequestHead, expected: bool) {
     let table = table(&[route("r", "", vec![rule(vec![rule_match])])]);
-    assert_eq!(table.find(head).is_some(), expected, "{name}");
+    assert_eq!(table.find(head, None).is_some(), expected, "{name}");
 }
 
 #[test]
@@ -150,7 +150,7 @@ fn the_most_specific_alternative_wins() {
             if swapped {
                 rules.reverse();
             }
-            let found = table(&[route("r", "", rules)]).find(&request).unwrap();
+            let found = table(&[route("r", "", rules)]).find(&request, None).unwrap();
             let expected = if swapped { "shop/r/0" } else { "shop/r/1" };
             assert_eq!(&*found.rule.name, expected, "{name}, swapped: {swapped}");
         }
@@ -167,18 +167,20 @@ fn ties_go_to_age_then_name_then_order() {
         ("known age", vec![of("a", ""), of("b", "2024-01-01T00:00:00Z")], "shop/b/0"),
         ("name", vec![of("b", ""), of("a", "")], "shop/a/0"),
     ] {
-        assert_eq!(&*table(&routes).find(&request).unwrap().rule.name, expected, "{name}");
+        assert_eq!(&*table(&routes).find(&request, None).unwrap().rule.name, expected, "{name}");
     }
 }
 
 #[test]
 fn without_routes_everything_goes_to_what_was_addressed() {
-    let found = table(&[]).find(&head("GET", "/x", &[])).unwrap();
+    let found = table(&[]).find(&head("GET", "/x", &[]), None).unwrap();
     assert_eq!(&*found.rule.name, "default");
     let (_, backend) = found.rule.backend(|_| 0).unwrap();
     assert_eq!((&backend.target, &*backend.cluster), (&Target::Addressed, "encap"));
     assert!(
-        table(&[route("r", "", vec![rule(vec![path("/only")])])]).find(&head("GET", "/x", &[])).is_none()
+        table(&[route("r", "", vec![rule(vec![path("/only")])])])
+            .find(&head("GET", "/x", &[]), None)
+            .is_none()
     );
 }
 
@@ -186,7 +188,7 @@ fn without_routes_everything_goes_to_what_was_addressed() {
 fn requests_are_shared_by_weight() {
     let mut weighted = rule(vec![path("/")]);
     weighted.backends = vec![to("a", 1), to("none", 0), to("b", 3)];
-    let found = table(&[route("r", "", vec![weighted])]).find(&head("GET", "/", &[])).unwrap();
+    let found = table(&[route("r", "", vec![weighted])]).find(&head("GET", "/", &[]), None).unwrap();
     let clusters: Vec<&str> =
         (0..4).map(|at| &*found.rule.backend(|total| at % total).unwrap().1.cluster).collect();
     let name = |service: &str| format!("outbound|80||{service}.shop.svc.cluster.local");
@@ -198,7 +200,7 @@ fn a_rule_without_a_share_fails() {
     for (name, backends) in [("no backends", vec![]), ("no weight", vec![to("a", 0), to("b", 0)])] {
         let mut empty = rule(vec![path("/")]);
         empty.backends = backends;
-        let found = table(&[route("r", "", vec![empty])]).find(&head("GET", "/", &[])).unwrap();
+        let found = table(&[route("r", "", vec![empty])]).find(&head("GET", "/", &[]), None).unwrap();
         assert!(matches!(found.rule.backend(|_| 0), Err(Failure::InvalidBackend(_))), "{name}");
     }
 }
@@ -235,7 +237,110 @@ fn a_rule_that_cannot_be_honoured_is_broken_and_still_matches() {
         ),
         ("a redirect of one backend", backend_filter),
     ] {
-        let found = table(&[route("r", "", vec![rule])]).find(&head("GET", "/", &[]));
+        let found = table(&[route("r", "", vec![rule])]).find(&head("GET", "/", &[]), None);
         assert!(found.is_some_and(|found| found.rule.broken.is_some()), "{name}");
     }
+}
+
+fn token(claims: serde_json::Value) -> Token {
+    let serde_json::Value::Object(payload) = claims else { panic!("claims are an object") };
+    Token::new(payload)
+}
+
+fn claim(path: &[&str], value: ValueMatch) -> ClaimMatch {
+    let path = path.iter().map(|name| Arc::from(*name)).collect();
+    ClaimMatch { path, value, inverted: false }
+}
+
+fn without(path: &[&str], value: &str) -> ClaimMatch {
+    ClaimMatch { inverted: true, ..claim(path, ValueMatch::Exact(value.into())) }
+}
+
+/// Istio's table of routing by claims.
+#[test]
+fn a_route_may_ask_for_claims() {
+    let values = serde_json::json!(["valueA", "valueB"]);
+    let nested_1 = serde_json::json!({
+        "iss": "test-issuer-1@istio.io", "sub": "sub-1", "age": 7,
+        "nested": { "key1": values, "nested-2": { "key1": values } },
+    });
+    let collision = serde_json::json!({
+        "test-issuer-1@istio.io/simple": "valueC", "test-issuer-1@istio.io/nested": { "key1": "valueC" },
+    });
+    let exact = |value: &str| ValueMatch::Exact(value.into());
+    let prefix = |value: &str| ValueMatch::Prefix(value.into());
+    let regex = |value: &str| ValueMatch::Regex(value.into());
+    let key: &[&str] = &["nested", "key1"];
+    for (name, claims, payload, found) in [
+        ("exact, one of a list", vec![claim(key, exact("valueA"))], Some(&nested_1), true),
+        ("prefix", vec![claim(&["sub"], prefix("sub"))], Some(&nested_1), true),
+        (
+            "two expressions",
+            vec![claim(&["sub"], regex("sub-[12]")), claim(key, regex("value[AB]"))],
+            Some(&nested_1),
+            true,
+        ),
+        ("expressions match the whole", vec![claim(&["sub"], regex("sub"))], Some(&nested_1), false),
+        (
+            "exact and prefix",
+            vec![claim(key, exact("valueB")), claim(&["sub"], prefix("s"))],
+            Some(&nested_1),
+            true,
+        ),
+        ("without another value", vec![without(key, "value-not-matched")], Some(&nested_1), true),
+        ("without its value", vec![without(key, "valueA")], Some(&nested_1), false),
+        ("without a claim that is not there", vec![without(&["none"], "x")], Some(&nested_1), true),
+        (
+            "with one and without two",
+            vec![claim(&["sub"], prefix("sub")), without(key, "x"), without(&["y"], "z")],
+            Some(&nested_1),
+            true,
+        ),
+        (
+            "one of two wrong",
+            vec![claim(key, exact("valueA")), claim(&["sub"], prefix("x"))],
+            Some(&nested_1),
+            false,
+        ),
+        ("wrong", vec![claim(&["sub"], exact("sub-2"))], Some(&nested_1), false),
+        ("an object has no value", vec![claim(&["nested"], prefix(""))], Some(&nested_1), false),
+        ("a number has no text", vec![claim(&["age"], exact("7"))], Some(&nested_1), false),
+        ("no token", vec![claim(&["sub"], prefix(""))], None, false),
+        (
+            "names with dots",
+            vec![claim(&["test-issuer-1@istio.io/simple"], exact("valueC"))],
+            Some(&collision),
+            true,
+        ),
+        (
+            "names with dots, further in",
+            vec![claim(&["test-issuer-1@istio.io/nested", "key1"], exact("valueC"))],
+            Some(&collision),
+            true,
+        ),
+        (
+            "names with dots, another value",
+            vec![claim(&["test-issuer-1@istio.io/simple"], exact("valueA"))],
+            Some(&collision),
+            false,
+        ),
+    ] {
+        let token = payload.map(|payload| token(payload.clone()));
+        let table = table(&[route("r", "", vec![rule(vec![RouteMatch { claims, ..path("/") }])])]);
+        assert!(table.depends_on_filters(), "{name}: it is looked up again when the token is verified");
+        // No header stands for a claim.
+        let request = head("GET", "/", &[("sub", "sub-1")]);
+        assert_eq!(table.find(&request, token.as_ref()).is_some(), found, "{name}");
+    }
+}
+
+#[test]
+fn a_claim_counts_as_a_header() {
+    let with_claim =
+        rule(vec![RouteMatch { claims: vec![claim(&["sub"], ValueMatch::Prefix("s".into()))], ..path("/") }]);
+    let routes = [route("a", "", vec![rule(vec![path("/")])]), route("b", "", vec![with_claim])];
+    let token = token(serde_json::json!({ "sub": "s" }));
+    let request = head("GET", "/", &[]);
+    assert_eq!(&*table(&routes).find(&request, Some(&token)).unwrap().rule.name, "shop/b/0");
+    assert_eq!(&*table(&routes).find(&request, None).unwrap().rule.name, "shop/a/0");
 }

@@ -6,8 +6,8 @@ use crate::field::FieldPath;
 use crate::object::Object;
 use crate::reader::{Entries, Findings, Node};
 use cairn_mesh::{
-    Backend, BackendKind, Change, HeaderChange, HeaderChanges, HttpRoute, NameMatch, ParentRef, PathRewrite,
-    PathRule, Redirect, ResourceName, Rewrite, RouteFilter, RouteMatch, RouteRule, ValueMatch,
+    Backend, BackendKind, Change, ClaimMatch, HeaderChange, HeaderChanges, HttpRoute, NameMatch, ParentRef,
+    PathRewrite, PathRule, Redirect, ResourceName, Rewrite, RouteFilter, RouteMatch, RouteRule, ValueMatch,
 };
 use regex::Regex;
 use std::sync::Arc;
@@ -93,6 +93,7 @@ fn rule(node: &Node<'_>, object: &Object, findings: &mut Findings) -> Option<Rou
         (true, _) => vec![RouteMatch {
             path: PathRule::Prefix("/".into()),
             headers: vec![],
+            claims: vec![],
             query: vec![],
             method: None,
         }],
@@ -160,8 +161,10 @@ fn route_match(node: &Node<'_>, rule: &mut Rule, findings: &mut Findings) -> Opt
     };
     let headers = name_matches(&entries, "headers", true, rule, findings);
     let query = name_matches(&entries, "queryParams", false, rule, findings);
+    let (claims, headers) = headers?.into_iter().partition::<Vec<_>, _>(is_of_claim);
+    let claims = claims.into_iter().filter_map(claim_match).collect();
     let method = entries.get("method").and_then(|node| node.choice(&METHODS, findings)).map(Arc::from);
-    Some(RouteMatch { path: path?, headers: headers?, query: query?, method })
+    Some(RouteMatch { path: path?, headers, claims, query: query?, method })
 }
 
 fn path_rule(node: &Node<'_>, rule: &mut Rule, findings: &mut Findings) -> Option<PathRule> {
@@ -227,7 +230,7 @@ fn name_matches(
         let value = one.require("value", findings).and_then(|node| node.text(findings));
         let Some((name_node, value)) = name_node.zip(value) else { continue };
         let name = if is_header {
-            let Some(name) = header_name(&name_node, findings) else { continue };
+            let Some(name) = matched_name(&name_node, findings) else { continue };
             name
         } else {
             let Some(name) = name_node.filled(findings) else { continue };
@@ -244,6 +247,45 @@ fn name_matches(
         }
     }
     certain.then_some(matches)
+}
+
+/// What stands in place of a header's name to mean a claim of the verified token: Istio's form for VirtualServices, which
+/// is ours for HTTPRoutes. No header can be called so.
+const CLAIMS: &str = "@request.auth.claims";
+
+fn is_of_claim(matched: &NameMatch) -> bool {
+    matched.name.starts_with(CLAIMS)
+}
+
+fn claim_match(matched: NameMatch) -> Option<ClaimMatch> {
+    Some(ClaimMatch { path: claim_path(&matched.name)?, value: matched.value, inverted: false })
+}
+
+/// The names that `@request.auth.claims.a.b` or `@request.auth.claims[a][b]` lead through; in brackets a name may have
+/// dots.
+fn claim_path(name: &str) -> Option<Vec<Arc<str>>> {
+    let rest = name.strip_prefix(CLAIMS)?;
+    let path: Vec<Arc<str>> = match rest.strip_prefix('.') {
+        Some(dotted) => dotted.split('.').map(Arc::from).collect(),
+        None => rest.strip_prefix('[')?.strip_suffix(']')?.split("][").map(Arc::from).collect(),
+    };
+    let is_name = |name: &Arc<str>| !name.is_empty() && !name.contains(['[', ']']);
+    path.iter().all(is_name).then_some(path)
+}
+
+/// The name of a header to match on, in lower case, or what means a claim, as written.
+fn matched_name(node: &Node<'_>, findings: &mut Findings) -> Option<Arc<str>> {
+    let name = node.filled(findings)?;
+    if !name.starts_with('@') {
+        return header_name(node, findings);
+    }
+    if claim_path(name).is_none() {
+        let reason =
+            format!("`{name}` is neither the name of a header nor {CLAIMS} with `.name` or `[name]`");
+        findings.refuse("invalid-value", &node.at, reason);
+        return None;
+    }
+    Some(name.into())
 }
 
 /// The header's name in lower case.

@@ -293,12 +293,6 @@ fn what_cannot_be_enforced_refuses_its_targets() {
     assert_eq!(shorts(&decoded), ["error unenforceable spec.action"]);
     assert!(!decoded.broken, "it means something certain, so an older version must not stay");
     assert_eq!(the_refusal(&decoded).targets.len(), 1);
-    let head =
-        "apiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {name: j, namespace: n}";
-    let decoded = read(head, &format!("{TARGET}jwtRules: [{{issuer: a}}]"));
-    assert_eq!(shorts(&decoded), ["error unenforceable spec"]);
-    assert_eq!(&*the_refusal(&decoded).what, "RequestAuthentication n/j");
-    assert_eq!(shorts(&read(head, "jwtRules: []")), ["warning not-attached spec"]);
 }
 
 #[test]
@@ -565,4 +559,41 @@ fn settings_come_from_the_config_map() {
         "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: istio, namespace: shop}\ndata: {mesh: \"trustDomain: x\"}",
     );
     assert!(decode(&other, &base).changes.is_empty(), "another namespace's ConfigMap is not the mesh's");
+}
+
+#[test]
+fn a_claim_of_the_token_is_matched_like_a_header() {
+    let read = |name: &str| {
+        let matches = format!("[{{headers: [{{name: \"{name}\", value: v}}, {{name: X-A, value: b}}]}}]");
+        let parent = "parentRefs: [{group: \"\", kind: Service, name: web}]";
+        route(&format!("{parent}\nrules: [{{matches: {matches}, backendRefs: [{{name: web, port: 80}}]}}]"))
+    };
+    for (name, expected) in [
+        ("@request.auth.claims.sub", &["sub"][..]),
+        ("@request.auth.claims.a.B.c", &["a", "B", "c"]),
+        ("@request.auth.claims[sub]", &["sub"]),
+        ("@request.auth.claims[me@x.io/a][b]", &["me@x.io/a", "b"]),
+    ] {
+        let decoded = read(name);
+        let matched = &the_route(&decoded).rules[0].matches[0];
+        let [claim] = matched.claims.as_slice() else { panic!("{name}: {matched:?}") };
+        let path: Vec<&str> = claim.path.iter().map(|name| &**name).collect();
+        assert_eq!((path.as_slice(), &claim.value), (expected, &ValueMatch::Exact("v".into())), "{name}");
+        assert!(!claim.inverted, "{name}");
+        assert_eq!(matched.headers.iter().map(|one| &*one.name).collect::<Vec<_>>(), ["x-a"], "{name}");
+    }
+    for name in [
+        "@request.auth.claims",
+        "@request.auth.claims.",
+        "@request.auth.claims[a",
+        "@request.auth.claims[a]b",
+        "@x",
+    ] {
+        let decoded = read(name);
+        assert_eq!(
+            shorts(&decoded),
+            ["error invalid-value spec.rules[0].matches[0].headers[0].name"],
+            "{name}"
+        );
+    }
 }

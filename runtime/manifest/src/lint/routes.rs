@@ -120,12 +120,16 @@ fn covers(wide: &RouteMatch, narrow: &RouteMatch) -> bool {
     path(&wide.path, &narrow.path)
         && wide.method.as_ref().is_none_or(|method| narrow.method.as_ref() == Some(method))
         && asked(&wide.headers, &narrow.headers)
+        && wide.claims.iter().all(|claim| narrow.claims.contains(claim))
         && asked(&wide.query, &narrow.query)
 }
 
 fn value(wide: &ValueMatch, narrow: &ValueMatch) -> bool {
     match (wide, narrow) {
         (ValueMatch::Regex(expression), ValueMatch::Exact(text)) => is_full_match(expression, text),
+        (ValueMatch::Prefix(prefix), ValueMatch::Exact(text) | ValueMatch::Prefix(text)) => {
+            text.starts_with(&**prefix)
+        }
         (wide, narrow) => wide == narrow,
     }
 }
@@ -171,7 +175,7 @@ mod tests {
     use super::*;
 
     fn of(path: PathRule) -> RouteMatch {
-        RouteMatch { path, headers: Vec::new(), query: Vec::new(), method: None }
+        RouteMatch { path, headers: Vec::new(), claims: Vec::new(), query: Vec::new(), method: None }
     }
 
     #[test]

@@ -90,7 +90,7 @@ impl Bench {
     fn new() -> Self {
         let engine = Arc::new(Engine::new(EngineSettings::default()).unwrap());
         let (plugins, finished) = Plugins::new(engine);
-        Self { sites: Sites::new(own()), plugins, finished }
+        Self { sites: Sites::new(own(), Arc::default()), plugins, finished }
     }
 
     fn update(&mut self, store: &Store) -> Table {

@@ -1,0 +1,200 @@
+//! Tokens that were verified, remembered by each worker for itself, so that a token that comes with every request is
+//! verified once.
+
+use cairn_filter::Token;
+use parking_lot::Mutex;
+use serde_json::Value;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use super::token::{Jwt, Terms};
+
+/// How many workers have caches of their own; workers beyond share.
+const WORKERS: usize = 64;
+
+/// How many tokens a worker remembers: sets of ways.
+const SETS: usize = 512;
+const WAYS: usize = 4;
+
+/// Longer tokens are not remembered: what is remembered is bounded in bytes, too.
+const TOKEN_BYTES_MAX: usize = 8 * 1024;
+
+/// A hash that nobody can find two tokens for.
+pub(super) type Digest = [u8; 32];
+
+/// A token whose signature was verified.
+#[derive(Debug)]
+pub(super) struct Verified {
+    /// Whether it holds for a rule and at a time is decided each time.
+    pub(super) terms: Terms,
+    /// The payload as it was sent.
+    pub(super) payload_text: Box<str>,
+    /// What it says, with lists in place of texts for the claims in `spaced`.
+    pub(super) token: Arc<Token>,
+    /// The texts that became lists.
+    pub(super) before: Vec<(Arc<str>, String)>,
+    /// The keys that verified it.
+    pub(super) keys: Digest,
+    /// The claims that are lists separated by spaces.
+    pub(super) spaced: Arc<[Arc<str>]>,
+}
+
+impl Verified {
+    /// What `jwt`, which `keys` have verified, says.
+    pub(super) fn new(jwt: Jwt<'_>, keys: Digest, spaced: &Arc<[Arc<str>]>) -> Self {
+        let Jwt { terms, payload_text, mut payload, .. } = jwt;
+        let mut before = Vec::new();
+        for name in spaced.iter() {
+            let Some(Value::String(text)) = payload.get(&**name) else { continue };
+            let text = text.clone();
+            let list = text.split(' ').filter(|part| !part.is_empty()).map(Value::from).collect();
+            payload.insert(name.to_string(), Value::Array(list));
+            before.push((Arc::clone(name), text));
+        }
+        Self {
+            terms,
+            payload_text: payload_text.into(),
+            token: Arc::new(Token::new(payload)),
+            before,
+            keys,
+            spaced: Arc::clone(spaced),
+        }
+    }
+}
+
+/// Verified tokens, by worker. One for all destinations of a process. Forgetting is always right: what is not here is
+/// verified anew.
+pub struct TokenCache {
+    workers: Box<[Mutex<Vec<Slot>>]>,
+    hits: AtomicU64,
+    misses: AtomicU64,
+}
+
+#[derive(Clone, Default)]
+struct Slot {
+    entry: Option<(Digest, Arc<Verified>)>,
+    /// When it was used, counted in look-ups of its worker.
+    used: u64,
+}
+
+impl Default for TokenCache {
+    fn default() -> Self {
+        let workers = (0..WORKERS).map(|_| Mutex::default()).collect();
+        Self { workers, hits: AtomicU64::new(0), misses: AtomicU64::new(0) }
+    }
+}
+
+impl TokenCache {
+    /// How many tokens were found, and how many were not.
+    pub fn counts(&self) -> (u64, u64) {
+        (self.hits.load(Relaxed), self.misses.load(Relaxed))
+    }
+
+    /// The token with this digest.
+    pub(super) fn find(&self, worker: usize, digest: &Digest) -> Option<Arc<Verified>> {
+        let found = self.workers.get(worker % WORKERS).and_then(|slots| find(&mut slots.lock(), digest));
+        if found.is_some() { &self.hits } else { &self.misses }.fetch_add(1, Relaxed);
+        found
+    }
+
+    /// Remembers a verified token of `text_len` bytes in place of the one of its set that was longest not used.
+    pub(super) fn put(&self, worker: usize, digest: Digest, text_len: usize, verified: &Arc<Verified>) {
+        if text_len > TOKEN_BYTES_MAX {
+            return;
+        }
+        let Some(slots) = self.workers.get(worker % WORKERS) else { return };
+        let mut slots = slots.lock();
+        if slots.is_empty() {
+            slots.resize(SETS * WAYS, Slot::default());
+        }
+        let Some(set) = set_of(&mut slots, &digest) else { return };
+        let now = set.iter().map(|slot| slot.used).max().unwrap_or(0) + 1;
+        let is_same = |slot: &Slot| slot.entry.as_ref().is_some_and(|(known, _)| *known == digest);
+        let place = set.iter().position(is_same).or_else(|| {
+            let oldest = set.iter().enumerate().min_by_key(|(_, slot)| (slot.entry.is_some(), slot.used));
+            oldest.map(|(at, _)| at)
+        });
+        if let Some(slot) = place.and_then(|at| set.get_mut(at)) {
+            *slot = Slot { entry: Some((digest, Arc::clone(verified))), used: now };
+        }
+    }
+}
+
+fn find(slots: &mut [Slot], digest: &Digest) -> Option<Arc<Verified>> {
+    let set = set_of(slots, digest)?;
+    let now = set.iter().map(|slot| slot.used).max().unwrap_or(0) + 1;
+    set.iter_mut().find_map(|slot| {
+        let (known, verified) = slot.entry.as_ref()?;
+        if known != digest {
+            return None;
+        }
+        slot.used = now;
+        Some(Arc::clone(verified))
+    })
+}
+
+/// The slots in which a digest may be. Its first bytes are as random as any.
+fn set_of<'a>(slots: &'a mut [Slot], digest: &Digest) -> Option<&'a mut [Slot]> {
+    let [first, second, ..] = digest;
+    let set = usize::from(u16::from_le_bytes([*first, *second])) % SETS;
+    slots.get_mut(set * WAYS..(set + 1) * WAYS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn verified() -> Arc<Verified> {
+        Arc::new(Verified {
+            terms: Terms::default(),
+            payload_text: "".into(),
+            token: Arc::default(),
+            before: Vec::new(),
+            keys: [0; 32],
+            spaced: [].into(),
+        })
+    }
+
+    /// Digests of one set.
+    fn digest(last: u8) -> Digest {
+        let mut digest = [7; 32];
+        digest[31] = last;
+        digest
+    }
+
+    #[test]
+    fn what_was_longest_not_used_is_forgotten() {
+        let cache = TokenCache::default();
+        let (one, other) = (verified(), verified());
+        cache.put(0, digest(0), 10, &one);
+        for last in 1..WAYS as u8 {
+            cache.put(0, digest(last), 10, &other);
+        }
+        assert!(Arc::ptr_eq(&cache.find(0, &digest(0)).unwrap(), &one));
+        cache.put(0, digest(100), 10, &other);
+        assert!(cache.find(0, &digest(0)).is_some(), "it was used last");
+        assert!(cache.find(0, &digest(1)).is_none(), "it was not used");
+        assert!(cache.find(0, &digest(100)).is_some());
+        assert_eq!(cache.counts(), (3, 1));
+    }
+
+    #[test]
+    fn each_worker_remembers_for_itself_and_no_long_tokens() {
+        let cache = TokenCache::default();
+        cache.put(0, digest(0), 10, &verified());
+        assert!(cache.find(1, &digest(0)).is_none());
+        cache.put(1, digest(0), TOKEN_BYTES_MAX + 1, &verified());
+        assert!(cache.find(1, &digest(0)).is_none());
+    }
+
+    #[test]
+    fn what_is_put_again_takes_the_place_of_the_first() {
+        let cache = TokenCache::default();
+        cache.put(0, digest(0), 10, &verified());
+        let new = verified();
+        cache.put(0, digest(0), 10, &new);
+        assert!(Arc::ptr_eq(&cache.find(0, &digest(0)).unwrap(), &new));
+        let known = cache.workers[0].lock().iter().filter(|slot| slot.entry.is_some()).count();
+        assert_eq!(known, 1);
+    }
+}
