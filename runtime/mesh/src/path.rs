@@ -6,12 +6,12 @@ use std::borrow::Cow;
 
 /// Normalises the path of a request target. The query is left as it is and a fragment is dropped, in every mode.
 ///
-/// Percent-encodings of unreserved characters are decoded (in the last mode those of slashes too), `\` becomes `/`,
-/// dot segments are resolved, and then, where asked, runs of `/` become one: in this order, as RFC 3986 §6.2.2 and
-/// Envoy have it. A target that does not start with `/` only loses its fragment.
+/// Percent-encodings of unreserved characters are decoded (in the last mode those of slashes too), characters that no
+/// URI has are encoded, `\` becomes `/`, dot segments are resolved, and then, where asked, runs of `/` become one: in
+/// this order, as RFC 3986 §6.2.2 and Envoy have it. A target that does not start with `/` only loses its fragment.
 ///
-/// One pass never makes a new percent-encoding out of the pieces of broken ones, so what an upstream decodes is what
-/// was looked at here.
+/// One pass never makes a new percent-encoding out of the pieces of broken ones: the `%` of such a piece is encoded
+/// itself. So what an upstream decodes is what was looked at here.
 pub fn normalize_path(target: &str, mode: PathNormalization) -> Cow<'_, str> {
     let target = target.split_once('#').map_or(target, |(before, _)| before);
     let (path, query) = match target.find('?') {
@@ -37,6 +37,7 @@ fn is_normal(path: &str, mode: PathNormalization) -> bool {
         let after_slash = std::mem::replace(&mut before, byte) == b'/';
         match byte {
             b'%' | b'\\' => false,
+            other if is_encoded(other) => false,
             b'.' => !after_slash,
             b'/' => !after_slash || mode == PathNormalization::Base,
             _ => true,
@@ -47,20 +48,72 @@ fn is_normal(path: &str, mode: PathNormalization) -> bool {
 fn decode(path: &str, slashes_too: bool) -> String {
     let mut out = String::with_capacity(path.len());
     let mut rest = path;
-    while let Some(at) = rest.find(['%', '\\']) {
+    // Where in `out` the last `%` stands that begins no percent-encoding.
+    let mut broken = None;
+    while let Some(at) = rest.find(|character: char| character.is_ascii() && is_special(character as u8)) {
         let (plain, special) = rest.split_at(at);
         out.push_str(plain);
-        let (decoded, consumed) = match escaped(special) {
-            Some(byte) if (byte == b'/' || byte == b'\\') && slashes_too => ('/', 3),
-            Some(byte) if is_unreserved(byte) && !continues_an_escape(&out) => (char::from(byte), 3),
-            _ if special.starts_with('\\') => ('/', 1),
-            _ => ('%', 1),
+        let after = |count: usize| special.get(count..).unwrap_or_default();
+        let byte = special.as_bytes().first().copied().unwrap_or_default();
+        rest = match escaped(special) {
+            Some(b'/' | b'\\') if slashes_too => {
+                out.push('/');
+                after(3)
+            }
+            Some(byte) if is_unreserved(byte) => {
+                out.push(char::from(byte));
+                mend(&mut out, broken, after(3));
+                after(3)
+            }
+            Some(_) => {
+                out.push_str(special.get(..3).unwrap_or_default());
+                after(3)
+            }
+            None if byte == b'%' => {
+                broken = Some(out.len());
+                out.push('%');
+                after(1)
+            }
+            None if byte == b'\\' => {
+                out.push('/');
+                after(1)
+            }
+            None => {
+                out.push('%');
+                out.extend([byte >> 4, byte & 0xf].map(hexadecimal));
+                after(1)
+            }
         };
-        out.push(decoded);
-        rest = special.get(consumed..).unwrap_or_default();
     }
     out.push_str(rest);
     out
+}
+
+/// Encodes the `%` at `broken` if the character that was just decoded, last in `out`, makes a percent-encoding of it,
+/// alone or with what comes next.
+fn mend(out: &mut String, broken: Option<usize>, next: &str) {
+    let Some(piece) = broken.and_then(|at| out.get(at..)) else { return };
+    let joined = match piece.len() {
+        2 => escaped(&format!("{piece}{}", next.get(..1).unwrap_or_default())),
+        3 => escaped(piece),
+        _ => None,
+    };
+    if let Some(at) = broken.filter(|_| joined.is_some()) {
+        out.insert_str(at + 1, "25");
+    }
+}
+
+fn is_special(byte: u8) -> bool {
+    matches!(byte, b'%' | b'\\') || is_encoded(byte)
+}
+
+/// What Envoy encodes where it finds it in a path: what may not stand in a URI (RFC 3986 §2), but for brackets.
+fn is_encoded(byte: u8) -> bool {
+    matches!(byte, b'"' | b'<' | b'>' | b'^' | b'`' | b'{' | b'|' | b'}')
+}
+
+fn hexadecimal(digit: u8) -> char {
+    char::from_digit(u32::from(digit), 16).unwrap_or('0').to_ascii_uppercase()
 }
 
 /// The byte that `text` begins with, when it begins with a percent-encoding.
@@ -73,13 +126,6 @@ fn escaped(text: &str) -> Option<u8> {
 /// RFC 3986 §2.3.
 fn is_unreserved(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~')
-}
-
-/// Whether one or two more characters would complete a percent-encoding at the end of `out`: a whole encoding that
-/// was kept has its `%` three characters back.
-fn continues_an_escape(out: &str) -> bool {
-    let bytes = out.as_bytes();
-    bytes.last() == Some(&b'%') || bytes.len().checked_sub(2).and_then(|at| bytes.get(at)) == Some(&b'%')
 }
 
 /// RFC 3986 §5.2.4 on an absolute path. Empty segments are segments.

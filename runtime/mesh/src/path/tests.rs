@@ -92,9 +92,25 @@ fn query_stays_and_fragment_goes() {
 
 #[test]
 fn broken_encodings_never_join_into_new_ones() {
-    for path in ["/a/%%32e%%32e/b", "/a/%2%65%2%65/b", "/%", "/%2", "/%zz", "/a/%%32f"] {
+    for path in ["/%", "/%2", "/%zz", "/a%u0041"] {
         same(path);
     }
+    for (sent, normal) in [
+        ("/a/%%32e%%32e/b", "/a/%252e%252e/b"),
+        ("/a/%2%65%2%65/b", "/a/%252e%252e/b"),
+        ("/a/%%32f", "/a/%252f"),
+        ("/%2%45", "/%252E"),
+        ("/%%7a", "/%z"),
+    ] {
+        check(sent, [sent, normal, normal, normal]);
+    }
+}
+
+#[test]
+fn what_no_uri_has_is_encoded() {
+    let sent = "/\"<>^`{|}[]*\"?\"|";
+    let normal = "/%22%3C%3E%5E%60%7B%7C%7D[]*%22?\"|";
+    check(sent, [sent, normal, normal, normal]);
 }
 
 #[test]
