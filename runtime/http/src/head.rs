@@ -84,6 +84,10 @@ pub(crate) fn request_head(
 }
 
 fn normalized(path: &PathAndQuery, mode: PathNormalization) -> Result<PathAndQuery, Failure> {
+    // Upstreams do not agree on what such bytes mean, and Envoy refuses them too.
+    if !path.as_str().is_ascii() {
+        return Err(Failure::BadPath);
+    }
     // An encoded NUL has no honest use, and ends the text in some upstreams.
     if mode != PathNormalization::None && path.path().contains("%00") {
         return Err(Failure::BadPath);
