@@ -22,12 +22,12 @@ pub struct RequestHead {
 }
 
 impl RequestHead {
-    /// Whether this is a gRPC request: `content-type: application/grpc`, alone or followed by `+` or `;` and more.
-    /// Local replies to it are written as gRPC statuses (Envoy `Grpc::Common::isGrpcRequestHeaders`).
+    /// Whether this is a gRPC request: `content-type: application/grpc`, alone or followed by `+` and more. Local
+    /// replies to it are written as gRPC statuses. A type with parameters is none to Envoy, so it is none here.
     pub fn is_grpc(&self) -> bool {
         let Some(value) = self.headers.get(http::header::CONTENT_TYPE) else { return false };
         let Some(rest) = value.as_bytes().strip_prefix(b"application/grpc") else { return false };
-        rest.is_empty() || rest[0] == b'+' || rest[0] == b';'
+        rest.is_empty() || rest[0] == b'+'
     }
 }
 
