@@ -119,9 +119,7 @@ impl Index {
     fn by_header(&self, asked: &Asked<'_>, each: &mut impl FnMut(&[u32])) {
         let headers = &asked.head.headers;
         let mut look = |name: &HeaderName, texts: &TextIndex| {
-            if let Some(value) = asked.header(name) {
-                texts.find(&value, each);
-            }
+            asked.header(name, |value| texts.find(value, each));
         };
         if self.headers.len() <= headers.keys_len() {
             self.headers.iter().for_each(|(name, texts)| look(name, texts));

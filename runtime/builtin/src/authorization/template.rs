@@ -29,9 +29,15 @@ impl Piece {
     fn matches(&self, segment: &str) -> bool {
         match self {
             Self::Literal(text) => **text == *segment,
-            Self::One => !segment.is_empty(),
+            Self::One => !segment.is_empty() && is_plain(segment),
         }
     }
+}
+
+/// Whether an operator may stand for `text`: it has only characters that the path of a URI may have (RFC 3986 §3.3),
+/// as Envoy's templates ask.
+fn is_plain(text: &str) -> bool {
+    text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._~%!$&'()*+,;:@=".contains(&byte))
 }
 
 impl Template {
@@ -60,10 +66,11 @@ impl Template {
         match &self.tail {
             None => begins && count == self.head.len(),
             Some(tail) => {
-                let mut segments = path.rsplit('/');
+                let mut last = path.rsplit('/');
                 begins
                     && count > self.head.len() + tail.len()
-                    && tail.iter().all(|piece| segments.next().is_some_and(|segment| piece.matches(segment)))
+                    && tail.iter().all(|piece| last.next().is_some_and(|segment| piece.matches(segment)))
+                    && segments.take(count - self.head.len() - tail.len()).all(is_plain)
             }
         }
     }
@@ -105,6 +112,12 @@ mod tests {
             ("/{**}/cart", "/cart", false),
             ("/{**}", "/", true),
             ("/{**}", "", false),
+            ("/{*}", "/a%20!$&'()+,;:@=~", true),
+            ("/{*}", "/a*", true),
+            ("/{*}", "/a[1]", false),
+            ("/{*}", r"/\", false),
+            ("/{**}", "/a/b|c", false),
+            ("/{**}/c", "/a/b^/c", false),
         ] {
             assert_eq!(Template::new(&template.into()).matches(path), expected, "{template} {path}");
         }

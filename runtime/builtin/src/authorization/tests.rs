@@ -396,7 +396,7 @@ fn invert(condition: &Condition) -> Condition {
 }
 
 #[test]
-fn headers_match_joined_and_pseudo_headers_too() {
+fn headers_match_by_any_of_their_lines_and_pseudo_headers_too() {
     let header = |name: &str, values| allow(vec![when(Condition::RequestHeader(name.into(), values))]);
     for (name, policy, request, expected) in [
         ("absent", header("x-foo", any(texts(["foo"]))), get("/"), false),
@@ -405,15 +405,27 @@ fn headers_match_joined_and_pseudo_headers_too() {
         ("empty is present", header("x-foo", any(texts(["*"]))), get("/").header("x-foo", ""), true),
         ("absent is not present", header("x-foo", any(texts(["*"]))), get("/"), false),
         (
-            "a second value defeats an exact match",
+            "a second line hides nothing",
             header("x-foo", any(texts(["foo"]))),
+            get("/").header("x-foo", "bar").header("x-foo", "foo"),
+            true,
+        ),
+        (
+            "nor does it from what is excluded",
+            header("x-foo", none(texts(["foo"]))),
+            get("/").header("x-foo", "bar").header("x-foo", "foo"),
+            false,
+        ),
+        (
+            "lines are not joined",
+            header("x-foo", any(texts(["foo,bar"]))),
             get("/").header("x-foo", "foo").header("x-foo", "bar"),
             false,
         ),
         (
-            "joined by a comma",
-            header("x-foo", any(texts(["foo,bar"]))),
-            get("/").header("x-foo", "foo").header("x-foo", "bar"),
+            "but for headers that Envoy keeps in one",
+            header("user-agent", any(texts(["foo,bar"]))),
+            get("/").header("user-agent", "foo").header("user-agent", "").header("user-agent", "bar"),
             true,
         ),
         ("method", header(":method", any(texts(["GET"]))), get("/"), true),
