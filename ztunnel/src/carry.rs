@@ -3,7 +3,9 @@
 use crate::Proxy;
 use cairn_mesh::{Identity, Service, Workload};
 use cairn_net::ByteCounts;
-use cairn_telemetry::{Direction, PeerLabels, Reporter, Security, TcpConnection, TcpLabels, TcpRecord};
+use cairn_telemetry::{
+    CustomLabels, Direction, PeerLabels, Reporter, Security, TcpConnection, TcpLabels, TcpRecord,
+};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -73,7 +75,15 @@ impl Account {
             Direction::Inbound => Reporter::Destination,
         };
         let security = Security::between(&source, &destination);
-        TcpLabels { reporter, source, destination, service: self.service.clone(), response_flags, security }
+        TcpLabels {
+            reporter,
+            source,
+            destination,
+            service: self.service.clone(),
+            response_flags,
+            security,
+            custom: CustomLabels::default(),
+        }
     }
 
     fn record(&self, proxy: &Proxy, counts: &ByteCounts, error: &str) {

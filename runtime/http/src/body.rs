@@ -1,7 +1,7 @@
 //! Bodies in passing: frames go on as they come, and are counted.
 
+use crate::grpc::Messages;
 use crate::record::{Ending, Record};
-use crate::reply::{GRPC_STATUS, grpc_status};
 use crate::upstream::Lease;
 use bytes::{Bytes, BytesMut};
 use cairn_filter::{BodyBroken, BodyFuture, BodyRead};
@@ -18,6 +18,8 @@ use std::task::{Context, Poll, ready};
 #[derive(Debug, Default)]
 pub(crate) struct Progress {
     pub(crate) bytes: AtomicU64,
+    /// gRPC messages that have begun.
+    pub(crate) messages: AtomicU64,
     /// The client ended it before its end.
     pub(crate) broken: AtomicBool,
 }
@@ -28,27 +30,30 @@ pub(crate) struct RequestBody {
     read: VecDeque<Frame<Bytes>>,
     /// What comes after that; `None`: nothing does.
     incoming: Option<(Incoming, Arc<Progress>)>,
+    /// Where in its gRPC messages it is; `None`: it is not gRPC.
+    messages: Option<Messages>,
 }
 
 impl RequestBody {
     pub(crate) fn none() -> Self {
-        Self { read: VecDeque::new(), incoming: None }
+        Self { read: VecDeque::new(), incoming: None, messages: None }
     }
 
     /// A body made here.
     pub(crate) fn full(bytes: Bytes) -> Self {
         let frame = (!bytes.is_empty()).then(|| Frame::data(bytes));
-        Self { read: frame.into_iter().collect(), incoming: None }
+        Self { read: frame.into_iter().collect(), incoming: None, messages: None }
     }
 
     /// The body, and how to follow it if there is one.
-    pub(crate) fn new(incoming: Incoming) -> (Self, Option<Arc<Progress>>) {
+    pub(crate) fn new(incoming: Incoming, grpc: bool) -> (Self, Option<Arc<Progress>>) {
         if incoming.is_end_stream() {
             return (Self::none(), None);
         }
         let progress = Arc::new(Progress::default());
+        let messages = grpc.then(Messages::default);
         let incoming = Some((incoming, Arc::clone(&progress)));
-        (Self { read: VecDeque::new(), incoming }, Some(progress))
+        (Self { read: VecDeque::new(), incoming, messages }, Some(progress))
     }
 
     fn bytes_read(&self) -> usize {
@@ -56,12 +61,16 @@ impl RequestBody {
     }
 
     fn poll_incoming(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let Some((incoming, progress)) = &mut self.incoming else { return Poll::Ready(None) };
+        let Self { incoming, messages, .. } = self;
+        let Some((incoming, progress)) = incoming else { return Poll::Ready(None) };
         let frame = ready!(Pin::new(incoming).poll_frame(cx));
         match &frame {
             Some(Ok(frame)) => {
                 let length = frame.data_ref().map_or(0, Bytes::len);
                 progress.bytes.fetch_add(length as u64, Relaxed);
+                if let (Some(messages), Some(data)) = (messages, frame.data_ref()) {
+                    progress.messages.fetch_add(messages.pass(data), Relaxed);
+                }
             }
             Some(Err(_)) => progress.broken.store(true, Relaxed),
             None => {}
@@ -182,10 +191,11 @@ impl Body for ResponseBody {
             Some(Err(_)) => this.finish(Ending::UpstreamCut),
             Some(Ok(frame)) => {
                 if let Some(record) = &mut this.record {
-                    record.response_body_bytes += frame.data_ref().map_or(0, Bytes::len) as u64;
-                    if let Some(status) = frame.trailers_ref().and_then(|trailers| trailers.get(GRPC_STATUS))
-                    {
-                        record.grpc_status = Some(grpc_status(status));
+                    if let Some(data) = frame.data_ref() {
+                        record.passed(data);
+                    }
+                    if let Some(trailers) = frame.trailers_ref() {
+                        record.trailed(trailers);
                     }
                 }
             }

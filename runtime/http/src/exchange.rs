@@ -57,7 +57,7 @@ pub(crate) async fn run(
     let wish = wish(request.method(), request.version(), request.headers());
     let upgrade = (wish == Wish::WebSocket).then(|| Upgrade::of(&mut request));
     let (parts, body) = request.into_parts();
-    let (head, well_formed) = request_head(parts, site.normalization);
+    let (mut head, well_formed) = request_head(parts, site.normalization);
     let well_formed = if wish == Wish::Unsupported { Err(Failure::Upgrade) } else { well_formed };
 
     let now = (Instant::now(), SystemTime::now());
@@ -69,7 +69,9 @@ pub(crate) async fn run(
     let chain = if well_formed.is_ok() { &site.chain } else { &Chain::default() };
     let running = chain.start(&exchange);
     served.exchange_began();
+    let trace = site.observer.as_ref().and_then(|observer| observer.trace(&mut head.headers, now.1));
     let mut record = Box::new(Record::new(exchange, running, Arc::clone(&served), &head));
+    record.observe(site.observer.as_ref(), trace, &head);
     let is_head = head.method == Method::HEAD;
 
     let turn = match well_formed {
@@ -96,12 +98,14 @@ async fn go(
     body: Incoming,
     upgrade: Option<&Upgrade>,
 ) -> Turn {
-    let (mut body, progress) = RequestBody::new(body);
+    let (mut body, progress) = RequestBody::new(body, record.exchange.grpc);
     record.progress = progress;
     let before = (head.method.clone(), head.path.clone(), head.authority.clone());
     let end_of_stream = record.progress.is_none();
     let Record { running, exchange, .. } = record;
-    match running.request_headers(exchange, &mut head, end_of_stream, &mut body).await {
+    let outcome = running.request_headers(exchange, &mut head, end_of_stream, &mut body).await;
+    record.keep_request(&head);
+    match outcome {
         Outcome::Continue => {}
         Outcome::Reply(reply) => return Turn::Reply(reply),
         Outcome::Reset => return Turn::Reset,
@@ -131,6 +135,7 @@ async fn go(
     if let Some(rewrite) = &rule.rewrite {
         rewrite.apply(&mut head, prefix.as_deref());
     }
+    record.keep_request(&head);
     if let Some(upgrade) = upgrade {
         upgrade.ask(&mut head.headers);
     }
@@ -162,6 +167,7 @@ async fn send(
         let address = active.host().address;
         record.exchange.upstream = Some(address);
         record.exchange.upstream_workload = Some(workload);
+        record.attempts += 1;
         let sent_at = Instant::now();
         let Unsent { failure, request: unsent } = match upstream::send(worker, active, request).await {
             Ok(answer) => {

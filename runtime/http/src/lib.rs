@@ -9,6 +9,7 @@ mod callout;
 mod endpoint;
 mod exchange;
 mod failure;
+mod grpc;
 mod head;
 mod host;
 mod matcher;

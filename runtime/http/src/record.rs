@@ -2,13 +2,16 @@
 
 use crate::Failure;
 use crate::body::Progress;
+use crate::grpc::Messages;
 use crate::head::{FORWARDED_FOR, REQUEST_ID, header_bytes};
+use crate::reply::{GRPC_STATUS, grpc_status};
 use crate::serve::Served;
+use bytes::Bytes;
 use cairn_filter::{Exchange, RequestHead, ResponseHead, Running};
-use cairn_telemetry::HttpRecord;
+use cairn_telemetry::{HttpRecord, Observe, Trace, Wanted};
 use http::header::USER_AGENT;
 use http::uri::PathAndQuery;
-use http::{HeaderName, HeaderValue, Method};
+use http::{HeaderMap, HeaderName, HeaderValue, Method};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
@@ -26,6 +29,17 @@ pub(crate) enum Ending {
     ClientGone,
 }
 
+/// How often the messages of a long stream are counted where no observer says (Istio's default).
+pub(crate) const REPORT_EVERY: Duration = Duration::from_secs(5);
+
+/// Headers that are kept for an observer.
+#[derive(Default)]
+struct Kept {
+    request: HeaderMap,
+    response: HeaderMap,
+    trailers: HeaderMap,
+}
+
 /// The record of an exchange, its filters, and what the access log says of the request.
 pub(crate) struct Record {
     pub(crate) exchange: Exchange,
@@ -37,6 +51,15 @@ pub(crate) struct Record {
     pub(crate) response_body_bytes: u64,
     pub(crate) progress: Option<Arc<Progress>>,
     pub(crate) upstream_duration: Option<Duration>,
+    /// How often the request was sent.
+    pub(crate) attempts: u32,
+    messages: Messages,
+    response_messages: u64,
+    /// Messages of requests and responses that were counted while the stream went on, and when.
+    counted: (u64, u64, Option<Instant>),
+    observer: Option<Arc<dyn Observe>>,
+    trace: Option<Box<Trace>>,
+    kept: Option<Box<Kept>>,
     ended: bool,
     method: Method,
     path: PathAndQuery,
@@ -62,6 +85,13 @@ impl Record {
             response_body_bytes: 0,
             progress: None,
             upstream_duration: None,
+            attempts: 0,
+            messages: Messages::default(),
+            response_messages: 0,
+            counted: (0, 0, None),
+            observer: None,
+            trace: None,
+            kept: None,
             ended: false,
             method: head.method.clone(),
             path: head.path.clone(),
@@ -74,9 +104,75 @@ impl Record {
         }
     }
 
+    /// Is observed by `observer` from now on.
+    pub(crate) fn observe(
+        &mut self,
+        observer: Option<&Arc<dyn Observe>>,
+        trace: Option<Box<Trace>>,
+        head: &RequestHead,
+    ) {
+        let Some(observer) = observer else { return };
+        self.trace = trace;
+        let wants = observer.wants();
+        let wanted = [&wants.request, &wants.response, &wants.trailers].into_iter();
+        if !wanted.into_iter().all(Wanted::is_nothing) {
+            self.kept = Some(Box::default());
+        }
+        self.observer = Some(Arc::clone(observer));
+        self.keep_request(head);
+    }
+
+    /// Keeps what its observer wants of the request, as it is by now.
+    pub(crate) fn keep_request(&mut self, head: &RequestHead) {
+        if let (Some(observer), Some(kept)) = (&self.observer, &mut self.kept) {
+            kept.request = observer.wants().request.of(&head.headers);
+        }
+    }
+
+    /// Notes bytes of the response's body.
+    pub(crate) fn passed(&mut self, data: &Bytes) {
+        self.response_body_bytes += data.len() as u64;
+        if self.exchange.grpc {
+            self.response_messages += self.messages.pass(data);
+            self.count_messages();
+        }
+    }
+
+    /// Notes the response's trailers.
+    pub(crate) fn trailed(&mut self, trailers: &HeaderMap) {
+        if let Some(status) = trailers.get(GRPC_STATUS) {
+            self.grpc_status = Some(grpc_status(status));
+        }
+        if let (Some(observer), Some(kept)) = (&self.observer, &mut self.kept) {
+            kept.trailers = observer.wants().trailers.of(trailers);
+        }
+    }
+
+    /// Counts the messages of a stream that has gone on for another reporting interval.
+    fn count_messages(&mut self) {
+        let now = Instant::now();
+        let last = self.counted.2.unwrap_or(self.exchange.started);
+        let interval = self.observer.as_ref().map_or(REPORT_EVERY, |observer| observer.interval());
+        if now.duration_since(last) < interval {
+            return;
+        }
+        let requests = self.request_messages();
+        let new = (requests - self.counted.0, self.response_messages - self.counted.1);
+        let record = self.as_told(now);
+        self.served.scope.count_messages(&record, self.observer.as_deref(), new.0, new.1);
+        self.counted = (requests, self.response_messages, Some(now));
+    }
+
+    fn request_messages(&self) -> u64 {
+        self.progress.as_ref().map_or(0, |progress| progress.messages.load(Relaxed))
+    }
+
     /// Notes the response that the client is about to get.
     pub(crate) fn answered(&mut self, head: &ResponseHead) {
         self.exchange.status = Some(head.status);
+        if let (Some(observer), Some(kept)) = (&self.observer, &mut self.kept) {
+            kept.response = observer.wants().response.of(&head.headers);
+        }
         // "HTTP/1.1 200 OK" and the like, its line end, and the empty line.
         self.response_head_bytes = 19 + header_bytes(&head.headers);
     }
@@ -110,12 +206,19 @@ impl Record {
     }
 
     fn tell(&self) {
+        let record = self.as_told(Instant::now());
+        let telemetry = self.served.worker.telemetry();
+        telemetry.record_http(&self.served.scope, &record, self.observer.as_deref());
+    }
+
+    fn as_told(&self, now: Instant) -> HttpRecord<'_> {
         let exchange = &self.exchange;
         let connection = &exchange.connection;
         let body_bytes = self.progress.as_ref().map_or(0, |progress| progress.bytes.load(Relaxed));
-        let record = HttpRecord {
+        let kept = self.kept.as_deref();
+        HttpRecord {
             started: exchange.started_at,
-            duration: Instant::now().saturating_duration_since(exchange.started),
+            duration: now.saturating_duration_since(exchange.started),
             upstream_duration: self.upstream_duration,
             request_id: text(self.request_id.as_ref()),
             method: self.method.as_str(),
@@ -133,6 +236,17 @@ impl Record {
             response_body_bytes: self.response_body_bytes,
             request_bytes: self.request_head_bytes + body_bytes,
             response_bytes: self.response_head_bytes + self.response_body_bytes,
+            request_messages: self.request_messages() - self.counted.0,
+            response_messages: self.response_messages - self.counted.1,
+            attempts: self.attempts,
+            request_headers: kept.map(|kept| &kept.request),
+            response_headers: kept.map(|kept| &kept.response),
+            response_trailers: kept.map(|kept| &kept.trailers),
+            claims: exchange.token.as_ref().map(|token| token.payload()),
+            token_principal: exchange.token.as_ref().map_or("", |token| token.principal()),
+            trace: self.trace.as_deref(),
+            connection_id: connection.id,
+            http: true,
             downstream: connection.source.address,
             local: connection.destination,
             upstream: exchange.upstream,
@@ -142,8 +256,7 @@ impl Record {
             allowed_by: exchange.allowed_by.as_deref().unwrap_or(""),
             denial: exchange.denial.as_ref().map(|denial| (&*denial.policy, &*denial.reason)),
             notes: exchange.notes.iter().map(|note| (&*note.filter, &*note.text)).collect(),
-        };
-        self.served.worker.telemetry().record_http(&self.served.scope, &record);
+        }
     }
 }
 

@@ -4,6 +4,7 @@ use crate::RouteTable;
 use arc_swap::ArcSwap;
 use cairn_filter::Chain;
 use cairn_mesh::{AppProtocol, PathNormalization, Service, Workload};
+use cairn_telemetry::Observe;
 use std::sync::Arc;
 
 /// What is done with the traffic to one destination: a port of a service, or a workload.
@@ -22,6 +23,8 @@ pub struct Site {
     pub normalization: PathNormalization,
     /// The waypoint's own workload, from whose place in the world endpoints are preferred.
     pub viewpoint: Option<Arc<Workload>>,
+    /// How its traffic is observed; `None`: with the standard metrics, in the process's own log.
+    pub observer: Option<Arc<dyn Observe>>,
 }
 
 /// Where the current [`Site`] of a destination is found.

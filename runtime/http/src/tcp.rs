@@ -1,12 +1,16 @@
 //! Connections that carry no HTTP: an endpoint is chosen and bytes are copied.
 
 use crate::endpoint::{Chosen, Reach, choose};
+use crate::record::REPORT_EVERY;
 use crate::route::Target;
 use crate::stream::Upstream;
 use crate::{Failure, Site, SiteHandle, Worker, upstream};
 use cairn_filter::{Admission, Connection, Denial};
 use cairn_net::ByteCounts;
-use cairn_telemetry::{Direction, PeerLabels, Reporter, Security, TcpConnection, TcpLabels, TcpRecord};
+use cairn_telemetry::{
+    CustomLabels, Direction, HttpRecord, HttpScope, Observe, PeerLabels, Reporter, Security, TcpConnection,
+    TcpLabels, TcpRecord,
+};
 use std::io;
 use std::pin::pin;
 use std::sync::Arc;
@@ -14,9 +18,6 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant, SystemTime};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
-
-/// How often the bytes of a connection that lasts are counted.
-const REPORT_EVERY: Duration = Duration::from_secs(5);
 
 /// The response flag of a connection that policy ended (as a ztunnel's).
 const DENIED: &str = "DENY";
@@ -29,20 +30,26 @@ where
     let started = (Instant::now(), SystemTime::now());
     let mut changes = worker.site_changes();
     let current = site.load_full();
+    let observed = Observed::new(connection, &current, worker, started.1);
     let counts = ByteCounts::default();
-    let failed = |flags| TcpConnection::failed(&worker.telemetry().metrics, &labels(connection, None, flags));
+    let failed = |flags| {
+        let labels = observed.labels(connection, None, flags);
+        TcpConnection::failed(&worker.telemetry().metrics, &labels);
+    };
+    let mut flags = "-";
     let mut verdict = admit(&current, connection).await;
     let (chosen, outcome) = match (&verdict, open(connection, &current, worker)) {
         (Admission::Refuse(denial), _) => {
             failed(DENIED);
+            flags = DENIED;
             (None, Err(denial.reason.clone()))
         }
         (Admission::Pass(_), opening) => match opening.await {
             Ok((chosen, mut server)) => {
-                let labels = labels(connection, Some(&chosen), "-");
+                let labels = observed.labels(connection, Some(&chosen), "-");
                 let mut counted = TcpConnection::open(&worker.telemetry().metrics, labels);
                 let ended = tokio::select! {
-                    copied = copy(&mut stream, &mut server, &counts, &mut counted) => copied.map_err(|error| error.to_string()),
+                    copied = copy(&mut stream, &mut server, &counts, &mut counted, observed.interval()) => copied.map_err(|error| error.to_string()),
                     denial = until_refused(connection, site, Arc::clone(&current), &mut changes) => {
                         let reason = denial.reason.clone();
                         verdict = Admission::Refuse(denial);
@@ -50,11 +57,15 @@ where
                     }
                 };
                 counted.report(counts.received.load(Relaxed), counts.sent.load(Relaxed));
-                counted.close(if matches!(verdict, Admission::Refuse(_)) { DENIED } else { "-" });
+                if matches!(verdict, Admission::Refuse(_)) {
+                    flags = DENIED;
+                }
+                counted.close(flags);
                 (Some(chosen), ended)
             }
             Err(failure) => {
-                failed(failure.answer().flags);
+                flags = failure.answer().flags;
+                failed(flags);
                 (None, Err(failure.to_string()))
             }
         },
@@ -66,7 +77,7 @@ where
     };
     let workload = chosen.as_ref().map(|chosen| &chosen.workload);
     let upstream = chosen.as_ref().map(|chosen| chosen.active.host());
-    worker.telemetry().record_tcp(&TcpRecord {
+    let record = TcpRecord {
         started: started.1,
         duration: started.0.elapsed(),
         direction: Direction::Inbound,
@@ -84,7 +95,93 @@ where
         plan: "waypoint",
         decision,
         policy,
-    });
+    };
+    observed.finished(connection, chosen.as_ref(), worker, &record, flags);
+}
+
+/// How a connection is observed: as its destination's telemetry settings say when it begins.
+struct Observed {
+    observer: Option<Arc<dyn Observe>>,
+    scope: HttpScope,
+    started: SystemTime,
+}
+
+impl Observed {
+    fn new(connection: &Connection, site: &Site, worker: &Worker, started: SystemTime) -> Self {
+        let scope =
+            HttpScope::new(&worker.telemetry().metrics, source(connection), connection.service.clone());
+        Self { observer: site.observer.clone(), scope, started }
+    }
+
+    fn interval(&self) -> Duration {
+        self.observer.as_ref().map_or(REPORT_EVERY, |observer| observer.interval())
+    }
+
+    fn labels(
+        &self,
+        connection: &Connection,
+        chosen: Option<&Chosen>,
+        response_flags: &'static str,
+    ) -> TcpLabels {
+        let workload = chosen.map(|chosen| &chosen.workload);
+        let destination = PeerLabels::of(workload, workload.map(|workload| &workload.identity));
+        let source = source(connection);
+        let security = Security::between(&source, &destination);
+        let custom = match &self.observer {
+            None => CustomLabels::default(),
+            Some(observer) => {
+                let mut values = Vec::new();
+                observer.label_values(&self.scope, &self.told(connection, chosen), &mut values);
+                CustomLabels::new(observer.shape(), values)
+            }
+        };
+        TcpLabels {
+            reporter: Reporter::Waypoint,
+            source,
+            destination,
+            service: connection.service.clone(),
+            response_flags,
+            security,
+            custom,
+        }
+    }
+
+    /// What is known of a connection besides its ends and its bytes is little.
+    fn told<'a>(&self, connection: &'a Connection, chosen: Option<&'a Chosen>) -> HttpRecord<'a> {
+        HttpRecord {
+            http: false,
+            connection_id: connection.id,
+            upstream: chosen.map(|chosen| chosen.active.host().address),
+            upstream_workload: chosen.map(|chosen| &chosen.workload),
+            ..HttpRecord::new(self.started, connection.source.address, connection.destination)
+        }
+    }
+
+    fn finished(
+        &self,
+        connection: &Connection,
+        chosen: Option<&Chosen>,
+        worker: &Worker,
+        record: &TcpRecord<'_>,
+        flags: &'static str,
+    ) {
+        let Some(observer) = &self.observer else { return worker.telemetry().record_tcp(record) };
+        let told = HttpRecord {
+            duration: record.duration,
+            flags,
+            request_body_bytes: record.bytes_received,
+            response_body_bytes: record.bytes_sent,
+            request_bytes: record.bytes_received,
+            response_bytes: record.bytes_sent,
+            ..self.told(connection, chosen)
+        };
+        observer.finished(&self.scope, &told);
+        worker.telemetry().keep_tcp(record);
+    }
+}
+
+fn source(connection: &Connection) -> PeerLabels {
+    PeerLabels::of(connection.source.workload.as_ref(), connection.source.identity.as_ref())
 }
 
 /// The judgement of the destination's filters: first of those that know, then of those that ask.
@@ -147,32 +244,18 @@ async fn copy<S>(
     server: &mut Upstream,
     counts: &ByteCounts,
     counted: &mut TcpConnection,
+    interval: Duration,
 ) -> io::Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send,
 {
     let mut copying = pin!(cairn_net::copy(client, server, counts));
     let outcome = loop {
-        match tokio::time::timeout(REPORT_EVERY, copying.as_mut()).await {
+        match tokio::time::timeout(interval, copying.as_mut()).await {
             Ok(outcome) => break outcome,
             Err(_elapsed) => counted.report(counts.received.load(Relaxed), counts.sent.load(Relaxed)),
         }
     };
     counted.report(counts.received.load(Relaxed), counts.sent.load(Relaxed));
     outcome
-}
-
-fn labels(connection: &Connection, chosen: Option<&Chosen>, response_flags: &'static str) -> TcpLabels {
-    let source = PeerLabels::of(connection.source.workload.as_ref(), connection.source.identity.as_ref());
-    let workload = chosen.map(|chosen| &chosen.workload);
-    let destination = PeerLabels::of(workload, workload.map(|workload| &workload.identity));
-    let security = Security::between(&source, &destination);
-    TcpLabels {
-        reporter: Reporter::Waypoint,
-        source,
-        destination,
-        service: connection.service.clone(),
-        response_flags,
-        security,
-    }
 }

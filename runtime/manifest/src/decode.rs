@@ -8,6 +8,8 @@ mod request_authentication;
 mod route;
 mod settings;
 pub(crate) mod target;
+mod telemetry;
+mod telemetry_settings;
 
 use crate::diagnostic::{Finding, Severity};
 use crate::object::Object;
@@ -61,7 +63,7 @@ pub fn decode(object: &Object, settings: &MeshSettings) -> Decoded {
             Kind::RequestAuthentication => {
                 request_authentication::decode(object, &key, settings, &mut findings)
             }
-            Kind::Telemetry => telemetry(&mut findings),
+            Kind::Telemetry => telemetry::decode(object, &key, settings, &mut findings),
             Kind::WasmPlugin => plugin::decode(object, &key, settings, &mut findings),
             Kind::MeshConfig => settings::decode(object, settings, &mut findings),
         }
@@ -93,17 +95,6 @@ fn refusal(object: &Object, key: &ResourceKey, attachment: &Attachment, findings
     let first = findings.list.iter().find(|finding| finding.severity == Severity::Error);
     let reason = first.map_or_else(|| "it cannot be read".to_owned(), Finding::to_string);
     vec![unenforceable(object, key, attachment.certain_targets(), reason)]
-}
-
-fn telemetry(findings: &mut Findings) -> Vec<Change> {
-    let at = crate::field::FieldPath::of(&["spec"]);
-    findings.note(
-        Severity::Warning,
-        "not-supported",
-        &at,
-        "Telemetry is not supported yet: it has no effect",
-    );
-    Vec::new()
 }
 
 #[cfg(test)]

@@ -22,6 +22,7 @@ mod settings;
 mod sharded;
 mod snapshot;
 mod store;
+mod telemetry;
 mod text_match;
 mod trust_domains;
 mod workload;
@@ -52,6 +53,12 @@ pub use settings::{MeshSettings, PathNormalization};
 pub use sharded::Sharded;
 pub use snapshot::{Destination, Endpoint, L7, ServiceState, Snapshot};
 pub use store::{Applied, Change, Store};
+pub use telemetry::{
+    AccessLogging, AlsLog, FileLog, LogFormat, LogPlan, LogTarget, LogValue, Metric, MetricOverride,
+    MetricsChange, MetricsPlan, OtelLog, OtelTrace, OtelTransport, ProviderAddress, SpanTag, TagChange,
+    TelemetryDefaults, TelemetryPlan, TelemetryPolicy, TelemetryProvider, TelemetryProviderKind,
+    TracingChange, TracingPlan, ZipkinTrace,
+};
 pub use text_match::TextMatch;
 pub use trust_domains::TrustDomains;
 pub use workload::{

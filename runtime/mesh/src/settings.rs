@@ -1,6 +1,6 @@
 //! Settings of the whole mesh: the parts of Istio's MeshConfig that Cairn reads.
 
-use crate::{AuthorizationProvider, TrustDomains};
+use crate::{AuthorizationProvider, TelemetryDefaults, TrustDomains};
 use std::sync::Arc;
 
 /// How request paths are normalised before anything looks at them (`MeshConfig.pathNormalization`).
@@ -34,6 +34,8 @@ pub struct MeshSettings {
     pub authorization_providers: Vec<Arc<AuthorizationProvider>>,
     /// Path normalisation.
     pub path_normalization: PathNormalization,
+    /// Providers of metrics, access logs and traces, and their defaults.
+    pub telemetry: Arc<TelemetryDefaults>,
 }
 
 impl Default for MeshSettings {
@@ -46,6 +48,7 @@ impl Default for MeshSettings {
             cluster_id: "Kubernetes".into(),
             authorization_providers: Vec::new(),
             path_normalization: PathNormalization::Base,
+            telemetry: Arc::default(),
         }
     }
 }

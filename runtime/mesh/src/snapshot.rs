@@ -2,8 +2,8 @@
 
 use crate::{
     Authorization, AuthorizationPolicy, Health, HealthPolicy, HttpRoute, MeshSettings, NetworkAddress,
-    PortMapping, RequestAuthentication, ResourceKey, ResourceName, Service, Sharded, Unenforceable,
-    WasmPlugin, Workload,
+    PortMapping, RequestAuthentication, ResourceKey, ResourceName, Service, Sharded, TelemetryPolicy,
+    Unenforceable, WasmPlugin, Workload,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -72,6 +72,8 @@ pub struct L7 {
     pub authentications: BTreeMap<ResourceName, Arc<RequestAuthentication>>,
     /// Plugins.
     pub plugins: BTreeMap<ResourceName, Arc<WasmPlugin>>,
+    /// Telemetry resources.
+    pub telemetry: BTreeMap<ResourceName, Arc<TelemetryPolicy>>,
     /// Resources that are attached and cannot be enforced.
     pub unenforceable: BTreeMap<ResourceKey, Arc<Unenforceable>>,
 }

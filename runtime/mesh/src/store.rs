@@ -3,7 +3,8 @@
 use crate::snapshot::{Endpoint, ServiceState};
 use crate::{
     Authorization, AuthorizationPolicy, HttpRoute, MeshSettings, NetworkAddress, RequestAuthentication,
-    ResourceKey, ResourceName, Scope, Service, Snapshot, Unenforceable, WasmPlugin, Workload,
+    ResourceKey, ResourceName, Scope, Service, Snapshot, TelemetryPolicy, Unenforceable, WasmPlugin,
+    Workload,
 };
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -33,9 +34,11 @@ pub enum Change {
     RequestAuthentication(RequestAuthentication),
     /// A plugin is there, or changed.
     Plugin(WasmPlugin),
+    /// A Telemetry resource is there, or changed.
+    Telemetry(TelemetryPolicy),
     /// A resource is attached that cannot be enforced. It replaces the enforceable form of the same name.
     Unenforceable(ResourceKey, Unenforceable),
-    /// A route, policy, plugin or unenforceable resource is gone.
+    /// A route, policy, plugin, Telemetry or unenforceable resource is gone.
     L7Removed(ResourceKey),
     /// The mesh's settings changed.
     Settings(MeshSettings),
@@ -149,6 +152,11 @@ impl Store {
                     self.l7_without(ResourceKey { kind: crate::Kind::WasmPlugin, name: plugin.name.clone() });
                 l7.plugins.insert(plugin.name.clone(), Arc::new(plugin));
             }
+            Change::Telemetry(policy) => {
+                let name = policy.name.clone();
+                let l7 = self.l7_without(ResourceKey { kind: crate::Kind::Telemetry, name: name.clone() });
+                l7.telemetry.insert(name, Arc::new(policy));
+            }
             Change::Unenforceable(key, what) => {
                 self.l7_without(key.clone()).unenforceable.insert(key, Arc::new(what));
             }
@@ -167,6 +175,7 @@ impl Store {
             crate::Kind::AuthorizationPolicy => drop(l7.policies.remove(&key.name)),
             crate::Kind::RequestAuthentication => drop(l7.authentications.remove(&key.name)),
             crate::Kind::WasmPlugin => drop(l7.plugins.remove(&key.name)),
+            crate::Kind::Telemetry => drop(l7.telemetry.remove(&key.name)),
             crate::Kind::Gateway if l7.gateway.as_ref() == Some(&key.name) => l7.gateway = None,
             _ => {}
         }

@@ -1,6 +1,5 @@
 //! The access log's way out: a bounded buffer that requests append to and one thread writes.
 
-use crate::metrics::Metrics;
 use parking_lot::{Condvar, Mutex};
 use prometheus_client::metrics::counter::Counter;
 use std::io::Write;
@@ -33,6 +32,12 @@ struct Queue {
     dropped: Counter,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum LineEnd {
+    Always,
+    IfMissing,
+}
+
 #[derive(Default)]
 struct Waiting {
     bytes: Vec<u8>,
@@ -46,9 +51,8 @@ impl AccessLog {
     }
 
     /// Starts the thread that writes to `out`. It ends, after writing what waits, when the log is dropped.
-    pub fn start(out: impl Write + Send + 'static, metrics: &Metrics) -> Self {
-        let dropped = metrics
-            .counter("cairn_access_log_dropped", "Access log lines dropped, because the writer was too slow");
+    /// Lines that it must drop are counted in `dropped`.
+    pub fn start(out: impl Write + Send + 'static, dropped: Counter) -> Self {
         let queue = Arc::new(Queue { waiting: Mutex::default(), changed: Condvar::new(), dropped });
         let of_writer = Arc::clone(&queue);
         let writer =
@@ -62,8 +66,23 @@ impl AccessLog {
         }
     }
 
+    /// Whether anything is written.
+    pub fn is_on(&self) -> bool {
+        self.queue.is_some()
+    }
+
     /// Appends one line: `format` writes it, without its line feed.
     pub fn write(&self, format: impl FnOnce(&mut Vec<u8>)) {
+        self.append(format, LineEnd::Always);
+    }
+
+    /// Appends what `format` writes: a custom format brings its line feed with it, or does not (as in Envoy, whose
+    /// own default line ends with one). A line that has none gets one, so that lines never run together.
+    pub fn write_raw(&self, format: impl FnOnce(&mut Vec<u8>)) {
+        self.append(format, LineEnd::IfMissing);
+    }
+
+    fn append(&self, format: impl FnOnce(&mut Vec<u8>), end: LineEnd) {
         let Some(queue) = &self.queue else { return };
         let mut waiting = queue.waiting.lock();
         let before = waiting.bytes.len();
@@ -74,7 +93,9 @@ impl AccessLog {
         }
         format(&mut waiting.bytes);
         waiting.bytes.truncate(before + LINE_BYTES_MAX);
-        waiting.bytes.push(b'\n');
+        if end == LineEnd::Always || waiting.bytes.last() != Some(&b'\n') {
+            waiting.bytes.push(b'\n');
+        }
         let after = waiting.bytes.len();
         drop(waiting);
         // The writer needs to hear of the first line, and of the one that fills a block; not of every line.
@@ -125,10 +146,15 @@ impl Drop for AccessLog {
     }
 }
 
+impl std::fmt::Debug for AccessLog {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("AccessLog").field("on", &self.is_on()).finish_non_exhaustive()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::metrics::MetricsSettings;
     use std::sync::mpsc;
 
     /// Hands every block to the test, which thereby holds the writer up.
@@ -147,9 +173,8 @@ mod tests {
 
     #[test]
     fn lines_arrive_in_order_and_dropping_the_log_writes_the_rest() {
-        let metrics = Metrics::new("test", "0", MetricsSettings::default());
         let (sender, blocks) = mpsc::sync_channel(100);
-        let log = AccessLog::start(Handed(sender), &metrics);
+        let log = AccessLog::start(Handed(sender), Counter::default());
         for number in 0..10 {
             log.write(|out| out.extend_from_slice(format!("line {number}").as_bytes()));
         }
@@ -161,9 +186,8 @@ mod tests {
 
     #[test]
     fn a_stuck_writer_costs_lines_and_never_time() {
-        let metrics = Metrics::new("test", "0", MetricsSettings::default());
         let (sender, blocks) = mpsc::sync_channel(0);
-        let log = AccessLog::start(Handed(sender), &metrics);
+        let log = AccessLog::start(Handed(sender), Counter::default());
         let line = vec![b'x'; 1023];
         let lines = 4 * BUFFER_BYTES_MAX / 1024;
         for _ in 0..lines {

@@ -1,5 +1,6 @@
 //! A histogram over Istio's buckets that costs two relaxed additions to observe.
 
+use crate::scrape::Read;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// Istio's bucket bounds for durations in milliseconds and for bytes (20 rows with `+Inf`), as they are printed.
@@ -25,10 +26,13 @@ const BOUNDS: [f64; 19] = [
     3_600_000.0,
 ];
 
+/// How many buckets there are, that of everything above the bounds included.
+pub(crate) const BUCKETS: usize = BOUNDS.len() + 1;
+
 /// A histogram of whole units, of which `PER_PRINTED` make one printed unit.
 #[derive(Debug, Default)]
 pub(crate) struct Histogram<const PER_PRINTED: u64> {
-    buckets: [AtomicU64; BOUNDS.len() + 1],
+    buckets: [AtomicU64; BUCKETS],
     sum: AtomicU64,
 }
 
@@ -43,22 +47,19 @@ impl<const PER_PRINTED: u64> Histogram<PER_PRINTED> {
         self.sum.fetch_add(value, Relaxed);
     }
 
-    /// The sum in printed units, the count, and each bound with the count of its bucket alone.
-    pub(crate) fn read(&self) -> (f64, u64, [(f64, u64); BOUNDS.len() + 1]) {
-        let mut buckets = [(f64::INFINITY, 0); BOUNDS.len() + 1];
-        let mut count = 0;
+    /// The sum in printed units, and each bound with the count of its bucket alone.
+    pub(crate) fn read(&self) -> Read {
+        let mut buckets = [(f64::INFINITY, 0); BUCKETS];
         for (index, (row, bucket)) in buckets.iter_mut().zip(&self.buckets).enumerate() {
-            let value = bucket.load(Relaxed);
-            *row = (BOUNDS.get(index).copied().unwrap_or(f64::INFINITY), value);
-            count += value;
+            *row = (BOUNDS.get(index).copied().unwrap_or(f64::INFINITY), bucket.load(Relaxed));
         }
-        (self.sum.load(Relaxed) as f64 / PER_PRINTED as f64, count, buckets)
+        Read { sum: self.sum.load(Relaxed) as f64 / PER_PRINTED as f64, buckets }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::Histogram;
+    use super::{Histogram, Read};
 
     #[test]
     fn a_value_counts_in_the_first_bucket_whose_bound_it_does_not_exceed() {
@@ -71,7 +72,8 @@ mod tests {
         ] {
             let histogram = Histogram::<1000>::default();
             histogram.observe(micros);
-            let (sum, count, buckets) = histogram.read();
+            let Read { sum, buckets } = histogram.read();
+            let count: u64 = buckets.iter().map(|row| row.1).sum();
             let hit: Vec<f64> = buckets.iter().filter(|row| row.1 == 1).map(|row| row.0).collect();
             assert_eq!((hit, count, sum), (vec![expected_bound], 1, micros as f64 / 1000.0), "{name}");
         }

@@ -1,11 +1,16 @@
 //! HTTP exchanges: what is said of one when it is over, and how it is counted.
 
 use crate::histogram::Histogram;
-use crate::labels::{HttpLabels, PeerLabels};
+use crate::labels::{CustomLabels, HttpLabels, PeerLabels};
 use crate::metrics::Metrics;
+use crate::observe::Observe;
+use crate::table::Activity;
 use crate::tcp_record::copy_text;
+use crate::trace::Trace;
 use cairn_mesh::{Identity, Service, Workload};
+use http::HeaderMap;
 use parking_lot::Mutex;
+use serde_json::{Map, Value};
 use smallvec::SmallVec;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -53,6 +58,28 @@ pub struct HttpRecord<'a> {
     pub request_bytes: u64,
     /// Bytes of the response, headers included.
     pub response_bytes: u64,
+    /// gRPC messages of the request.
+    pub request_messages: u64,
+    /// gRPC messages of the response.
+    pub response_messages: u64,
+    /// How often it was sent upstream.
+    pub attempts: u32,
+    /// The request's headers that its destination's [`crate::Observe::wants`].
+    pub request_headers: Option<&'a HeaderMap>,
+    /// The response's.
+    pub response_headers: Option<&'a HeaderMap>,
+    /// The response's trailers.
+    pub response_trailers: Option<&'a HeaderMap>,
+    /// The claims of a verified token.
+    pub claims: Option<&'a Map<String, Value>>,
+    /// `issuer/subject` of a verified token.
+    pub token_principal: &'a str,
+    /// The trace it is part of.
+    pub trace: Option<&'a Trace>,
+    /// Numbers connections within the process.
+    pub connection_id: u64,
+    /// Whether this is HTTP, or a connection of anything else.
+    pub http: bool,
     /// The client.
     pub downstream: SocketAddr,
     /// Where the client meant to go.
@@ -73,6 +100,53 @@ pub struct HttpRecord<'a> {
     pub notes: Vec<(&'a str, &'a str)>,
 }
 
+impl<'a> HttpRecord<'a> {
+    /// A record in which nothing is known yet but who connected where, to be completed with struct update syntax.
+    pub fn new(started: SystemTime, downstream: SocketAddr, local: SocketAddr) -> Self {
+        Self {
+            started,
+            duration: Duration::ZERO,
+            upstream_duration: None,
+            request_id: "",
+            method: "",
+            path: "",
+            protocol: "",
+            authority: "",
+            user_agent: "",
+            forwarded_for: "",
+            status: 0,
+            flags: "-",
+            details: "",
+            grpc: false,
+            grpc_status: None,
+            request_body_bytes: 0,
+            response_body_bytes: 0,
+            request_bytes: 0,
+            response_bytes: 0,
+            request_messages: 0,
+            response_messages: 0,
+            attempts: 0,
+            request_headers: None,
+            response_headers: None,
+            response_trailers: None,
+            claims: None,
+            token_principal: "",
+            trace: None,
+            connection_id: 0,
+            http: true,
+            downstream,
+            local,
+            upstream: None,
+            upstream_workload: None,
+            cluster: "",
+            route: "",
+            allowed_by: "",
+            denial: None,
+            notes: Vec::new(),
+        }
+    }
+}
+
 /// The metrics of one downstream connection: the labels that do not change, and handles to the series met so far, so
 /// that a request on a connection in use hashes no labels.
 pub struct HttpScope {
@@ -86,12 +160,18 @@ pub struct HttpScope {
 const HANDLES_MAX: usize = 32;
 
 struct Handle {
+    key: Key,
+    series: Arc<HttpSeries>,
+}
+
+/// What tells the series of one connection apart.
+struct Key {
     status: u16,
     grpc: bool,
     grpc_status: Option<u8>,
     flags: &'static str,
     destination: Option<Arc<Workload>>,
-    series: Arc<HttpSeries>,
+    custom: CustomLabels,
 }
 
 impl HttpScope {
@@ -110,28 +190,64 @@ impl HttpScope {
         self.service.as_ref()
     }
 
-    pub(crate) fn count(&self, record: &HttpRecord<'_>) {
+    /// Counts a finished exchange.
+    pub(crate) fn count(&self, record: &HttpRecord<'_>, observer: Option<&dyn Observe>) {
+        self.with_series(record, observer, |series| series.count(record));
+    }
+
+    /// Counts messages of a stream that goes on, under the labels known by now. The status is not among them, so it
+    /// does not matter that it may change.
+    pub fn count_messages(
+        &self,
+        record: &HttpRecord<'_>,
+        observer: Option<&dyn Observe>,
+        requests: u64,
+        responses: u64,
+    ) {
+        self.with_series(record, observer, |series| {
+            series.request_messages.fetch_add(requests, Relaxed);
+            series.response_messages.fetch_add(responses, Relaxed);
+        });
+    }
+
+    fn with_series(
+        &self,
+        record: &HttpRecord<'_>,
+        observer: Option<&dyn Observe>,
+        count: impl FnOnce(&HttpSeries),
+    ) {
+        let custom = match observer {
+            None => CustomLabels::default(),
+            Some(observer) => {
+                let shape = observer.shape();
+                let mut values = Vec::new();
+                if shape.values() > 0 {
+                    observer.label_values(self, record, &mut values);
+                }
+                CustomLabels::new(shape, values)
+            }
+        };
         let mut handles = self.handles.lock();
-        if let Some(handle) = handles.iter().find(|handle| handle.fits(record)) {
-            handle.series.count(record);
-            return;
+        if let Some(handle) = handles.iter().find(|handle| handle.key.fits(record, &custom)) {
+            return count(&handle.series);
         }
-        let series = self.metrics.http_series(&self.labels(record));
-        series.count(record);
+        let series = self.metrics.http_series(&self.labels(record, custom.clone()).simplified());
+        count(&series);
         if handles.len() == HANDLES_MAX {
             handles.clear();
         }
-        handles.push(Handle {
+        let key = Key {
             status: record.status,
             grpc: record.grpc,
             grpc_status: record.grpc_status,
             flags: record.flags,
             destination: record.upstream_workload.cloned(),
-            series,
-        });
+            custom,
+        };
+        handles.push(Handle { key, series });
     }
 
-    fn labels(&self, record: &HttpRecord<'_>) -> HttpLabels {
+    fn labels(&self, record: &HttpRecord<'_>, custom: CustomLabels) -> HttpLabels {
         let workload = record.upstream_workload;
         HttpLabels {
             source: self.source.clone(),
@@ -141,12 +257,13 @@ impl HttpScope {
             response_code: record.status,
             grpc_status: record.grpc_status,
             response_flags: record.flags,
+            custom,
         }
     }
 }
 
-impl Handle {
-    fn fits(&self, record: &HttpRecord<'_>) -> bool {
+impl Key {
+    fn fits(&self, record: &HttpRecord<'_>, custom: &CustomLabels) -> bool {
         let same_destination = match (&self.destination, record.upstream_workload) {
             (Some(known), Some(now)) => Arc::ptr_eq(known, now),
             (None, None) => true,
@@ -157,6 +274,7 @@ impl Handle {
             && self.grpc == record.grpc
             && self.grpc_status == record.grpc_status
             && self.flags == record.flags
+            && self.custom == *custom
     }
 }
 
@@ -164,6 +282,8 @@ impl Handle {
 #[derive(Debug, Default)]
 pub(crate) struct HttpSeries {
     pub(crate) requests: AtomicU64,
+    pub(crate) request_messages: AtomicU64,
+    pub(crate) response_messages: AtomicU64,
     /// Observed in microseconds, printed in milliseconds.
     pub(crate) duration: Histogram<1000>,
     pub(crate) request_bytes: Histogram<1>,
@@ -176,6 +296,17 @@ impl HttpSeries {
         self.duration.observe(u64::try_from(record.duration.as_micros()).unwrap_or(u64::MAX));
         self.request_bytes.observe(record.request_bytes);
         self.response_bytes.observe(record.response_bytes);
+        if record.grpc {
+            self.request_messages.fetch_add(record.request_messages, Relaxed);
+            self.response_messages.fetch_add(record.response_messages, Relaxed);
+        }
+    }
+}
+
+impl Activity for HttpSeries {
+    fn activity(&self) -> u64 {
+        let counters = [&self.requests, &self.request_messages, &self.response_messages];
+        counters.iter().fold(0, |sum, counter| sum.wrapping_add(counter.load(Relaxed)))
     }
 }
 

@@ -3,13 +3,12 @@
 //! A label set holds the model's own values behind their `Arc`s, so that making one allocates nothing. Missing values
 //! are printed as `unknown`.
 
-use cairn_mesh::{Identity, Service, Workload};
-use prometheus_client::encoding::{EncodeLabel, EncodeLabelSet, LabelSetEncoder};
-use std::fmt;
+use crate::shape::{Custom, MetricShape, render};
+use cairn_mesh::{Identity, Metric, Service, Workload};
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
-const UNKNOWN: &str = "unknown";
+pub(crate) const UNKNOWN: &str = "unknown";
 
 /// One end of the traffic: its workload, if the mesh knows it, and the identity it proved.
 #[derive(Clone, Debug, Default)]
@@ -44,6 +43,14 @@ impl PeerLabels {
 
     fn canonical_revision(&self) -> &str {
         self.text(|workload| &workload.canonical_revision)
+    }
+
+    /// The canonical revision as `reporter` prints it: a waypoint says `latest` also of what it does not know.
+    fn revision(&self, reporter: Reporter) -> &str {
+        match (self.canonical_revision(), reporter) {
+            (UNKNOWN, Reporter::Waypoint) => "latest",
+            (revision, _) => revision,
+        }
     }
 
     fn cluster(&self) -> &str {
@@ -150,6 +157,28 @@ pub struct TcpLabels {
     pub response_flags: &'static str,
     /// How it is protected.
     pub security: Security,
+    /// How they differ from the standard ones.
+    pub custom: CustomLabels,
+}
+
+/// How a label set differs from the standard one; by default not at all.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct CustomLabels(pub(crate) Option<Custom>);
+
+impl CustomLabels {
+    /// The difference that `shape` describes, with the label set's own values.
+    pub fn new(shape: &Arc<MetricShape>, values: impl IntoIterator<Item = Arc<str>>) -> Self {
+        Self(Some(Custom { shape: Arc::clone(shape), values: values.into_iter().collect() }))
+    }
+
+    fn overflow(&self) -> Self {
+        Self(self.0.as_ref().map(Custom::overflow))
+    }
+
+    /// Whether a metric is counted under this label set.
+    pub(crate) fn counts(&self, metric: Metric) -> bool {
+        self.0.as_ref().is_none_or(|custom| !custom.shape.form(metric).disabled)
+    }
 }
 
 impl TcpLabels {
@@ -159,16 +188,56 @@ impl TcpLabels {
             source: PeerLabels::default(),
             destination: PeerLabels::default(),
             service: None,
+            custom: self.custom.overflow(),
             ..self.clone()
         }
     }
+
+    /// The labels of `metric`, or of one that no resource can change.
+    pub(crate) fn print(&self, metric: Option<Metric>) -> String {
+        let mut out = String::with_capacity(LABELS_BYTES);
+        render(self.custom.0.as_ref(), metric, &mut out, |put| self.standard(put));
+        out
+    }
+
+    fn standard(&self, put: &mut dyn FnMut(&str, &str)) {
+        let to = &self.destination;
+        put("reporter", self.reporter.as_str());
+        put_source(put, &self.source, self.reporter);
+        put_service(put, self.service.as_deref());
+        put("destination_workload", to.workload_name());
+        put("destination_canonical_service", to.canonical_name());
+        put("destination_canonical_revision", to.revision(self.reporter));
+        put("destination_workload_namespace", to.namespace());
+        put("destination_principal", to.principal());
+        put("destination_app", to.canonical_name());
+        put("destination_version", to.canonical_revision());
+        put("destination_cluster", to.cluster());
+        put("request_protocol", "tcp");
+        put("response_flags", self.response_flags);
+        put("connection_security_policy", self.security.as_str());
+        if self.reporter != Reporter::Waypoint {
+            if let Some(workload) = &self.source.workload {
+                put("source_region", or_unknown(&workload.locality.region));
+                put("source_zone", or_unknown(&workload.locality.zone));
+            }
+            if let Some(workload) = &to.workload {
+                put("destination_region", or_unknown(&workload.locality.region));
+                put("destination_zone", or_unknown(&workload.locality.zone));
+            }
+        }
+    }
 }
+
+/// About as many bytes as a label set prints.
+const LABELS_BYTES: usize = 1024;
 
 impl PartialEq for TcpLabels {
     fn eq(&self, other: &Self) -> bool {
         self.reporter == other.reporter
             && self.response_flags == other.response_flags
             && self.security == other.security
+            && self.custom == other.custom
             && same_service(self.service.as_ref(), other.service.as_ref())
             && self.source == other.source
             && self.destination == other.destination
@@ -184,38 +253,7 @@ impl Hash for TcpLabels {
         self.destination.hash(state);
         self.service.as_ref().map(|service| &service.hostname).hash(state);
         self.response_flags.hash(state);
-    }
-}
-
-impl EncodeLabelSet for TcpLabels {
-    fn encode(&self, encoder: &mut LabelSetEncoder) -> fmt::Result {
-        let mut put = |name: &str, value: &str| (name, value).encode(encoder.encode_label());
-        put("reporter", self.reporter.as_str())?;
-        put_source(&mut put, &self.source)?;
-        put_service(&mut put, self.service.as_deref())?;
-        let to = &self.destination;
-        put("destination_workload", to.workload_name())?;
-        put("destination_canonical_service", to.canonical_name())?;
-        put("destination_canonical_revision", to.canonical_revision())?;
-        put("destination_workload_namespace", to.namespace())?;
-        put("destination_principal", to.principal())?;
-        put("destination_app", to.canonical_name())?;
-        put("destination_version", to.canonical_revision())?;
-        put("destination_cluster", to.cluster())?;
-        put("request_protocol", "tcp")?;
-        put("response_flags", self.response_flags)?;
-        put("connection_security_policy", self.security.as_str())?;
-        if self.reporter != Reporter::Waypoint {
-            if let Some(workload) = &self.source.workload {
-                put("source_region", or_unknown(&workload.locality.region))?;
-                put("source_zone", or_unknown(&workload.locality.zone))?;
-            }
-            if let Some(workload) = &to.workload {
-                put("destination_region", or_unknown(&workload.locality.region))?;
-                put("destination_zone", or_unknown(&workload.locality.zone))?;
-            }
-        }
-        Ok(())
+        self.custom.hash(state);
     }
 }
 
@@ -232,9 +270,33 @@ pub(crate) struct HttpLabels {
     /// 0–16, or 255 for a number that is none; printed for gRPC only.
     pub(crate) grpc_status: Option<u8>,
     pub(crate) response_flags: &'static str,
+    pub(crate) custom: CustomLabels,
 }
 
 impl HttpLabels {
+    /// The same without what no metric of its shape prints, so that what such labels would tell apart is one series.
+    pub(crate) fn simplified(mut self) -> Self {
+        let Some(Custom { shape, .. }) = &self.custom.0 else { return self };
+        if shape.drops("response_code") {
+            self.response_code = 0;
+        }
+        if shape.drops("grpc_response_status") {
+            self.grpc_status = None;
+        }
+        if shape.drops("response_flags") {
+            self.response_flags = "-";
+        }
+        if shape.drops("connection_security_policy") {
+            if shape.drops("source_principal") {
+                self.source.principal = None;
+            }
+            if shape.drops("destination_principal") {
+                self.destination.principal = None;
+            }
+        }
+        self
+    }
+
     /// The same without its peers and finer points, for when there are too many series.
     pub(crate) fn overflow(&self) -> Self {
         Self {
@@ -243,8 +305,46 @@ impl HttpLabels {
             service: None,
             grpc_status: None,
             response_flags: "-",
+            custom: self.custom.overflow(),
             ..self.clone()
         }
+    }
+
+    /// The labels of `metric`. Those of messages end with the destination's cluster.
+    pub(crate) fn print(&self, metric: Metric) -> String {
+        let mut out = String::with_capacity(LABELS_BYTES);
+        let of_messages = matches!(metric, Metric::GrpcRequestMessages | Metric::GrpcResponseMessages);
+        render(self.custom.0.as_ref(), Some(metric), &mut out, |put| {
+            self.of_peers(put);
+            if !of_messages {
+                self.of_exchange(put);
+            }
+        });
+        out
+    }
+
+    fn of_peers(&self, put: &mut dyn FnMut(&str, &str)) {
+        let to = &self.destination;
+        put("reporter", Reporter::Waypoint.as_str());
+        put_source(put, &self.source, Reporter::Waypoint);
+        put("destination_workload", to.workload_name());
+        put("destination_workload_namespace", to.namespace());
+        put("destination_principal", to.principal());
+        put("destination_app", to.canonical_name());
+        put("destination_version", to.canonical_revision());
+        put("destination_canonical_service", to.canonical_name());
+        put("destination_canonical_revision", to.revision(Reporter::Waypoint));
+        put_service(put, self.service.as_deref());
+        put("destination_cluster", to.cluster());
+    }
+
+    fn of_exchange(&self, put: &mut dyn FnMut(&str, &str)) {
+        put("request_protocol", if self.grpc { "grpc" } else { "http" });
+        put("response_code", &self.response_code.to_string());
+        let status = self.grpc_status.filter(|_| self.grpc).map(|status| status.to_string());
+        put("grpc_response_status", status.as_deref().unwrap_or(""));
+        put("response_flags", self.response_flags);
+        put("connection_security_policy", Security::between(&self.source, &self.destination).as_str());
     }
 }
 
@@ -254,6 +354,7 @@ impl PartialEq for HttpLabels {
             && self.grpc == other.grpc
             && self.grpc_status == other.grpc_status
             && self.response_flags == other.response_flags
+            && self.custom == other.custom
             && same_service(self.service.as_ref(), other.service.as_ref())
             && self.source == other.source
             && self.destination == other.destination
@@ -270,48 +371,25 @@ impl Hash for HttpLabels {
         self.response_code.hash(state);
         self.grpc_status.hash(state);
         self.response_flags.hash(state);
+        self.custom.hash(state);
     }
 }
 
-impl EncodeLabelSet for HttpLabels {
-    fn encode(&self, encoder: &mut LabelSetEncoder) -> fmt::Result {
-        let mut put = |name: &str, value: &str| (name, value).encode(encoder.encode_label());
-        let to = &self.destination;
-        put("reporter", Reporter::Waypoint.as_str())?;
-        put_source(&mut put, &self.source)?;
-        put("destination_workload", to.workload_name())?;
-        put("destination_workload_namespace", to.namespace())?;
-        put("destination_principal", to.principal())?;
-        put("destination_app", to.canonical_name())?;
-        put("destination_version", to.canonical_revision())?;
-        put("destination_canonical_service", to.canonical_name())?;
-        put("destination_canonical_revision", to.canonical_revision())?;
-        put_service(&mut put, self.service.as_deref())?;
-        put("destination_cluster", to.cluster())?;
-        put("request_protocol", if self.grpc { "grpc" } else { "http" })?;
-        put("response_code", &self.response_code.to_string())?;
-        let status = self.grpc_status.filter(|_| self.grpc).map(|status| status.to_string());
-        put("grpc_response_status", status.as_deref().unwrap_or(""))?;
-        put("response_flags", self.response_flags)?;
-        put("connection_security_policy", Security::between(&self.source, to).as_str())
-    }
+fn put_source(put: &mut dyn FnMut(&str, &str), from: &PeerLabels, reporter: Reporter) {
+    put("source_workload", from.workload_name());
+    put("source_canonical_service", from.canonical_name());
+    put("source_canonical_revision", from.revision(reporter));
+    put("source_workload_namespace", from.namespace());
+    put("source_principal", from.principal());
+    put("source_app", from.canonical_name());
+    put("source_version", from.canonical_revision());
+    put("source_cluster", from.cluster());
 }
 
-fn put_source(put: &mut impl FnMut(&str, &str) -> fmt::Result, from: &PeerLabels) -> fmt::Result {
-    put("source_workload", from.workload_name())?;
-    put("source_canonical_service", from.canonical_name())?;
-    put("source_canonical_revision", from.canonical_revision())?;
-    put("source_workload_namespace", from.namespace())?;
-    put("source_principal", from.principal())?;
-    put("source_app", from.canonical_name())?;
-    put("source_version", from.canonical_revision())?;
-    put("source_cluster", from.cluster())
-}
-
-fn put_service(put: &mut impl FnMut(&str, &str) -> fmt::Result, service: Option<&Service>) -> fmt::Result {
-    put("destination_service", service.map_or(UNKNOWN, |service| &service.hostname))?;
-    put("destination_service_namespace", service.map_or(UNKNOWN, |service| &service.namespace))?;
-    put("destination_service_name", service.map_or(UNKNOWN, |service| &service.name))
+fn put_service(put: &mut dyn FnMut(&str, &str), service: Option<&Service>) {
+    put("destination_service", service.map_or(UNKNOWN, |service| &service.hostname));
+    put("destination_service_namespace", service.map_or(UNKNOWN, |service| &service.namespace));
+    put("destination_service_name", service.map_or(UNKNOWN, |service| &service.name));
 }
 
 fn same_service(one: Option<&Arc<Service>>, two: Option<&Arc<Service>>) -> bool {

@@ -10,18 +10,26 @@ mod http_record;
 mod labels;
 mod line;
 mod metrics;
+mod observe;
 mod recent;
+mod scrape;
+mod shape;
 mod table;
 mod tcp_record;
+mod trace;
 
 pub use access_log::AccessLog;
 pub use http_record::{HttpExplanation, HttpRecord, HttpScope};
-pub use labels::{PeerLabels, Reporter, Security, TcpLabels};
+pub use labels::{CustomLabels, PeerLabels, Reporter, Security, TcpLabels};
+pub use line::{append_address, append_number, append_text, append_timestamp};
 pub use metrics::{Metrics, MetricsSettings};
+pub use observe::{Observe, Wanted, Wants};
 pub use prometheus_client::metrics::counter::Counter;
 pub use prometheus_client::metrics::gauge::Gauge;
 pub use recent::{Recent, Slot};
+pub use shape::{MetricForm, MetricShape};
 pub use tcp_record::{Direction, TcpConnection, TcpExplanation, TcpRecord};
+pub use trace::Trace;
 
 use std::io::Write;
 use std::sync::Arc;
@@ -48,7 +56,9 @@ pub struct Telemetry {
     /// Metrics.
     pub metrics: Arc<Metrics>,
     /// Access log lines.
-    pub access_log: AccessLog,
+    pub access_log: Arc<AccessLog>,
+    /// Access log lines dropped, of this log and of others.
+    pub lines_dropped: Counter,
     /// The last HTTP exchanges.
     pub exchanges: Recent<HttpExplanation>,
     /// The last connections.
@@ -64,25 +74,45 @@ impl Telemetry {
         out: impl Write + Send + 'static,
     ) -> Arc<Self> {
         let metrics = Metrics::new(component, tag, settings.metrics);
-        let access_log = if settings.access_log { AccessLog::start(out, &metrics) } else { AccessLog::off() };
+        let lines_dropped = metrics
+            .counter("cairn_access_log_dropped", "Access log lines dropped, because the writer was too slow");
+        let access_log = match settings.access_log {
+            true => AccessLog::start(out, lines_dropped.clone()),
+            false => AccessLog::off(),
+        };
         Arc::new(Self {
             metrics,
-            access_log,
+            access_log: Arc::new(access_log),
+            lines_dropped,
             exchanges: Recent::new(settings.recent),
             connections: Recent::new(settings.recent),
         })
     }
 
-    /// Records a finished exchange of the connection that `scope` belongs to.
-    pub fn record_http(&self, scope: &HttpScope, record: &HttpRecord<'_>) {
-        scope.count(record);
-        self.access_log.write(|out| line::http(out, record));
+    /// Records a finished exchange of the connection that `scope` belongs to: as `observer` says, or without one in
+    /// the process's own log and under the standard labels.
+    pub fn record_http(&self, scope: &HttpScope, record: &HttpRecord<'_>, observer: Option<&dyn Observe>) {
+        scope.count(record, observer);
+        match observer {
+            None => self.access_log.write(|out| line::http(out, record)),
+            Some(observer) => observer.finished(scope, record),
+        }
         self.exchanges.push(|slot| slot.refill(scope, record));
     }
 
-    /// Records a finished connection, whose bytes its [`TcpConnection`] counted.
+    /// Records a finished connection, whose bytes its [`TcpConnection`] counted, in the process's own log.
     pub fn record_tcp(&self, record: &TcpRecord<'_>) {
         self.access_log.write(|out| line::tcp(out, record));
+        self.keep_tcp(record);
+    }
+
+    /// Keeps a finished connection for explanations, when it is logged elsewhere.
+    pub fn keep_tcp(&self, record: &TcpRecord<'_>) {
         self.connections.push(|slot| slot.refill(record));
     }
+}
+
+/// Appends Istio's default line of an exchange, without a line feed.
+pub fn append_default_line(out: &mut Vec<u8>, record: &HttpRecord<'_>) {
+    line::http(out, record);
 }

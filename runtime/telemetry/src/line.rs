@@ -10,59 +10,59 @@ use time::OffsetDateTime;
 /// Appends Istio's default text line (`meshConfig.accessLogFormat`, its default), without a line feed.
 pub(crate) fn http(out: &mut Vec<u8>, record: &HttpRecord<'_>) {
     out.push(b'[');
-    timestamp(out, record.started, 3);
+    append_timestamp(out, record.started, 3);
     out.extend_from_slice(b"] \"");
-    text(out, record.method);
+    append_text(out, record.method);
     out.push(b' ');
-    text(out, record.path);
+    append_text(out, record.path);
     out.push(b' ');
-    text(out, record.protocol);
+    append_text(out, record.protocol);
     out.extend_from_slice(b"\" ");
-    number(out, u64::from(record.status));
+    append_number(out, u64::from(record.status));
     out.push(b' ');
-    text(out, record.flags);
+    append_text(out, record.flags);
     out.push(b' ');
-    text(out, record.details);
+    append_text(out, record.details);
     // Connection termination details, and the upstream's transport failure.
     out.extend_from_slice(b" - \"-\" ");
-    number(out, record.request_body_bytes);
+    append_number(out, record.request_body_bytes);
     out.push(b' ');
-    number(out, record.response_body_bytes);
+    append_number(out, record.response_body_bytes);
     out.push(b' ');
-    number(out, record.duration.as_millis() as u64);
+    append_number(out, record.duration.as_millis() as u64);
     out.push(b' ');
     match record.upstream_duration {
-        Some(duration) => number(out, duration.as_millis() as u64),
+        Some(duration) => append_number(out, duration.as_millis() as u64),
         None => out.push(b'-'),
     }
     for quoted in [record.forwarded_for, record.user_agent, record.request_id, record.authority] {
         out.extend_from_slice(b" \"");
-        text(out, quoted);
+        append_text(out, quoted);
         out.push(b'"');
     }
     out.extend_from_slice(b" \"");
     match record.upstream {
-        Some(upstream) => address(out, upstream),
+        Some(upstream) => append_address(out, upstream),
         None => out.push(b'-'),
     }
     out.extend_from_slice(b"\" ");
-    text(out, record.cluster);
+    append_text(out, record.cluster);
     // The upstream's local address is not known: connections are pooled.
     out.extend_from_slice(b" - ");
-    address(out, record.local);
+    append_address(out, record.local);
     out.push(b' ');
-    address(out, record.downstream);
+    append_address(out, record.downstream);
     // SNI: none inside a tunnel.
     out.extend_from_slice(b" - ");
-    text(out, record.route);
+    append_text(out, record.route);
 }
 
 /// Appends ztunnel's line, without a line feed.
 pub(crate) fn tcp(out: &mut Vec<u8>, record: &TcpRecord<'_>) {
-    timestamp(out, record.started + record.duration, 6);
+    append_timestamp(out, record.started + record.duration, 6);
     out.extend_from_slice(if record.error.is_empty() { b"\tinfo" } else { b"\terror" });
     out.extend_from_slice(b"\taccess\tconnection complete\tsrc.addr=");
-    address(out, record.source);
+    append_address(out, record.source);
     if let Some(workload) = record.source_workload {
         field(out, " src.workload=", &workload.name);
         field(out, " src.namespace=", &workload.namespace);
@@ -74,10 +74,10 @@ pub(crate) fn tcp(out: &mut Vec<u8>, record: &TcpRecord<'_>) {
         field(out, " src.cluster=", &workload.cluster_id);
     }
     out.extend_from_slice(b" dst.addr=");
-    address(out, record.destination);
+    append_address(out, record.destination);
     if !record.hbone_authority.is_empty() {
         out.extend_from_slice(b" dst.hbone_addr=");
-        text(out, record.hbone_authority);
+        append_text(out, record.hbone_authority);
     }
     if let Some(service) = record.service {
         field(out, " dst.service=", &service.hostname);
@@ -94,11 +94,11 @@ pub(crate) fn tcp(out: &mut Vec<u8>, record: &TcpRecord<'_>) {
     }
     field(out, " direction=", record.direction.as_str());
     out.extend_from_slice(b" bytes_sent=");
-    number(out, record.bytes_sent);
+    append_number(out, record.bytes_sent);
     out.extend_from_slice(b" bytes_recv=");
-    number(out, record.bytes_received);
+    append_number(out, record.bytes_received);
     out.extend_from_slice(b" duration=\"");
-    number(out, record.duration.as_millis() as u64);
+    append_number(out, record.duration.as_millis() as u64);
     out.extend_from_slice(b"ms\"");
     if !record.error.is_empty() {
         field(out, " error=", record.error);
@@ -108,12 +108,12 @@ pub(crate) fn tcp(out: &mut Vec<u8>, record: &TcpRecord<'_>) {
 fn field(out: &mut Vec<u8>, name: &str, value: &str) {
     out.extend_from_slice(name.as_bytes());
     out.push(b'"');
-    text(out, value);
+    append_text(out, value);
     out.push(b'"');
 }
 
 /// A text from a peer: printable ASCII as it is, everything that could end a line or a field escaped; `-` if empty.
-fn text(out: &mut Vec<u8>, value: &str) {
+pub fn append_text(out: &mut Vec<u8>, value: &str) {
     if value.is_empty() {
         out.push(b'-');
         return;
@@ -135,7 +135,8 @@ fn text(out: &mut Vec<u8>, value: &str) {
     }
 }
 
-fn address(out: &mut Vec<u8>, address: SocketAddr) {
+/// `10.0.0.1:80`, `[::1]:80`.
+pub fn append_address(out: &mut Vec<u8>, address: SocketAddr) {
     let SocketAddr::V4(v4) = address else {
         // Writing to a Vec cannot fail.
         let _ = write!(out, "{address}");
@@ -145,13 +146,14 @@ fn address(out: &mut Vec<u8>, address: SocketAddr) {
         if index > 0 {
             out.push(b'.');
         }
-        number(out, u64::from(octet));
+        append_number(out, u64::from(octet));
     }
     out.push(b':');
-    number(out, u64::from(v4.port()));
+    append_number(out, u64::from(v4.port()));
 }
 
-fn number(out: &mut Vec<u8>, mut value: u64) {
+/// A number in decimal.
+pub fn append_number(out: &mut Vec<u8>, mut value: u64) {
     let mut digits = [0; 20];
     let mut at = digits.len();
     for digit in digits.iter_mut().rev() {
@@ -172,7 +174,7 @@ fn padded(out: &mut Vec<u8>, value: u32, width: u32) {
 }
 
 /// RFC 3339 in UTC with 3 or 6 digits of a second.
-fn timestamp(out: &mut Vec<u8>, at: SystemTime, digits: u32) {
+pub fn append_timestamp(out: &mut Vec<u8>, at: SystemTime, digits: u32) {
     let at = OffsetDateTime::from(at);
     padded(out, u32::try_from(at.year()).unwrap_or(0), 4);
     for (separator, value) in [

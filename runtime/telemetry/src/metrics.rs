@@ -2,19 +2,20 @@
 
 use crate::http_record::HttpSeries;
 use crate::labels::{HttpLabels, TcpLabels};
+use crate::scrape::{Family, Read};
+use crate::shape::put;
 use crate::table::Table;
 use crate::tcp_record::TcpSeries;
+use cairn_mesh::Metric;
 use parking_lot::Mutex;
-use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, NoLabelSet, text};
-use prometheus_client::metrics::MetricType;
+use prometheus_client::encoding::text;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
-use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
 
 /// Bounds of the metrics.
 #[derive(Clone, Copy, Debug)]
@@ -23,18 +24,20 @@ pub struct MetricsSettings {
     pub http_series_max: usize,
     /// The most label sets of TCP metrics. Default: 16,384.
     pub tcp_series_max: usize,
+    /// How long a label set of either may count nothing until it is forgotten. Default: for ever, as in Istio.
+    pub idle_max: Option<Duration>,
 }
 
 impl Default for MetricsSettings {
     fn default() -> Self {
-        Self { http_series_max: 4096, tcp_series_max: 16_384 }
+        Self { http_series_max: 4096, tcp_series_max: 16_384, idle_max: None }
     }
 }
 
 /// The metrics of one process.
 pub struct Metrics {
     registry: Mutex<Registry>,
-    standard: Arc<Standard>,
+    standard: Standard,
     /// Times a new label set was counted in an overflow series, whose peers are `unknown`.
     overflows: Counter,
 }
@@ -43,13 +46,12 @@ impl Metrics {
     /// The metrics of `component` in version `tag`: `istio_build{component,tag} 1` and the standard families.
     pub fn new(component: &str, tag: &str, settings: MetricsSettings) -> Arc<Self> {
         let mut registry = Registry::default();
-        let standard = Arc::new(Standard {
+        let standard = Standard {
             component: component.to_owned(),
             tag: tag.to_owned(),
-            http: Table::new(settings.http_series_max),
-            tcp: Table::new(settings.tcp_series_max),
-        });
-        registry.register_collector(Box::new(Arc::clone(&standard)));
+            http: Table::new(settings.http_series_max, settings.idle_max),
+            tcp: Table::new(settings.tcp_series_max, settings.idle_max),
+        };
         let overflows = Counter::default();
         registry.register(
             "cairn_metric_series_overflow",
@@ -91,7 +93,9 @@ impl Metrics {
             // Writing to a String cannot fail; a collector that does has left what it wrote, which is still valid.
             tracing::error!("metrics are incomplete");
         }
-        prometheus_text(&open_metrics)
+        let mut out = prometheus_text(&open_metrics);
+        self.standard.print(&mut out, Instant::now());
+        out
     }
 
     pub(crate) fn http_series(&self, labels: &HttpLabels) -> Arc<HttpSeries> {
@@ -146,92 +150,118 @@ struct Standard {
     tcp: Table<TcpLabels, TcpSeries>,
 }
 
-impl fmt::Debug for Standard {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Standard").field("component", &self.component).finish_non_exhaustive()
-    }
-}
-
-impl Collector for Standard {
-    fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
-        let labels = [("component", self.component.as_str()), ("tag", self.tag.as_str())];
-        encoder
-            .encode_descriptor("istio_build", "What runs here", None, MetricType::Gauge)?
-            .encode_family(&labels)?
-            .encode_gauge(&1_i64)?;
-        self.encode_http(&mut encoder)?;
-        self.encode_tcp(&mut encoder)
-    }
-}
-
 impl Standard {
-    fn encode_http(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
-        let series = self.http.list();
-        if series.is_empty() {
-            return Ok(());
-        }
-        let mut family =
-            encoder.encode_descriptor("istio_requests", "HTTP requests", None, MetricType::Counter)?;
-        for (labels, values) in &series {
-            let count = values.requests.load(Relaxed);
-            family.encode_family(labels)?.encode_counter::<NoLabelSet, u64, u64>(&count, None)?;
-        }
-        let mut family = encoder.encode_descriptor(
-            "istio_request_duration_milliseconds",
-            "Duration of HTTP requests",
-            None,
-            MetricType::Histogram,
-        )?;
-        for (labels, values) in &series {
-            let (sum, count, buckets) = values.duration.read();
-            family.encode_family(labels)?.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)?;
-        }
-        let mut family = encoder.encode_descriptor(
-            "istio_request_bytes",
-            "Size of HTTP requests, headers included",
-            None,
-            MetricType::Histogram,
-        )?;
-        for (labels, values) in &series {
-            let (sum, count, buckets) = values.request_bytes.read();
-            family.encode_family(labels)?.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)?;
-        }
-        let mut family = encoder.encode_descriptor(
-            "istio_response_bytes",
-            "Size of HTTP responses, headers included",
-            None,
-            MetricType::Histogram,
-        )?;
-        for (labels, values) in &series {
-            let (sum, count, buckets) = values.response_bytes.read();
-            family.encode_family(labels)?.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)?;
-        }
-        Ok(())
+    fn print(&self, out: &mut String, now: Instant) {
+        let mut labels = String::new();
+        put(&mut labels, "component", &self.component);
+        put(&mut labels, "tag", &self.tag);
+        let mut build = Family::new();
+        build.add(labels, 1);
+        build.print(out, "istio_build", "What runs here", "gauge");
+        self.print_http(out, now);
+        self.print_tcp(out, now);
     }
 
-    fn encode_tcp(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
-        type Column = fn(&TcpSeries) -> &AtomicU64;
-        let columns: [(&str, &str, Column); 5] = [
-            ("istio_tcp_connections_opened", "TCP connections opened", |values| &values.opened),
-            ("istio_tcp_connections_closed", "TCP connections closed", |values| &values.closed),
-            ("istio_tcp_received_bytes", "Bytes from client to server", |values| &values.received),
-            ("istio_tcp_sent_bytes", "Bytes from server to client", |values| &values.sent),
-            ("istio_tcp_connections_failed", "TCP connections that failed", |values| &values.failed),
+    fn print_http(&self, out: &mut String, now: Instant) {
+        type Counter = (Metric, &'static str, &'static str, fn(&HttpSeries) -> &AtomicU64);
+        let counters: [Counter; 3] = [
+            (Metric::RequestCount, "istio_requests_total", "HTTP requests", |values| &values.requests),
+            (
+                Metric::GrpcRequestMessages,
+                "istio_request_messages_total",
+                "gRPC messages of clients",
+                |values| &values.request_messages,
+            ),
+            (
+                Metric::GrpcResponseMessages,
+                "istio_response_messages_total",
+                "gRPC messages of servers",
+                |values| &values.response_messages,
+            ),
         ];
-        let series = self.tcp.list();
-        for (name, help, column) in columns {
-            // A failed connection has labels of its own, under which nothing was opened: print what was counted.
-            let counted = || series.iter().filter(|(_, values)| column(values).load(Relaxed) > 0);
-            if counted().next().is_none() {
-                continue;
-            }
-            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
-            for (labels, values) in counted() {
+        type Distribution = (Metric, &'static str, &'static str, fn(&HttpSeries) -> Read);
+        let distributions: [Distribution; 3] = [
+            (
+                Metric::RequestDuration,
+                "istio_request_duration_milliseconds",
+                "Duration of HTTP requests",
+                |values| values.duration.read(),
+            ),
+            (
+                Metric::RequestSize,
+                "istio_request_bytes",
+                "Size of HTTP requests, headers included",
+                |values| values.request_bytes.read(),
+            ),
+            (
+                Metric::ResponseSize,
+                "istio_response_bytes",
+                "Size of HTTP responses, headers included",
+                |values| values.response_bytes.read(),
+            ),
+        ];
+        let series = self.http.list(now);
+        for (metric, name, help, column) in counters {
+            let mut family = Family::new();
+            for (labels, values) in &series {
                 let count = column(values).load(Relaxed);
-                family.encode_family(labels)?.encode_counter::<NoLabelSet, u64, u64>(&count, None)?;
+                if count > 0 && labels.custom.counts(metric) {
+                    family.add(labels.print(metric), count);
+                }
             }
+            family.print(out, name, help, "counter");
         }
-        Ok(())
+        for (metric, name, help, column) in distributions {
+            let mut family = Family::new();
+            for (labels, values) in &series {
+                if values.requests.load(Relaxed) > 0 && labels.custom.counts(metric) {
+                    family.add(labels.print(metric), column(values));
+                }
+            }
+            family.print(out, name, help);
+        }
+    }
+
+    fn print_tcp(&self, out: &mut String, now: Instant) {
+        type Counter = (Option<Metric>, &'static str, &'static str, fn(&TcpSeries) -> &AtomicU64);
+        let counters: [Counter; 5] = [
+            (
+                Some(Metric::TcpOpened),
+                "istio_tcp_connections_opened_total",
+                "TCP connections opened",
+                |values| &values.opened,
+            ),
+            (
+                Some(Metric::TcpClosed),
+                "istio_tcp_connections_closed_total",
+                "TCP connections closed",
+                |values| &values.closed,
+            ),
+            (
+                Some(Metric::TcpReceived),
+                "istio_tcp_received_bytes_total",
+                "Bytes from client to server",
+                |values| &values.received,
+            ),
+            (Some(Metric::TcpSent), "istio_tcp_sent_bytes_total", "Bytes from server to client", |values| {
+                &values.sent
+            }),
+            (None, "istio_tcp_connections_failed_total", "TCP connections that failed", |values| {
+                &values.failed
+            }),
+        ];
+        let series = self.tcp.list(now);
+        for (metric, name, help, column) in counters {
+            let mut family = Family::new();
+            for (labels, values) in &series {
+                let count = column(values).load(Relaxed);
+                // A failed connection has labels of its own, under which nothing was opened: print what was counted.
+                if count > 0 && metric.is_none_or(|metric| labels.custom.counts(metric)) {
+                    family.add(labels.print(metric), count);
+                }
+            }
+            family.print(out, name, help, "counter");
+        }
     }
 }
 

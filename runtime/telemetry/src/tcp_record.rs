@@ -2,6 +2,7 @@
 
 use crate::labels::TcpLabels;
 use crate::metrics::Metrics;
+use crate::table::Activity;
 use cairn_mesh::{Identity, Service, Workload};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -16,6 +17,13 @@ pub(crate) struct TcpSeries {
     pub(crate) received: AtomicU64,
     pub(crate) sent: AtomicU64,
     pub(crate) failed: AtomicU64,
+}
+
+impl Activity for TcpSeries {
+    fn activity(&self) -> u64 {
+        let counters = [&self.opened, &self.closed, &self.received, &self.sent, &self.failed];
+        counters.iter().fold(0, |sum, counter| sum.wrapping_add(counter.load(Relaxed)))
+    }
 }
 
 /// The metrics of one open connection. Dropping it without [`TcpConnection::close`] counts it as closed without a

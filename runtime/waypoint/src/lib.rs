@@ -7,6 +7,7 @@ mod accept;
 mod admin;
 mod keys;
 mod objects;
+mod observers;
 mod plugins;
 mod scope;
 mod settings;
@@ -193,7 +194,8 @@ async fn first_certificate(waypoint: &Waypoint, pending: Pending) {
 /// Compiles sites whenever the mesh or a plugin changes.
 async fn compile(waypoint: Arc<Waypoint>, wasm: Arc<Engine>, first: oneshot::Sender<()>, settled: Pending) {
     let own = Own { gateway: waypoint.settings.gateway.clone(), address: waypoint.settings.hbone.ip() };
-    let mut sites = Sites::new(own, Arc::default());
+    let observers = observers::Observers::new(&waypoint);
+    let mut sites = Sites::new(own, Arc::default(), observers);
     let (mut plugins, mut finished) = Plugins::new(wasm);
     let mut changes = waypoint.mesh.changes();
     waypoint.mesh.ready().await;

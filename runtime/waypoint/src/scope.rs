@@ -2,7 +2,8 @@
 
 use cairn_mesh::{
     AuthorizationPolicy, GatewayAddress, GatewayTarget, HttpRoute, L7, NetworkAddress, RequestAuthentication,
-    ResourceName, Service, Snapshot, TargetKind, TargetRef, Unenforceable, WasmPlugin, Workload,
+    ResourceName, Service, Snapshot, TargetKind, TargetRef, TelemetryPolicy, Unenforceable, WasmPlugin,
+    Workload,
 };
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -115,6 +116,30 @@ impl Own {
             self.is_target(&what.namespace, &what.targets, addressed, root)
         };
         l7.unenforceable.values().filter(applies).cloned().collect()
+    }
+
+    /// The Telemetry that applies, most general first: of the root namespace, of the waypoint's, of the service's, and
+    /// then what names the waypoint or the service, oldest first. Of several for one namespace the oldest counts.
+    pub fn telemetry(&self, l7: &L7, addressed: Addressed<'_>, root: &str) -> Vec<Arc<TelemetryPolicy>> {
+        let mut by_age: Vec<&Arc<TelemetryPolicy>> = l7.telemetry.values().collect();
+        by_age.sort_by(|a, b| (&a.created, &a.name).cmp(&(&b.created, &b.name)));
+        let own = match addressed {
+            Addressed::Service(service) => &service.namespace,
+            Addressed::Workload(workload) => &workload.namespace,
+        };
+        let mut places: Vec<&str> = Vec::new();
+        for place in [root, &*self.gateway.namespace, own] {
+            if !places.contains(&place) {
+                places.push(place);
+            }
+        }
+        let general = places.iter().filter_map(|place| {
+            by_age.iter().find(|policy| policy.targets.is_empty() && *policy.name.namespace == **place)
+        });
+        let attached = by_age
+            .iter()
+            .filter(|policy| self.is_target(&policy.name.namespace, &policy.targets, addressed, root));
+        general.chain(attached).map(|policy| Arc::clone(policy)).collect()
     }
 
     /// The routes of a service's port: those of the service's namespace, else of the waypoint's (Istio ignores other

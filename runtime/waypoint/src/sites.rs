@@ -4,6 +4,7 @@
 //! made of changed; connections find the new one at their next exchange.
 
 use crate::keys::Keyring;
+use crate::observers::Observers;
 use crate::plugins::{Plugins, Standing};
 use crate::scope::{Addressed, Own};
 use arc_swap::ArcSwap;
@@ -11,8 +12,8 @@ use cairn_filter::{Chain, Position, Slot, sort_factories};
 use cairn_http::{RouteTable, Site, SiteHandle};
 use cairn_mesh::{
     AppProtocol, AuthorizationPolicy, FailStrategy, HttpRoute, JwtRule, KeyPlace, MeshSettings,
-    NetworkAddress, PluginPhase, RequestAuthentication, ResourceName, Service, Snapshot, Unenforceable,
-    WasmPlugin, Workload,
+    NetworkAddress, PluginPhase, RequestAuthentication, ResourceName, Service, Snapshot, TelemetryPlan,
+    Unenforceable, WasmPlugin, Workload,
 };
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -77,6 +78,7 @@ struct Parts {
     plugins: Vec<(Arc<WasmPlugin>, Standing)>,
     unenforceable: Vec<Arc<Unenforceable>>,
     routes: Vec<Arc<HttpRoute>>,
+    telemetry: TelemetryPlan,
 }
 
 impl Parts {
@@ -95,6 +97,7 @@ impl Parts {
             && same_all(&self.policies, &other.policies)
             && same_all(&self.unenforceable, &other.unenforceable)
             && same_all(&self.routes, &other.routes)
+            && self.telemetry == other.telemetry
             && self.plugins.len() == other.plugins.len()
             && self.plugins.iter().zip(&other.plugins).all(|(a, b)| a.0 == b.0 && standing(&a.1, &b.1))
     }
@@ -108,6 +111,7 @@ fn same_all<T: PartialEq>(a: &[Arc<T>], b: &[Arc<T>]) -> bool {
 pub struct Sites {
     own: Own,
     keyring: Arc<Keyring>,
+    observers: Observers,
     known: HashMap<Key, (Parts, SiteHandle)>,
     /// Destinations that are no longer ours, while connections to them are open: what they still send is refused, and
     /// should the destination come back, they find its new site.
@@ -116,8 +120,8 @@ pub struct Sites {
 
 impl Sites {
     /// None yet.
-    pub fn new(own: Own, keyring: Arc<Keyring>) -> Self {
-        Self { own, keyring, known: HashMap::new(), left: HashMap::new() }
+    pub fn new(own: Own, keyring: Arc<Keyring>, observers: Observers) -> Self {
+        Self { own, keyring, observers, known: HashMap::new(), left: HashMap::new() }
     }
 
     /// Compiles what changed and returns the table of all. `plugins` starts to load what is new.
@@ -133,15 +137,15 @@ impl Sites {
             let handle = match known.remove(&key) {
                 Some((before, handle)) if before.same(&parts) => handle,
                 Some((_, handle)) => {
-                    handle.store(Arc::new(compile(&parts, port, protocol)));
+                    handle.store(Arc::new(self.compile(&parts, port, protocol)));
                     handle
                 }
                 None => match self.left.remove(&key) {
                     Some(handle) => {
-                        handle.store(Arc::new(compile(&parts, port, protocol)));
+                        handle.store(Arc::new(self.compile(&parts, port, protocol)));
                         handle
                     }
-                    None => Arc::new(ArcSwap::from_pointee(compile(&parts, port, protocol))),
+                    None => Arc::new(ArcSwap::from_pointee(self.compile(&parts, port, protocol))),
                 },
             };
             table.sites.insert(key, Arc::clone(&handle));
@@ -211,10 +215,18 @@ impl Sites {
                 Addressed::Service(service) => self.own.routes(l7, service, port),
                 Addressed::Workload(_) => Vec::new(),
             },
+            telemetry: TelemetryPlan::merge(&self.own.telemetry(l7, addressed, root), &settings.telemetry),
         }
     }
 }
 
+impl Sites {
+    fn compile(&mut self, parts: &Parts, port: u16, protocol: AppProtocol) -> Site {
+        Site { observer: self.observers.of(&parts.telemetry), ..compile(parts, port, protocol) }
+    }
+}
+
+/// The site without its observer.
 fn compile(parts: &Parts, port: u16, protocol: AppProtocol) -> Site {
     Site {
         chain: Chain::new(sort_factories(slots(parts))),
@@ -229,6 +241,7 @@ fn compile(parts: &Parts, port: u16, protocol: AppProtocol) -> Site {
         protocol,
         normalization: parts.settings.path_normalization,
         viewpoint: parts.viewpoint.clone(),
+        observer: None,
     }
 }
 

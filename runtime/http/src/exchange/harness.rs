@@ -12,7 +12,7 @@ use cairn_mesh::{
     ResourceName, Service, ServicePort, Store, Workload,
 };
 use cairn_net::{Drain, DrainTrigger, drain};
-use cairn_telemetry::{HttpExplanation, Telemetry, TelemetrySettings};
+use cairn_telemetry::{HttpExplanation, Observe, Telemetry, TelemetrySettings};
 use futures_util::future::BoxFuture;
 use http::{Request, Response, StatusCode};
 use http_body_util::combinators::BoxBody;
@@ -132,6 +132,7 @@ pub(crate) struct Plan {
     pub(crate) filters: Vec<Arc<dyn Factory>>,
     pub(crate) routes: Vec<Arc<HttpRoute>>,
     pub(crate) settings: WorkerSettings,
+    pub(crate) observer: Option<Arc<dyn Observe>>,
 }
 
 impl Plan {
@@ -146,6 +147,7 @@ impl Plan {
             filters: Vec::new(),
             routes: Vec::new(),
             settings: WorkerSettings::default(),
+            observer: None,
         }
     }
 }
@@ -185,6 +187,7 @@ impl Mesh {
             protocol: plan.protocol,
             normalization: PathNormalization::Base,
             viewpoint: None,
+            observer: plan.observer,
         };
         let snapshot = Arc::new(ArcSwap::from_pointee(store.snapshot()));
         let worker = Worker::new(plan.settings, snapshot, None, Arc::clone(&telemetry));

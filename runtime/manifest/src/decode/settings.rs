@@ -1,6 +1,6 @@
 //! Settings of the whole mesh: key `mesh` of the ConfigMap `istio`, of which only what Cairn reads is looked at.
 
-use super::provider;
+use super::{provider, telemetry_settings};
 use crate::document::documents;
 use crate::field::FieldPath;
 use crate::object::Object;
@@ -43,6 +43,7 @@ pub(super) fn decode(object: &Object, settings: &MeshSettings, findings: &mut Fi
         let mode = node.any_map(findings).get("normalization").and_then(|node| node.choice(&MODES, findings));
         read.path_normalization = mode.unwrap_or(read.path_normalization);
     }
+    read.telemetry = telemetry_settings::decode(&entries, &settings.telemetry, findings);
     if findings.broken { Vec::new() } else { vec![Change::Settings(read)] }
 }
 

@@ -57,7 +57,7 @@ pub(super) fn scope(
             Kind::AuthorizationPolicy | Kind::RequestAuthentication | Kind::WasmPlugin => {
                 attached(scene, index, object, &scenery)
             }
-            Kind::Telemetry => BTreeSet::new(),
+            Kind::Telemetry => telemetry(scene, index, object, &scenery),
             Kind::MeshConfig => scenery.all(),
         };
         if !gateways.is_empty() {
@@ -88,6 +88,44 @@ fn attached(
         gateways.extend(one_target(scene, index, object, target, place, scenery));
     }
     gateways
+}
+
+/// The waypoints of a Telemetry: those of its targets, or of its namespace, or all from the root namespace. Of several
+/// for one namespace only the oldest counts.
+fn telemetry(
+    scene: &mut Scene<'_>,
+    index: usize,
+    object: &Object,
+    scenery: &Scenery<'_>,
+) -> BTreeSet<ResourceName> {
+    let is_general = |object: &Object| {
+        ["targetRefs", "targetRef", "selector"]
+            .iter()
+            .all(|key| object.spec.get(key).is_none_or(Value::is_null))
+    };
+    if object.broken.is_some() {
+        return BTreeSet::new();
+    }
+    if !is_general(object) {
+        return if object.spec.get("selector").is_some_and(|selector| !selector.is_null()) {
+            BTreeSet::new()
+        } else {
+            attached(scene, index, object, scenery)
+        };
+    }
+    let age = |object: &Object| (object.created.clone(), object.name.clone());
+    let others = scene.of("telemetry.istio.io", "Telemetry").into_iter().map(|(_, other)| other);
+    let mut general =
+        others.filter(|other| is_general(other) && other.name.namespace == object.name.namespace);
+    if let Some(older) = general.find(|other| age(other) < age(object)) {
+        let reason = format!("{} is for the same namespace and older: this has no effect", older.name);
+        scene.note(index, Severity::Warning, "not-attached", &object.root(), reason);
+    }
+    if object.name.namespace == scene.settings.root_namespace {
+        scenery.all()
+    } else {
+        scenery.of_namespace(&object.name.namespace)
+    }
 }
 
 fn one_target(

@@ -12,7 +12,6 @@ fn at_millis(millis: u64) -> SystemTime {
 
 fn http_line(change: impl FnOnce(&mut HttpRecord<'_>)) -> String {
     let mut record = HttpRecord {
-        started: at_millis(1_767_225_599_007),
         duration: Duration::from_micros(12_900),
         upstream_duration: Some(Duration::from_millis(11)),
         request_id: "0a1b",
@@ -21,25 +20,19 @@ fn http_line(change: impl FnOnce(&mut HttpRecord<'_>)) -> String {
         protocol: "HTTP/1.1",
         authority: "echo:80",
         user_agent: "curl/8",
-        forwarded_for: "",
         status: 200,
-        flags: "-",
         details: "via_upstream",
-        grpc: false,
-        grpc_status: None,
-        request_body_bytes: 0,
         response_body_bytes: 5,
         request_bytes: 100,
         response_bytes: 90,
-        downstream: "10.0.0.1:4000".parse().unwrap(),
-        local: "10.96.0.1:80".parse().unwrap(),
         upstream: Some("10.0.0.2:8080".parse().unwrap()),
-        upstream_workload: None,
         cluster: "inbound-vip|80|http|echo",
         route: "default",
-        allowed_by: "",
-        denial: None,
-        notes: Vec::new(),
+        ..HttpRecord::new(
+            at_millis(1_767_225_599_007),
+            "10.0.0.1:4000".parse().unwrap(),
+            "10.96.0.1:80".parse().unwrap(),
+        )
     };
     change(&mut record);
     let mut out = Vec::new();

@@ -1,7 +1,7 @@
 //! What a scrape shows.
 
 use super::*;
-use crate::labels::{PeerLabels, Reporter, Security};
+use crate::labels::{CustomLabels, PeerLabels, Reporter, Security};
 use crate::{HttpRecord, HttpScope, TcpConnection};
 use cairn_mesh::{Identity, Workload};
 use std::collections::{BTreeMap, BTreeSet};
@@ -69,34 +69,19 @@ fn peer(name: &str) -> PeerLabels {
 
 fn record(status: u16, upstream: Option<&Arc<Workload>>) -> HttpRecord<'_> {
     HttpRecord {
-        started: SystemTime::UNIX_EPOCH,
         duration: Duration::from_micros(1_500),
-        upstream_duration: None,
-        request_id: "",
         method: "GET",
         path: "/",
         protocol: "HTTP/1.1",
-        authority: "",
-        user_agent: "",
-        forwarded_for: "",
         status,
-        flags: "-",
-        details: "",
-        grpc: false,
-        grpc_status: None,
-        request_body_bytes: 0,
-        response_body_bytes: 0,
         request_bytes: 40,
         response_bytes: 4_000_000,
-        downstream: "10.0.0.1:4000".parse().unwrap(),
-        local: "10.96.0.1:80".parse().unwrap(),
-        upstream: None,
         upstream_workload: upstream,
-        cluster: "",
-        route: "",
-        allowed_by: "",
-        denial: None,
-        notes: Vec::new(),
+        ..HttpRecord::new(
+            SystemTime::UNIX_EPOCH,
+            "10.0.0.1:4000".parse().unwrap(),
+            "10.96.0.1:80".parse().unwrap(),
+        )
     }
 }
 
@@ -110,9 +95,9 @@ fn http_metrics_carry_istios_labels_in_istios_order() {
     let scope = HttpScope::new(&metrics, peer("web"), None);
     let cart = workload("cart");
     for _ in 0..3 {
-        scope.count(&record(200, Some(&cart)));
+        scope.count(&record(200, Some(&cart)), None);
     }
-    scope.count(&record(404, None));
+    scope.count(&record(404, None), None);
     let samples = parse(&metrics.encode());
 
     let mut requests = values(&samples, "istio_requests_total");
@@ -148,7 +133,7 @@ fn http_metrics_carry_istios_labels_in_istios_order() {
     let cumulative: Vec<f64> = buckets.iter().map(|sample| sample.2).collect();
     assert_eq!(cumulative[..3], [0.0, 0.0, 3.0], "1.5 ms is above 1 and not above 5");
     assert_eq!(cumulative[19], 3.0);
-    assert_eq!(buckets[19].1[0], ("le".to_owned(), "+Inf".to_owned()));
+    assert_eq!(buckets[19].1.last().unwrap(), &("le".to_owned(), "+Inf".to_owned()));
     assert!(values(&samples, "istio_response_bytes_sum").contains(&12_000_000.0));
     let build = samples.iter().find(|sample| sample.0 == "istio_build").unwrap();
     assert_eq!(build.1, [("component".into(), "waypoint".into()), ("tag".into(), "1.2".into())]);
@@ -161,7 +146,7 @@ fn pods_of_one_deployment_share_a_series() {
     other.uid = "another-pod".into();
     other.name = "cart-2".into();
     for destination in [workload("cart"), Arc::new(other)] {
-        HttpScope::new(&metrics, peer("web"), None).count(&record(200, Some(&destination)));
+        HttpScope::new(&metrics, peer("web"), None).count(&record(200, Some(&destination)), None);
     }
     assert_eq!(values(&parse(&metrics.encode()), "istio_requests_total"), [2.0]);
 }
@@ -171,7 +156,7 @@ fn too_many_series_are_counted_as_unknown_peers() {
     let settings = MetricsSettings { http_series_max: 2, ..MetricsSettings::default() };
     let metrics = Metrics::new("waypoint", "1", settings);
     for name in ["a", "b", "c", "d"] {
-        HttpScope::new(&metrics, peer(name), None).count(&record(200, None));
+        HttpScope::new(&metrics, peer(name), None).count(&record(200, None), None);
     }
     let samples = parse(&metrics.encode());
     let sources: BTreeSet<&str> = samples
@@ -196,6 +181,7 @@ fn a_connection_counts_bytes_once_however_often_it_reports() {
         service: None,
         response_flags: "-",
         security: Security::MutualTls,
+        custom: CustomLabels::default(),
     };
     let mut connection = TcpConnection::open(&metrics, labels.clone());
     connection.report(10, 100);

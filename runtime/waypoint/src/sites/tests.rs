@@ -5,6 +5,7 @@ use cairn_mesh::{
     Change, GatewayAddress, GatewayTarget, HttpRoute, Identity, Kind, PolicyAction, ResourceKey,
     ResourceName, ServicePort, Store, TargetKind, TargetRef, TunnelProtocol,
 };
+use cairn_telemetry::{Telemetry, TelemetrySettings};
 use cairn_wasm::{Engine, EngineSettings};
 
 const NAMESPACE: &str = "shop";
@@ -90,7 +91,9 @@ impl Bench {
     fn new() -> Self {
         let engine = Arc::new(Engine::new(EngineSettings::default()).unwrap());
         let (plugins, finished) = Plugins::new(engine);
-        Self { sites: Sites::new(own(), Arc::default()), plugins, finished }
+        let telemetry = Telemetry::new("test", "0", &TelemetrySettings::default(), std::io::sink());
+        let observers = Observers::of_process(cairn_observe::Own::default(), telemetry);
+        Self { sites: Sites::new(own(), Arc::default(), observers), plugins, finished }
     }
 
     fn update(&mut self, store: &Store) -> Table {

@@ -1,0 +1,200 @@
+//! What formats write, operator by operator, and which are refused.
+
+use super::*;
+use crate::json::JsonFormat;
+use crate::testing::Exchange;
+use cairn_mesh::LogValue;
+use cairn_telemetry::HttpRecord;
+
+fn written(format: &str, change: impl FnOnce(&mut HttpRecord<'_>)) -> String {
+    let format = Format::parse(format).unwrap_or_else(|error| panic!("{format}: {error}"));
+    let mut out = Vec::new();
+    Exchange::new().with(change, |facts| format.write(&mut out, facts, false));
+    String::from_utf8(out).unwrap()
+}
+
+/// Istio's default line as a format, as its documentation gives it.
+const ISTIO: &str = "[%START_TIME%] \"%REQ(:METHOD)% %REQ(X-ENVOY-ORIGINAL-PATH?:PATH)% %PROTOCOL%\" %RESPONSE_CODE% \
+    %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% %CONNECTION_TERMINATION_DETAILS% \
+    \"%UPSTREAM_TRANSPORT_FAILURE_REASON%\" %BYTES_RECEIVED% %BYTES_SENT% %DURATION% \
+    %RESP(X-ENVOY-UPSTREAM-SERVICE-TIME)% \"%REQ(X-FORWARDED-FOR)%\" \"%REQ(USER-AGENT)%\" \"%REQ(X-REQUEST-ID)%\" \
+    \"%REQ(:AUTHORITY)%\" \"%UPSTREAM_HOST%\" %UPSTREAM_CLUSTER_RAW% %UPSTREAM_LOCAL_ADDRESS% \
+    %DOWNSTREAM_LOCAL_ADDRESS% %DOWNSTREAM_REMOTE_ADDRESS% %REQUESTED_SERVER_NAME% %ROUTE_NAME%";
+
+#[test]
+fn istios_default_format_writes_the_default_line() {
+    let changes: [(&str, fn(&mut HttpRecord<'_>)); 3] = [
+        ("an answer", |_| ()),
+        ("a failure", |record| {
+            (record.upstream, record.upstream_duration, record.cluster) = (None, None, "");
+            (record.status, record.flags, record.user_agent) = (503, "UH", "a\"b\n");
+        }),
+        ("a connection", |record| {
+            *record = HttpRecord {
+                http: false,
+                ..HttpRecord::new(record.started, record.downstream, record.local)
+            };
+        }),
+    ];
+    for (name, change) in changes {
+        let exchange = Exchange::new();
+        let mut record = exchange.record();
+        change(&mut record);
+        let mut expected = Vec::new();
+        cairn_telemetry::append_default_line(&mut expected, &record);
+        assert_eq!(written(ISTIO, change), String::from_utf8(expected).unwrap(), "{name}");
+    }
+}
+
+#[test]
+fn every_operator_has_its_value() {
+    for (format, expected) in [
+        ("plain 100%%", "plain 100%"),
+        ("%START_TIME%", "2025-12-31T23:59:59.007Z"),
+        ("%START_TIME(%Y/%m/%d %3f)%", "2025/12/31 007"),
+        ("%REQ(X-Team)%", "blue"),
+        ("%REQ(x-missing?x-team)%", "blue"),
+        ("%REQ(x-missing)%", "-"),
+        ("%REQ(x-long):3%", "abc"),
+        ("%REQ(x-missing?x-long):3%", "abc"),
+        ("%REQ(:SCHEME)%", "http"),
+        ("%REQ_WITHOUT_QUERY(:PATH)%", "/a/b"),
+        ("%RESP(X-Out)%", "1"),
+        ("%RESP(:status)%", "200"),
+        ("%TRAILER(X-End)%", "2"),
+        ("%PROTOCOL%", "HTTP/1.1"),
+        ("%RESPONSE_CODE%", "200"),
+        ("%RESPONSE_FLAGS%", "-"),
+        ("%RESPONSE_CODE_DETAILS%", "via_upstream"),
+        ("%CONNECTION_TERMINATION_DETAILS%", "-"),
+        ("%UPSTREAM_TRANSPORT_FAILURE_REASON%", "-"),
+        ("%BYTES_RECEIVED% %BYTES_SENT%", "3 5"),
+        ("%DURATION% %RESPONSE_DURATION%", "12 11"),
+        ("%UPSTREAM_HOST%", "10.0.0.2:8080"),
+        ("%UPSTREAM_REMOTE_ADDRESS_WITHOUT_PORT% %UPSTREAM_REMOTE_PORT%", "10.0.0.2 8080"),
+        ("%UPSTREAM_CLUSTER% %UPSTREAM_CLUSTER_RAW%", "inbound-vip|80|http|cart inbound-vip|80|http|cart"),
+        ("%UPSTREAM_LOCAL_ADDRESS%", "-"),
+        ("%UPSTREAM_REQUEST_ATTEMPT_COUNT%", "1"),
+        ("%DOWNSTREAM_LOCAL_ADDRESS% %DOWNSTREAM_LOCAL_PORT%", "10.96.0.1:80 80"),
+        ("%DOWNSTREAM_REMOTE_ADDRESS%", "10.0.0.1:4000"),
+        ("%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%", "10.0.0.1"),
+        ("%DOWNSTREAM_PEER_URI_SAN%", "spiffe://cluster.local/ns/shop/sa/web"),
+        ("%DOWNSTREAM_LOCAL_URI_SAN%", "spiffe://cluster.local/ns/shop/sa/wp"),
+        ("%REQUESTED_SERVER_NAME%", "-"),
+        ("%ROUTE_NAME%", "shop/r/0"),
+        ("%GRPC_STATUS%", "-"),
+        ("%DYNAMIC_METADATA(envoy.filters.http.jwt_authn:payload:iss)%", "me"),
+        ("%DYNAMIC_METADATA(envoy.filters.http.jwt_authn:payload:groups)%", "[\\\"a\\\",\\\"b\\\"]"),
+        ("%METADATA(DYNAMIC:envoy.filters.http.jwt_authn:deep:n)%", "7"),
+        ("%METADATA(ROUTE:com.example:x)%", "-"),
+        ("%DYNAMIC_METADATA(com.example:x)%", "-"),
+        ("%CEL(request.path + '!')%", "/a/b?c=d!"),
+        ("%CEL(request.headers['missing'])%", "-"),
+        ("%FILTER_STATE(io.istio.peer_principal:PLAIN)%", "spiffe://cluster.local/ns/shop/sa/web"),
+        ("%FILTER_STATE(upstream_peer:FIELD:workload)%", "cart"),
+        ("%FILTER_STATE(something.else)%", "-"),
+        ("%TRACE_ID%", "00000000000000000000000000000abc"),
+        ("%HOSTNAME% %CONNECTION_ID%", "host 42"),
+        ("%ENVIRONMENT(CAIRN_IS_NOT_SET)%", "-"),
+    ] {
+        assert_eq!(written(format, |_| ()), expected, "{format}");
+    }
+    assert!(written("%FILTER_STATE(downstream_peer)%", |_| ()).contains("workload"));
+}
+
+#[test]
+fn a_grpc_status_is_a_name_or_a_number() {
+    for (format, status, expected) in [
+        ("%GRPC_STATUS%", Some(0), "OK"),
+        ("%GRPC_STATUS%", Some(7), "PermissionDenied"),
+        ("%GRPC_STATUS(SNAKE_STRING)%", Some(7), "PERMISSION_DENIED"),
+        ("%GRPC_STATUS(CAMEL_STRING)%", Some(1), "Canceled"),
+        ("%GRPC_STATUS(NUMBER)%", Some(14), "14"),
+        ("%GRPC_STATUS_NUMBER%", Some(14), "14"),
+        ("%GRPC_STATUS%", Some(255), "255"),
+        ("%GRPC_STATUS_NUMBER%", None, "-"),
+    ] {
+        assert_eq!(written(format, |record| record.grpc_status = status), expected, "{format} {status:?}");
+    }
+}
+
+#[test]
+fn peers_cannot_forge_fields_or_lines() {
+    let line = written("\"%REQ(USER-AGENT)%\" %REQ(:PATH)%", |record| {
+        record.user_agent = "a\" 200\n";
+        record.path = "/\u{e9}";
+    });
+    assert_eq!(line, "\"a\\\" 200\\x0a\" /\\xc3\\xa9");
+}
+
+#[test]
+fn what_is_not_there_can_be_left_out() {
+    let format = Format::parse("[%REQ(x-missing)%]").unwrap();
+    let mut out = Vec::new();
+    Exchange::new().with(|_| (), |facts| format.write(&mut out, facts, true));
+    assert_eq!(out, b"[]");
+}
+
+#[test]
+fn wrong_formats_are_refused_with_their_reason() {
+    for (format, expected) in [
+        ("%NOPE%", "there is no operator `%NOPE%`"),
+        ("a % b", "`%` at byte 2 begins no operator"),
+        ("%REQ%", "needs an argument"),
+        ("%REQ()%", "needs an argument"),
+        ("%REQ(a b)%", "cannot be the name of a header"),
+        ("%REQ(a):x%", "the length must be a whole number"),
+        ("%REQ(a)b%", "something follows the bracket"),
+        ("%REQ(a%", "begins no operator"),
+        ("%PROTOCOL(x)%", "takes no argument"),
+        ("%START_TIME(%Q)%", "there is no specifier"),
+        ("%CEL(request.nope)%", "there is no attribute"),
+        ("%FILTER_STATE(upstream_peer:FIELD:shoe)%", "a peer has no field `shoe`"),
+        ("%FILTER_STATE(a:B)%", "PLAIN, TYPED or FIELD"),
+        ("%METADATA(x)%", "begins with one of"),
+        ("%GRPC_STATUS(X)%", "CAMEL_STRING"),
+    ] {
+        let said = Format::parse(format).map(drop).unwrap_err().to_string();
+        assert!(said.contains(expected), "{format}: {said}");
+    }
+    assert!(Format::parse(&"x".repeat(BYTES_MAX + 1)).is_err());
+}
+
+fn json(format: &JsonFormat) -> String {
+    let mut out = Vec::new();
+    Exchange::new().with(|_| (), |facts| format.write(&mut out, facts));
+    String::from_utf8(out).unwrap()
+}
+
+#[test]
+fn the_default_json_has_istios_keys() {
+    assert_eq!(
+        json(&JsonFormat::istio(false).unwrap()),
+        "{\"authority\":\"cart:80\",\"bytes_received\":3,\"bytes_sent\":5,\"connection_termination_details\":null,\
+         \"downstream_local_address\":\"10.96.0.1:80\",\"downstream_remote_address\":\"10.0.0.1:4000\",\"duration\":12,\
+         \"method\":\"GET\",\"path\":\"/a/b?c=d\",\"protocol\":\"HTTP/1.1\",\"request_id\":\"0a1b\",\
+         \"requested_server_name\":null,\"response_code\":200,\"response_code_details\":\"via_upstream\",\
+         \"response_flags\":\"-\",\"route_name\":\"shop/r/0\",\"start_time\":\"2025-12-31T23:59:59.007Z\",\
+         \"upstream_cluster\":\"inbound-vip|80|http|cart\",\"upstream_host\":\"10.0.0.2:8080\",\
+         \"upstream_local_address\":null,\"upstream_service_time\":\"11\",\"upstream_transport_failure_reason\":null,\
+         \"user_agent\":\"curl/8\",\"x_forwarded_for\":null}"
+    );
+    let omitted = json(&JsonFormat::istio(true).unwrap());
+    assert!(!omitted.contains("null") && omitted.contains("\"duration\":12"), "{omitted}");
+}
+
+#[test]
+fn json_of_ones_own_may_be_nested() {
+    let text = |text: &str| LogValue::Text(text.into());
+    let entries = [
+        ("z".into(), text("%REQ(x-missing)%/%PROTOCOL%")),
+        (
+            "a".into(),
+            LogValue::Map(vec![("code".into(), text("%RESPONSE_CODE%")), ("x".into(), text("%REQ(x)%"))]),
+        ),
+        ("list".into(), LogValue::List(vec![text("%REQ(x-missing)%"), LogValue::Literal("true".into())])),
+    ];
+    let format = |omit_empty| json(&JsonFormat::new(&entries, omit_empty).unwrap());
+    assert_eq!(format(false), "{\"a\":{\"code\":200,\"x\":null},\"list\":[null,true],\"z\":\"-/HTTP/1.1\"}");
+    assert_eq!(format(true), "{\"a\":{\"code\":200},\"list\":[true],\"z\":\"-/HTTP/1.1\"}");
+}

@@ -1,0 +1,177 @@
+//! A telemetry plan, compiled: what the HTTP engine asks of a destination when it counts, and tells when it is over.
+
+use crate::facts::Facts;
+use crate::json::JsonFormat;
+use crate::{Expression, Format, Outputs, Own};
+use cairn_mesh::{
+    FileLog, LogFormat, LogPlan, LogTarget, MetricsPlan, TagChange, TelemetryPlan, TelemetryProviderKind,
+};
+use cairn_telemetry::{
+    AccessLog, HttpRecord, HttpScope, MetricForm, MetricShape, Observe, Trace, Wants, append_default_line,
+};
+use http::HeaderMap;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+/// How the traffic to one destination is observed.
+#[derive(Debug)]
+pub struct Observer {
+    own: Arc<Own>,
+    wants: Wants,
+    shape: Arc<MetricShape>,
+    interval: Duration,
+    /// The expressions of the shape's own values; `None`: one that could not be parsed.
+    values: Vec<Option<Expression>>,
+    logs: Vec<Log>,
+}
+
+#[derive(Debug)]
+struct Log {
+    filter: Option<Expression>,
+    to: Arc<AccessLog>,
+    form: Line,
+}
+
+/// The form of a line.
+#[derive(Debug)]
+enum Line {
+    Istio,
+    Text(Format, bool),
+    Json(JsonFormat),
+}
+
+impl Observer {
+    /// Compiles a plan. What cannot be compiled was reported when it was read; of it, a label is `unknown` and a log
+    /// is left out.
+    pub fn compile(plan: &TelemetryPlan, own: &Arc<Own>, outputs: &Outputs) -> Self {
+        let (shape, values) = shape(&plan.metrics);
+        let logs: Vec<Log> = plan.logs.iter().filter_map(|plan| log(plan, outputs)).collect();
+        let mut wants = Wants::default();
+        values.iter().flatten().for_each(|expression| expression.want(&mut wants));
+        for log in &logs {
+            log.want(&mut wants);
+        }
+        let interval = plan.metrics.interval;
+        Self { own: Arc::clone(own), wants, shape: Arc::new(shape), interval, values, logs }
+    }
+}
+
+/// The shape of the metrics, and the expressions of its values: each once, however many labels have it.
+fn shape(plan: &MetricsPlan) -> (MetricShape, Vec<Option<Expression>>) {
+    let mut texts: Vec<&Arc<str>> = Vec::new();
+    for change in plan.tags.values().flat_map(|tags| tags.values()) {
+        if let TagChange::Upsert(text) = change
+            && !texts.contains(&text)
+        {
+            texts.push(text);
+        }
+    }
+    let shape = MetricShape::new(texts.len(), |metric| {
+        let mut form = MetricForm {
+            disabled: !plan.enabled || plan.disabled.contains(&metric),
+            ..MetricForm::default()
+        };
+        for (name, change) in plan.tags.get(&metric).into_iter().flatten() {
+            match change {
+                TagChange::Remove => form.removed.push(Arc::clone(name)),
+                TagChange::Upsert(text) => {
+                    let index = texts.iter().position(|known| *known == text).unwrap_or_default();
+                    form.set.push((Arc::clone(name), index));
+                }
+            }
+        }
+        form
+    });
+    let values = texts.into_iter().map(|text| Expression::parse(text).ok()).collect();
+    (shape, values)
+}
+
+fn log(plan: &LogPlan, outputs: &Outputs) -> Option<Log> {
+    let filter = match &plan.filter {
+        None => None,
+        Some(text) => match Expression::parse(text) {
+            Ok(filter) => Some(filter),
+            Err(error) => {
+                tracing::warn!(filter = &**text, %error, "access log is not written: its filter cannot be used");
+                return None;
+            }
+        },
+    };
+    let (to, form) = match &plan.to {
+        LogTarget::Own => (outputs.own(), Line::Istio),
+        LogTarget::File(file) => (outputs.file(&file.path)?, line(file)?),
+        LogTarget::Provider(provider) => match &provider.kind {
+            TelemetryProviderKind::File(file) => (outputs.file(&file.path)?, line(file)?),
+            _ => return None,
+        },
+    };
+    Some(Log { filter, to, form })
+}
+
+fn line(file: &FileLog) -> Option<Line> {
+    let form = match &file.format {
+        LogFormat::DefaultText => Ok(Line::Istio),
+        LogFormat::Text(text) => Format::parse(text).map(|format| Line::Text(format, file.omit_empty)),
+        LogFormat::DefaultJson => JsonFormat::istio(file.omit_empty).map(Line::Json),
+        LogFormat::Json(entries) => JsonFormat::new(entries, file.omit_empty).map(Line::Json),
+    };
+    form.inspect_err(|error| {
+        tracing::warn!(path = &*file.path, %error, "access log is not written: its format cannot be used");
+    })
+    .ok()
+}
+
+impl Log {
+    fn want(&self, wants: &mut Wants) {
+        if let Some(filter) = &self.filter {
+            filter.want(wants);
+        }
+        match &self.form {
+            Line::Istio => {}
+            Line::Text(format, _) => format.want(wants),
+            Line::Json(format) => format.want(wants),
+        }
+    }
+
+    fn write(&self, facts: &Facts<'_>) {
+        if self.filter.as_ref().is_some_and(|filter| !filter.is_true(facts)) {
+            return;
+        }
+        match &self.form {
+            Line::Istio => self.to.write(|out| append_default_line(out, facts.record)),
+            Line::Text(format, omit_empty) => self.to.write_raw(|out| format.write(out, facts, *omit_empty)),
+            Line::Json(format) => self.to.write(|out| format.write(out, facts)),
+        }
+    }
+}
+
+impl Observe for Observer {
+    fn wants(&self) -> &Wants {
+        &self.wants
+    }
+
+    fn shape(&self) -> &Arc<MetricShape> {
+        &self.shape
+    }
+
+    fn interval(&self) -> Duration {
+        self.interval
+    }
+
+    fn label_values(&self, scope: &HttpScope, record: &HttpRecord<'_>, values: &mut Vec<Arc<str>>) {
+        let facts = Facts { own: &self.own, scope, record };
+        for expression in &self.values {
+            let text = expression.as_ref().and_then(|expression| expression.text(&facts));
+            values.push(text.unwrap_or_else(|| "unknown".into()));
+        }
+    }
+
+    fn trace(&self, _headers: &mut HeaderMap, _now: SystemTime) -> Option<Box<Trace>> {
+        None
+    }
+
+    fn finished(&self, scope: &HttpScope, record: &HttpRecord<'_>) {
+        let facts = Facts { own: &self.own, scope, record };
+        self.logs.iter().for_each(|log| log.write(&facts));
+    }
+}

@@ -1,0 +1,394 @@
+//! The operators of access log formats and the values they stand for (Envoy's "command operators").
+
+use crate::Expression;
+use crate::clock::TimeFormat;
+use crate::facts::{Facts, Header, PeerField, Side, text_of};
+use cairn_telemetry::{Wants, append_address, append_number, append_text};
+use http::HeaderMap;
+use std::io::Write;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+/// One operator.
+#[derive(Clone, Debug)]
+pub(crate) enum Operator {
+    StartTime(TimeFormat),
+    Request(Header, Option<Header>),
+    RequestWithoutQuery(Header, Option<Header>),
+    Response(Header, Option<Header>),
+    Trailer(Header, Option<Header>),
+    Cel(Arc<Expression>),
+    /// A peer: one of its fields, or all as JSON.
+    Peer(Side, Option<PeerField>),
+    LocalIdentity,
+    /// A claim of the verified token, or all as JSON.
+    Claim(Vec<String>),
+    GrpcStatus(StatusForm),
+    Environment(String),
+    Protocol,
+    ResponseCode,
+    ResponseFlags,
+    ResponseFlagsLong,
+    ResponseCodeDetails,
+    BytesReceived,
+    BytesSent,
+    Duration,
+    ResponseDuration,
+    UpstreamHost(Part),
+    UpstreamCluster,
+    DownstreamLocal(Part),
+    DownstreamRemote(Part),
+    RouteName,
+    Attempts,
+    TraceId,
+    Hostname,
+    ConnectionId,
+    /// Known, and never there inside a waypoint: names of TLS, and facts of an upstream socket that is pooled.
+    Absent,
+}
+
+/// How a gRPC status is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum StatusForm {
+    Camel,
+    Snake,
+    Number,
+}
+
+/// Which part of an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Part {
+    Whole,
+    Ip,
+    Port,
+}
+
+/// Whether an operator had something to say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Written {
+    Something,
+    Nothing,
+}
+
+/// The names of gRPC's statuses.
+const STATUSES: [(&str, &str); 17] = [
+    ("OK", "OK"),
+    ("Canceled", "CANCELLED"),
+    ("Unknown", "UNKNOWN"),
+    ("InvalidArgument", "INVALID_ARGUMENT"),
+    ("DeadlineExceeded", "DEADLINE_EXCEEDED"),
+    ("NotFound", "NOT_FOUND"),
+    ("AlreadyExists", "ALREADY_EXISTS"),
+    ("PermissionDenied", "PERMISSION_DENIED"),
+    ("ResourceExhausted", "RESOURCE_EXHAUSTED"),
+    ("FailedPrecondition", "FAILED_PRECONDITION"),
+    ("Aborted", "ABORTED"),
+    ("OutOfRange", "OUT_OF_RANGE"),
+    ("Unimplemented", "UNIMPLEMENTED"),
+    ("Internal", "INTERNAL"),
+    ("Unavailable", "UNAVAILABLE"),
+    ("DataLoss", "DATA_LOSS"),
+    ("Unauthenticated", "UNAUTHENTICATED"),
+];
+
+/// The long names of the response flags that occur here.
+const FLAGS: [(&str, &str); 8] = [
+    ("UH", "NoHealthyUpstream"),
+    ("UF", "UpstreamConnectionFailure"),
+    ("UO", "UpstreamOverflow"),
+    ("NR", "NoRouteFound"),
+    ("UR", "UpstreamRemoteReset"),
+    ("UC", "UpstreamConnectionTermination"),
+    ("DC", "DownstreamConnectionTermination"),
+    ("NC", "NoClusterFound"),
+];
+
+impl Operator {
+    /// An operator without an argument.
+    pub(crate) fn plain(name: &str) -> Option<Self> {
+        Some(match name {
+            "PROTOCOL" => Self::Protocol,
+            "RESPONSE_CODE" => Self::ResponseCode,
+            "RESPONSE_FLAGS" => Self::ResponseFlags,
+            "RESPONSE_FLAGS_LONG" => Self::ResponseFlagsLong,
+            "RESPONSE_CODE_DETAILS" => Self::ResponseCodeDetails,
+            "BYTES_RECEIVED" => Self::BytesReceived,
+            "BYTES_SENT" => Self::BytesSent,
+            "DURATION" => Self::Duration,
+            "RESPONSE_DURATION" => Self::ResponseDuration,
+            "UPSTREAM_HOST" | "UPSTREAM_REMOTE_ADDRESS" => Self::UpstreamHost(Part::Whole),
+            "UPSTREAM_REMOTE_ADDRESS_WITHOUT_PORT" => Self::UpstreamHost(Part::Ip),
+            "UPSTREAM_REMOTE_PORT" => Self::UpstreamHost(Part::Port),
+            "UPSTREAM_CLUSTER" | "UPSTREAM_CLUSTER_RAW" => Self::UpstreamCluster,
+            "UPSTREAM_REQUEST_ATTEMPT_COUNT" => Self::Attempts,
+            "DOWNSTREAM_LOCAL_ADDRESS" => Self::DownstreamLocal(Part::Whole),
+            "DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT" => Self::DownstreamLocal(Part::Ip),
+            "DOWNSTREAM_LOCAL_PORT" => Self::DownstreamLocal(Part::Port),
+            "DOWNSTREAM_REMOTE_ADDRESS" | "DOWNSTREAM_DIRECT_REMOTE_ADDRESS" => {
+                Self::DownstreamRemote(Part::Whole)
+            }
+            "DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT" | "DOWNSTREAM_DIRECT_REMOTE_ADDRESS_WITHOUT_PORT" => {
+                Self::DownstreamRemote(Part::Ip)
+            }
+            "DOWNSTREAM_REMOTE_PORT" | "DOWNSTREAM_DIRECT_REMOTE_PORT" => Self::DownstreamRemote(Part::Port),
+            "DOWNSTREAM_PEER_URI_SAN" => Self::Peer(Side::Downstream, Some(PeerField::Identity)),
+            "DOWNSTREAM_LOCAL_URI_SAN" => Self::LocalIdentity,
+            "UPSTREAM_PEER_URI_SAN" => Self::Peer(Side::Upstream, Some(PeerField::Identity)),
+            "ROUTE_NAME" => Self::RouteName,
+            "GRPC_STATUS_NUMBER" => Self::GrpcStatus(StatusForm::Number),
+            "TRACE_ID" => Self::TraceId,
+            "HOSTNAME" => Self::Hostname,
+            "CONNECTION_ID" => Self::ConnectionId,
+            "CONNECTION_TERMINATION_DETAILS"
+            | "UPSTREAM_TRANSPORT_FAILURE_REASON"
+            | "UPSTREAM_LOCAL_ADDRESS"
+            | "UPSTREAM_LOCAL_ADDRESS_WITHOUT_PORT"
+            | "UPSTREAM_LOCAL_PORT"
+            | "REQUESTED_SERVER_NAME"
+            | "DOWNSTREAM_TRANSPORT_FAILURE_REASON"
+            | "VIRTUAL_CLUSTER_NAME" => Self::Absent,
+            _ => return None,
+        })
+    }
+
+    /// `GRPC_STATUS`, alone or with a form.
+    pub(crate) fn grpc_status(form: &str) -> Result<Self, String> {
+        Ok(Self::GrpcStatus(match form {
+            "" | "CAMEL_STRING" => StatusForm::Camel,
+            "SNAKE_STRING" => StatusForm::Snake,
+            "NUMBER" => StatusForm::Number,
+            _ => return Err("the form is one of CAMEL_STRING, SNAKE_STRING, NUMBER".to_owned()),
+        }))
+    }
+
+    /// `FILTER_STATE(key)`, with `:PLAIN`, `:TYPED` or `:FIELD:name` behind the key. Of keys that nothing sets here
+    /// there is nothing to say, as in Envoy.
+    pub(crate) fn filter_state(argument: &str) -> Result<Self, String> {
+        let mut parts = argument.splitn(3, ':');
+        let key = parts.next().unwrap_or_default();
+        let field = match (parts.next(), parts.next()) {
+            (None | Some("PLAIN" | "TYPED"), None) => None,
+            (Some("FIELD"), Some(field)) => Some(field),
+            _ => return Err("behind the key may stand PLAIN, TYPED or FIELD:name".to_owned()),
+        };
+        let side = match key {
+            "downstream_peer" | "wasm.downstream_peer" | "downstream_peer_obj" => Side::Downstream,
+            "upstream_peer" | "wasm.upstream_peer" | "upstream_peer_obj" => Side::Upstream,
+            "io.istio.peer_principal" => return Ok(Self::Peer(Side::Downstream, Some(PeerField::Identity))),
+            "io.istio.local_principal" => return Ok(Self::LocalIdentity),
+            _ => return Ok(Self::Absent),
+        };
+        match field {
+            None => Ok(Self::Peer(side, None)),
+            Some(name) => match PeerField::named(name) {
+                Some(field) => Ok(Self::Peer(side, Some(field))),
+                None => Err(format!("a peer has no field `{name}`")),
+            },
+        }
+    }
+
+    /// `DYNAMIC_METADATA(namespace:key:…)`: the token's claims; nothing else sets any here.
+    pub(crate) fn metadata(argument: &str) -> Result<Self, String> {
+        let mut path = argument.split(':').map(str::to_owned);
+        let namespace = path.next().unwrap_or_default();
+        if namespace != "envoy.filters.http.jwt_authn" {
+            return Ok(Self::Absent);
+        }
+        let mut path: Vec<String> = path.collect();
+        if path.first().is_some_and(|first| first == "payload") {
+            path.remove(0);
+        }
+        Ok(Self::Claim(path))
+    }
+
+    /// `METADATA(kind:namespace:key:…)`.
+    pub(crate) fn metadata_of(argument: &str) -> Result<Self, String> {
+        match argument.split_once(':') {
+            Some(("DYNAMIC", rest)) => Self::metadata(rest),
+            Some(("CLUSTER" | "ROUTE" | "UPSTREAM_HOST" | "LISTENER" | "VIRTUAL_HOST", _)) => {
+                Ok(Self::Absent)
+            }
+            _ => Err("begins with one of DYNAMIC, CLUSTER, ROUTE, UPSTREAM_HOST, LISTENER, VIRTUAL_HOST"
+                .to_owned()),
+        }
+    }
+
+    /// Asks for the headers it needs.
+    pub(crate) fn want(&self, wants: &mut Wants) {
+        let (place, headers) = match self {
+            Self::Request(main, other) | Self::RequestWithoutQuery(main, other) => {
+                (&mut wants.request, [Some(main), other.as_ref()])
+            }
+            Self::Response(main, other) => (&mut wants.response, [Some(main), other.as_ref()]),
+            Self::Trailer(main, other) => (&mut wants.trailers, [Some(main), other.as_ref()]),
+            Self::Cel(expression) => return expression.want(wants),
+            _ => return,
+        };
+        for name in headers.into_iter().flatten().filter_map(Header::to_keep) {
+            place.add(name);
+        }
+    }
+
+    /// Appends its value, escaped where it comes from a peer.
+    pub(crate) fn write(&self, out: &mut Vec<u8>, facts: &Facts<'_>) -> Written {
+        let record = facts.record;
+        match self {
+            Self::StartTime(format) => format.write(out, record.started),
+            Self::UpstreamHost(part) => match record.upstream {
+                Some(upstream) => address(out, upstream, *part),
+                None => return Written::Nothing,
+            },
+            Self::DownstreamLocal(part) => address(out, record.local, *part),
+            Self::DownstreamRemote(part) => address(out, record.downstream, *part),
+            _ => {
+                if let Some(number) = self.number(facts) {
+                    match number {
+                        Some(number) => append_number(out, number),
+                        None => return Written::Nothing,
+                    }
+                } else if let Some(text) = self.borrowed(facts) {
+                    append_text(out, text);
+                } else {
+                    match self.made(facts) {
+                        Some(text) => append_text(out, &text),
+                        None => return Written::Nothing,
+                    }
+                }
+            }
+        }
+        Written::Something
+    }
+
+    /// Its value as it is, not escaped.
+    pub(crate) fn text(&self, facts: &Facts<'_>) -> Option<String> {
+        if let Some(number) = self.number(facts) {
+            return number.map(|number| number.to_string());
+        }
+        if let Some(text) = self.borrowed(facts) {
+            return Some(text.to_owned());
+        }
+        if let Some(text) = self.made(facts) {
+            return Some(text);
+        }
+        let mut out = Vec::new();
+        match self {
+            Self::StartTime(_)
+            | Self::UpstreamHost(_)
+            | Self::DownstreamLocal(_)
+            | Self::DownstreamRemote(_) => {
+                let written = self.write(&mut out, facts);
+                (written == Written::Something).then(|| String::from_utf8(out).ok()).flatten()
+            }
+            _ => None,
+        }
+    }
+
+    /// For an operator whose value is a number: the number, if there is one.
+    pub(crate) fn number(&self, facts: &Facts<'_>) -> Option<Option<u64>> {
+        let record = facts.record;
+        let millis = |duration: std::time::Duration| duration.as_millis() as u64;
+        Some(match self {
+            Self::ResponseCode => Some(u64::from(record.status)),
+            Self::BytesReceived => Some(record.request_body_bytes),
+            Self::BytesSent => Some(record.response_body_bytes),
+            Self::Duration => Some(millis(record.duration)),
+            Self::ResponseDuration => record.upstream_duration.map(millis),
+            Self::GrpcStatus(StatusForm::Number) => record.grpc_status.map(u64::from),
+            Self::Attempts => Some(u64::from(record.attempts)),
+            Self::ConnectionId => Some(record.connection_id),
+            Self::DownstreamLocal(Part::Port) => Some(u64::from(record.local.port())),
+            Self::DownstreamRemote(Part::Port) => Some(u64::from(record.downstream.port())),
+            Self::UpstreamHost(Part::Port) => record.upstream.map(|at| u64::from(at.port())),
+            _ => return None,
+        })
+    }
+
+    /// Its value, when it stands in the record as it is.
+    fn borrowed<'a>(&'a self, facts: &Facts<'a>) -> Option<&'a str> {
+        let record = facts.record;
+        let text = match self {
+            Self::Request(main, other) => either(main, other, |header| facts.request_header(header))?,
+            Self::RequestWithoutQuery(main, other) => {
+                either(main, other, |header| facts.request_header(header))?.split('?').next()?
+            }
+            Self::Response(main, other) => {
+                either(main, other, |header| named(record.response_headers, header))?
+            }
+            Self::Trailer(main, other) => {
+                either(main, other, |header| named(record.response_trailers, header))?
+            }
+            Self::Peer(side, Some(field)) => facts.peer(*side, *field)?,
+            Self::LocalIdentity => &facts.own.identity,
+            Self::Environment(value) => value,
+            Self::Protocol => record.protocol,
+            Self::ResponseFlags => record.flags,
+            Self::ResponseFlagsLong => {
+                FLAGS.iter().find(|(short, _)| *short == record.flags).map_or(record.flags, |(_, long)| long)
+            }
+            Self::ResponseCodeDetails => record.details,
+            Self::UpstreamCluster => record.cluster,
+            Self::RouteName => record.route,
+            Self::Hostname => &facts.own.hostname,
+            Self::GrpcStatus(form) => {
+                let (camel, snake) = STATUSES.get(usize::from(record.grpc_status?))?;
+                if *form == StatusForm::Camel { camel } else { snake }
+            }
+            _ => return None,
+        };
+        Some(text).filter(|text| !text.is_empty())
+    }
+
+    /// Its value, when it must be made.
+    fn made(&self, facts: &Facts<'_>) -> Option<String> {
+        let record = facts.record;
+        match self {
+            Self::Response(Header::Status, _) => (record.status > 0).then(|| record.status.to_string()),
+            Self::Response(Header::ServiceTime, _) => {
+                record.upstream_duration.map(|duration| duration.as_millis().to_string())
+            }
+            // What is no number and no name is what it is.
+            Self::GrpcStatus(_) => record.grpc_status.map(|status| status.to_string()),
+            Self::Cel(expression) => expression.text(facts).map(|text| text.to_string()),
+            Self::Peer(side, None) => {
+                facts.workload(*side)?;
+                let fields = PeerField::ALL.iter().filter_map(|(name, field)| {
+                    Some(((*name).to_owned(), facts.peer(*side, *field)?.into()))
+                });
+                Some(serde_json::Value::Object(fields.collect()).to_string())
+            }
+            Self::Claim(path) => {
+                let Some((first, rest)) = path.split_first() else {
+                    return Some(serde_json::Value::Object(record.claims?.clone()).to_string());
+                };
+                let mut value = record.claims?.get(first)?;
+                for name in rest {
+                    value = value.get(name)?;
+                }
+                Some(value.as_str().map_or_else(|| value.to_string(), str::to_owned))
+            }
+            Self::TraceId => record.trace.map(|trace| format!("{:032x}", trace.trace_id)),
+            _ => None,
+        }
+    }
+}
+
+fn either<'a>(
+    main: &Header,
+    other: &Option<Header>,
+    read: impl Fn(&Header) -> Option<&'a str>,
+) -> Option<&'a str> {
+    read(main).or_else(|| read(other.as_ref()?))
+}
+
+fn named<'a>(headers: Option<&'a HeaderMap>, header: &Header) -> Option<&'a str> {
+    text_of(headers, header.to_keep()?)
+}
+
+fn address(out: &mut Vec<u8>, address: SocketAddr, part: Part) {
+    match part {
+        Part::Whole => append_address(out, address),
+        // Writing to a Vec cannot fail.
+        Part::Ip => drop(write!(out, "{}", address.ip())),
+        Part::Port => append_number(out, u64::from(address.port())),
+    }
+}
