@@ -257,12 +257,8 @@ impl Binder {
             return Ok(None);
         }
         let names: Vec<&str> = path.iter().map(|name| &**name).collect();
-        let Some(attribute) = Attribute::find(&names) else {
-            // A part of it may be one, as of a claim that is an object; its first word alone is not.
-            let is_part =
-                (1..names.len()).any(|end| Attribute::find(names.get(..end).unwrap_or_default()).is_some());
-            return if is_part { Ok(None) } else { Err(ExpressionError::UnknownAttribute(names.join("."))) };
-        };
+        let attribute =
+            Attribute::find(&names).ok_or_else(|| ExpressionError::UnknownAttribute(names.join(".")))?;
         let presence = matches!(&expr.expr, Expr::Select(select) if select.test);
         self.found.push(Found { attribute, presence });
         let name = format!("{MARK}{}", self.found.len() - 1);

@@ -79,7 +79,7 @@ fn attributes_are_worked_with() {
         ("request.url_path.startsWith('/a') && response.code < 300", Some("true")),
         ("request.method + '-' + string(response.code)", Some("GET-200")),
         ("has(request.headers.missing) ? 'there' : 'not there'", Some("not there")),
-        ("has(request.headers['x-team'])", Some("true")),
+        ("has(request.headers.referer)", Some("true")),
         ("'x-team' in request.headers", Some("true")),
         ("'missing' in request.headers", Some("false")),
         ("request.headers.exists(name, name == 'x-team')", Some("true")),
