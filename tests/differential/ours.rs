@@ -97,6 +97,7 @@ pub fn site(scenario: &Scenario) -> Result<SiteHandle> {
         protocol: AppProtocol::Http11,
         normalization: scenario.normalization,
         viewpoint: None,
+        observer: None,
     })))
 }
 
