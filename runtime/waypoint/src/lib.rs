@@ -18,14 +18,16 @@ pub use settings::{BalancerKind, Options, Settings};
 
 use anyhow::{Context, bail};
 use arc_swap::ArcSwap;
-use cairn_http::{Balancer, Tunnels, Worker, WorkerSettings};
+use cairn_filter::Chain;
+use cairn_http::{Balancer, MeshCallout, RouteTable, Site, Tunnels, Worker, WorkerSettings};
 use cairn_identity::{CaClient, CaSettings, CertificateSettings, Certificates};
-use cairn_mesh::Snapshot;
+use cairn_mesh::{AppProtocol, PathNormalization, Snapshot};
 use cairn_net::{Drain, ListenOptions};
 use cairn_process::{Operators, Pending, Readiness, Workers};
 use cairn_telemetry::{Telemetry, TelemetrySettings};
 use cairn_wasm::{Engine, EngineSettings};
 use cairn_xds::{FollowSettings, Mesh};
+use keys::Keyring;
 use plugins::{Plugins, Standing};
 use scope::Own;
 use sites::{Sites, Table};
@@ -44,6 +46,7 @@ struct Waypoint {
     plugin_list: ArcSwap<Vec<(String, String, Standing)>>,
     certificates: Arc<Certificates>,
     telemetry: Arc<Telemetry>,
+    keyring: Arc<Keyring>,
     workers: Workers,
     /// One HTTP engine per worker.
     engines: Box<[Arc<Worker>]>,
@@ -84,6 +87,10 @@ async fn serve(settings: Settings, workers: Workers) -> anyhow::Result<()> {
     let engines = (0..workers.count())
         .map(|_| engine(&settings, &snapshot, &certificates, &telemetry))
         .collect::<Box<[_]>>();
+    // What is asked on nobody's behalf has connections of its own.
+    let asking = engine(&settings, &snapshot, &certificates, &telemetry);
+    tokio::spawn(Arc::clone(&asking).maintain(drain.clone()));
+    let keyring = Arc::new(keyring(&settings, asking));
     let waypoint = Arc::new(Waypoint {
         mesh: Mesh::new(),
         snapshot,
@@ -91,6 +98,7 @@ async fn serve(settings: Settings, workers: Workers) -> anyhow::Result<()> {
         plugin_list: ArcSwap::default(),
         certificates,
         telemetry,
+        keyring,
         workers,
         engines,
         drain: drain.clone(),
@@ -164,15 +172,35 @@ fn engine(
     Worker::new(worker_settings, Arc::clone(snapshot), Some(tunnels), Arc::clone(telemetry))
 }
 
+/// Fetches keys over the connections of `engine`.
+fn keyring(settings: &Settings, engine: Arc<Worker>) -> Keyring {
+    let nobodys = Site {
+        chain: Chain::default(),
+        routes: RouteTable::compile(&[], None, 0, ""),
+        service: None,
+        port: 0,
+        protocol: AppProtocol::Unknown,
+        normalization: PathNormalization::default(),
+        viewpoint: None,
+        observer: None,
+    };
+    let site = Arc::new(ArcSwap::from_pointee(nobodys));
+    let callout = MeshCallout::new(engine, site, settings.hbone);
+    Keyring::new(Arc::new(callout), settings.jwks_roots.clone())
+}
+
 fn start_operators(waypoint: &Arc<Waypoint>, wasm: &Arc<Engine>, readiness: Readiness) -> anyhow::Result<()> {
     let at = |port| SocketAddr::new(waypoint.settings.hbone.ip(), port);
     let (telemetry, wasm) = (Arc::clone(&waypoint.telemetry), Arc::clone(wasm));
+    let keyring = Arc::clone(&waypoint.keyring);
     Operators {
         readiness_address: at(15021),
         metrics_address: at(15020),
         admin_address: SocketAddr::new(waypoint.settings.admin_address, 15000),
         readiness,
-        metrics: Arc::new(move || telemetry.metrics.encode() + &wasm.encode_metrics()),
+        metrics: Arc::new(move || {
+            telemetry.metrics.encode() + &wasm.encode_metrics() + &keyring.encode_metrics()
+        }),
         admin: admin::router(Arc::clone(waypoint)),
     }
     .start()?;
@@ -195,7 +223,7 @@ async fn first_certificate(waypoint: &Waypoint, pending: Pending) {
 async fn compile(waypoint: Arc<Waypoint>, wasm: Arc<Engine>, first: oneshot::Sender<()>, settled: Pending) {
     let own = Own { gateway: waypoint.settings.gateway.clone(), address: waypoint.settings.hbone.ip() };
     let observers = observers::Observers::new(&waypoint);
-    let mut sites = Sites::new(own, Arc::default(), observers);
+    let mut sites = Sites::new(own, Arc::clone(&waypoint.keyring), observers);
     let (mut plugins, mut finished) = Plugins::new(wasm);
     let mut changes = waypoint.mesh.changes();
     waypoint.mesh.ready().await;

@@ -64,6 +64,9 @@ pub struct Options {
     /// One line per exchange on standard output [default: true].
     #[arg(long, env = "CAIRN_ACCESS_LOG")]
     pub access_log: Option<bool>,
+    /// Root certificates, PEM, that key servers of token issuers may chain to beside the system's.
+    #[arg(long, env = "CAIRN_JWKS_ROOTS")]
+    pub jwks_roots: Option<PathBuf>,
     /// Which log events are printed [default: info].
     #[arg(long, env = "RUST_LOG")]
     pub log: Option<String>,
@@ -112,6 +115,8 @@ pub struct Settings {
     pub certificate_ttl: Duration,
     /// How long open exchanges may go on after SIGTERM.
     pub drain: Duration,
+    /// Further root certificates of key servers.
+    pub jwks_roots: Option<PathBuf>,
     /// Whether a line is written per exchange.
     pub access_log: bool,
     /// Log filter.
@@ -156,6 +161,7 @@ impl Options {
                 self.certificate_seconds.or(file.certificate_seconds).unwrap_or(86_400).max(2),
             ),
             drain: Duration::from_secs(self.drain_seconds.or(file.drain_seconds).unwrap_or(5)),
+            jwks_roots: self.jwks_roots.or(file.jwks_roots),
             access_log: self.access_log.or(file.access_log).unwrap_or(true),
             log: self.log.or(file.log).unwrap_or_else(|| "info".to_owned()),
             log_format: self.log_format.or(file.log_format).unwrap_or_default(),

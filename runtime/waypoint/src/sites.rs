@@ -11,9 +11,9 @@ use arc_swap::ArcSwap;
 use cairn_filter::{Chain, Position, Slot, sort_factories};
 use cairn_http::{RouteTable, Site, SiteHandle};
 use cairn_mesh::{
-    AppProtocol, AuthorizationPolicy, FailStrategy, HttpRoute, JwtRule, KeyPlace, MeshSettings,
-    NetworkAddress, PluginPhase, RequestAuthentication, ResourceName, Service, Snapshot, TelemetryPlan,
-    Unenforceable, WasmPlugin, Workload,
+    AppProtocol, AuthorizationPolicy, FailStrategy, HttpRoute, JwtRule, MeshSettings, NetworkAddress,
+    PluginPhase, RequestAuthentication, ResourceName, Service, Snapshot, TelemetryPlan, Unenforceable,
+    WasmPlugin, Workload,
 };
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -288,13 +288,13 @@ fn slots(parts: &Parts) -> Vec<Slot> {
             Standing::Failed(reason) => unenforceable.push(not_running(plugin, reason)),
         }
     }
-    unenforceable.extend(parts.authentications.iter().filter_map(not_fetched));
     if !unenforceable.is_empty() {
         slots.push(built_in(Position::Unenforceable, cairn_builtin::unenforceable(&unenforceable)));
     }
     if !parts.authentications.is_empty() {
         let keyring = &parts.keyring;
-        let mut keys = |name: &ResourceName, rule: &JwtRule| keyring.source(name, rule);
+        let domain = &parts.settings.cluster_domain;
+        let mut keys = |name: &ResourceName, rule: &JwtRule| keyring.source(name, rule, domain);
         let factory = cairn_builtin::authentication(&parts.authentications, &mut keys, &keyring.cache);
         slots.push(built_in(Position::Authentication, factory));
     }
@@ -305,18 +305,6 @@ fn slots(parts: &Parts) -> Vec<Slot> {
         ));
     }
     slots
-}
-
-fn not_fetched(authentication: &Arc<RequestAuthentication>) -> Option<Arc<Unenforceable>> {
-    let is_fetched = |rule: &JwtRule| !matches!(rule.keys, KeyPlace::Inline(_));
-    authentication.rules.iter().any(is_fetched).then(|| {
-        Arc::new(Unenforceable {
-            what: format!("RequestAuthentication {}", authentication.name).into(),
-            targets: authentication.targets.clone(),
-            namespace: Arc::clone(&authentication.name.namespace),
-            reason: "keys are not fetched yet, only `jwks` is read".into(),
-        })
-    })
 }
 
 fn not_running(plugin: &WasmPlugin, reason: &str) -> Arc<Unenforceable> {

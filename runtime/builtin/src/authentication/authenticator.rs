@@ -1,12 +1,11 @@
 //! The decision about a request's tokens, over all rules that apply to its destination.
 
 use super::TokenError;
-use super::cache::{Digest, TokenCache, Verified};
+use super::cache::{Tag, TokenCache, Verified};
 use super::keys::{KeySource, Keys};
 use super::places::{Place, places};
 use super::provider::Provider;
 use super::token::Jwt;
-use aws_lc_rs::digest;
 use cairn_filter::{RequestHead, Token};
 use cairn_mesh::{JwtRule, RequestAuthentication, ResourceName};
 use http::HeaderName;
@@ -90,7 +89,7 @@ pub struct Moment<'a> {
 struct Presented<'a> {
     place: usize,
     text: &'a str,
-    remembered: Option<(Digest, Option<Arc<Verified>>)>,
+    remembered: Option<(Option<Tag>, Option<Arc<Verified>>)>,
     parsed: Option<Result<Jwt<'a>, TokenError>>,
 }
 
@@ -247,7 +246,7 @@ impl Provider {
 
     fn check(&self, token: &mut Presented<'_>, moment: Moment<'_>) -> Result<Arc<Verified>, TokenError> {
         let keys = self.keys.keys();
-        let (digest, remembered) = token.remembered(moment);
+        let (tag, remembered) = token.remembered(moment);
         if let Some(verified) = remembered {
             self.accepts(&verified.terms, moment.now)?;
             if matches!(&keys, Keys::Known(set) if *set.digest() == verified.keys)
@@ -266,17 +265,18 @@ impl Provider {
         self.verify(jwt, &set, moment.now)?;
         let jwt = token.take_parsed()?;
         let verified = Arc::new(Verified::new(jwt, *set.digest(), &self.spaced));
-        moment.cache.put(moment.worker, digest, token.text.len(), &verified);
+        if let Some(tag) = tag {
+            moment.cache.put(moment.worker, tag, &verified);
+        }
         Ok(verified)
     }
 }
 
 impl<'a> Presented<'a> {
-    fn remembered(&mut self, moment: Moment<'_>) -> (Digest, Option<Arc<Verified>>) {
+    fn remembered(&mut self, moment: Moment<'_>) -> (Option<Tag>, Option<Arc<Verified>>) {
         let look = || {
-            let mut digest = [0; 32];
-            digest.copy_from_slice(digest::digest(&digest::SHA256, self.text.as_bytes()).as_ref());
-            (digest, moment.cache.find(moment.worker, &digest))
+            let tag = moment.cache.tag(self.text);
+            (tag, tag.and_then(|tag| moment.cache.find(moment.worker, &tag)))
         };
         self.remembered.get_or_insert_with(look).clone()
     }

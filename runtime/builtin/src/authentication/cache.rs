@@ -1,13 +1,14 @@
 //! Tokens that were verified, remembered by each worker for itself, so that a token that comes with every request is
 //! verified once.
 
+use super::token::{Jwt, Terms};
+use aws_lc_rs::aead::{AES_128_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
+use aws_lc_rs::rand;
 use cairn_filter::Token;
 use parking_lot::Mutex;
 use serde_json::Value;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-
-use super::token::{Jwt, Terms};
 
 /// How many workers have caches of their own; workers beyond share.
 const WORKERS: usize = 64;
@@ -19,8 +20,10 @@ const WAYS: usize = 4;
 /// Longer tokens are not remembered: what is remembered is bounded in bytes, too.
 const TOKEN_BYTES_MAX: usize = 8 * 1024;
 
-/// A hash that nobody can find two tokens for.
-pub(super) type Digest = [u8; 32];
+/// What a token is remembered by: its GMAC under a key of this process (NIST SP 800-38D). Two tokens of at most
+/// [`TOKEN_BYTES_MAX`] share one with a probability below 2⁻¹¹⁸, and nobody who does not know the key, or never sees a tag,
+/// can look for two that do. It costs a third of SHA-256.
+pub(super) type Tag = [u8; 16];
 
 /// A token whose signature was verified.
 #[derive(Debug)]
@@ -33,15 +36,15 @@ pub(super) struct Verified {
     pub(super) token: Arc<Token>,
     /// The texts that became lists.
     pub(super) before: Vec<(Arc<str>, String)>,
-    /// The keys that verified it.
-    pub(super) keys: Digest,
+    /// The keys that verified it, by their digest.
+    pub(super) keys: [u8; 32],
     /// The claims that are lists separated by spaces.
     pub(super) spaced: Arc<[Arc<str>]>,
 }
 
 impl Verified {
     /// What `jwt`, which `keys` have verified, says.
-    pub(super) fn new(jwt: Jwt<'_>, keys: Digest, spaced: &Arc<[Arc<str>]>) -> Self {
+    pub(super) fn new(jwt: Jwt<'_>, keys: [u8; 32], spaced: &Arc<[Arc<str>]>) -> Self {
         let Jwt { terms, payload_text, mut payload, .. } = jwt;
         let mut before = Vec::new();
         for name in spaced.iter() {
@@ -65,6 +68,8 @@ impl Verified {
 /// Verified tokens, by worker. One for all destinations of a process. Forgetting is always right: what is not here is
 /// verified anew.
 pub struct TokenCache {
+    /// `None` when the system has no randomness to give: then nothing is remembered.
+    key: Option<LessSafeKey>,
     workers: Box<[Mutex<Vec<Slot>>]>,
     hits: AtomicU64,
     misses: AtomicU64,
@@ -72,7 +77,7 @@ pub struct TokenCache {
 
 #[derive(Clone, Default)]
 struct Slot {
-    entry: Option<(Digest, Arc<Verified>)>,
+    entry: Option<(Tag, Arc<Verified>)>,
     /// When it was used, counted in look-ups of its worker.
     used: u64,
 }
@@ -80,7 +85,14 @@ struct Slot {
 impl Default for TokenCache {
     fn default() -> Self {
         let workers = (0..WORKERS).map(|_| Mutex::default()).collect();
-        Self { workers, hits: AtomicU64::new(0), misses: AtomicU64::new(0) }
+        let mut bytes = [0; 16];
+        let key = rand::fill(&mut bytes).and_then(|()| UnboundKey::new(&AES_128_GCM, &bytes));
+        Self {
+            key: key.ok().map(LessSafeKey::new),
+            workers,
+            hits: AtomicU64::new(0),
+            misses: AtomicU64::new(0),
+        }
     }
 }
 
@@ -90,42 +102,51 @@ impl TokenCache {
         (self.hits.load(Relaxed), self.misses.load(Relaxed))
     }
 
-    /// The token with this digest.
-    pub(super) fn find(&self, worker: usize, digest: &Digest) -> Option<Arc<Verified>> {
-        let found = self.workers.get(worker % WORKERS).and_then(|slots| find(&mut slots.lock(), digest));
+    /// What a token is remembered by; `None` if it is not to be remembered.
+    pub(super) fn tag(&self, token: &str) -> Option<Tag> {
+        if token.len() > TOKEN_BYTES_MAX {
+            return None;
+        }
+        // One nonce will do: it only masks tags, and nobody sees them.
+        let nonce = Nonce::assume_unique_for_key([0; NONCE_LEN]);
+        let aad = Aad::from(token.as_bytes());
+        let tag = self.key.as_ref()?.seal_in_place_separate_tag(nonce, aad, &mut []).ok()?;
+        Tag::try_from(tag.as_ref()).ok()
+    }
+
+    /// The token with this tag.
+    pub(super) fn find(&self, worker: usize, tag: &Tag) -> Option<Arc<Verified>> {
+        let found = self.workers.get(worker % WORKERS).and_then(|slots| find(&mut slots.lock(), tag));
         if found.is_some() { &self.hits } else { &self.misses }.fetch_add(1, Relaxed);
         found
     }
 
-    /// Remembers a verified token of `text_len` bytes in place of the one of its set that was longest not used.
-    pub(super) fn put(&self, worker: usize, digest: Digest, text_len: usize, verified: &Arc<Verified>) {
-        if text_len > TOKEN_BYTES_MAX {
-            return;
-        }
+    /// Remembers a verified token in place of the one of its set that was longest not used.
+    pub(super) fn put(&self, worker: usize, tag: Tag, verified: &Arc<Verified>) {
         let Some(slots) = self.workers.get(worker % WORKERS) else { return };
         let mut slots = slots.lock();
         if slots.is_empty() {
             slots.resize(SETS * WAYS, Slot::default());
         }
-        let Some(set) = set_of(&mut slots, &digest) else { return };
+        let Some(set) = set_of(&mut slots, &tag) else { return };
         let now = set.iter().map(|slot| slot.used).max().unwrap_or(0) + 1;
-        let is_same = |slot: &Slot| slot.entry.as_ref().is_some_and(|(known, _)| *known == digest);
+        let is_same = |slot: &Slot| slot.entry.as_ref().is_some_and(|(known, _)| *known == tag);
         let place = set.iter().position(is_same).or_else(|| {
             let oldest = set.iter().enumerate().min_by_key(|(_, slot)| (slot.entry.is_some(), slot.used));
             oldest.map(|(at, _)| at)
         });
         if let Some(slot) = place.and_then(|at| set.get_mut(at)) {
-            *slot = Slot { entry: Some((digest, Arc::clone(verified))), used: now };
+            *slot = Slot { entry: Some((tag, Arc::clone(verified))), used: now };
         }
     }
 }
 
-fn find(slots: &mut [Slot], digest: &Digest) -> Option<Arc<Verified>> {
-    let set = set_of(slots, digest)?;
+fn find(slots: &mut [Slot], tag: &Tag) -> Option<Arc<Verified>> {
+    let set = set_of(slots, tag)?;
     let now = set.iter().map(|slot| slot.used).max().unwrap_or(0) + 1;
     set.iter_mut().find_map(|slot| {
         let (known, verified) = slot.entry.as_ref()?;
-        if known != digest {
+        if known != tag {
             return None;
         }
         slot.used = now;
@@ -133,9 +154,9 @@ fn find(slots: &mut [Slot], digest: &Digest) -> Option<Arc<Verified>> {
     })
 }
 
-/// The slots in which a digest may be. Its first bytes are as random as any.
-fn set_of<'a>(slots: &'a mut [Slot], digest: &Digest) -> Option<&'a mut [Slot]> {
-    let [first, second, ..] = digest;
+/// The slots in which a tag may be. Its first bytes are as random as any.
+fn set_of<'a>(slots: &'a mut [Slot], tag: &Tag) -> Option<&'a mut [Slot]> {
+    let [first, second, ..] = tag;
     let set = usize::from(u16::from_le_bytes([*first, *second])) % SETS;
     slots.get_mut(set * WAYS..(set + 1) * WAYS)
 }
@@ -155,45 +176,59 @@ mod tests {
         })
     }
 
-    /// Digests of one set.
-    fn digest(last: u8) -> Digest {
-        let mut digest = [7; 32];
-        digest[31] = last;
-        digest
+    /// Tags of one set.
+    fn tag(last: u8) -> Tag {
+        let mut tag = [7; 16];
+        tag[15] = last;
+        tag
     }
 
     #[test]
     fn what_was_longest_not_used_is_forgotten() {
         let cache = TokenCache::default();
         let (one, other) = (verified(), verified());
-        cache.put(0, digest(0), 10, &one);
+        cache.put(0, tag(0), &one);
         for last in 1..WAYS as u8 {
-            cache.put(0, digest(last), 10, &other);
+            cache.put(0, tag(last), &other);
         }
-        assert!(Arc::ptr_eq(&cache.find(0, &digest(0)).unwrap(), &one));
-        cache.put(0, digest(100), 10, &other);
-        assert!(cache.find(0, &digest(0)).is_some(), "it was used last");
-        assert!(cache.find(0, &digest(1)).is_none(), "it was not used");
-        assert!(cache.find(0, &digest(100)).is_some());
+        assert!(Arc::ptr_eq(&cache.find(0, &tag(0)).unwrap(), &one));
+        cache.put(0, tag(100), &other);
+        assert!(cache.find(0, &tag(0)).is_some(), "it was used last");
+        assert!(cache.find(0, &tag(1)).is_none(), "it was not used");
+        assert!(cache.find(0, &tag(100)).is_some());
         assert_eq!(cache.counts(), (3, 1));
     }
 
     #[test]
     fn each_worker_remembers_for_itself_and_no_long_tokens() {
         let cache = TokenCache::default();
-        cache.put(0, digest(0), 10, &verified());
-        assert!(cache.find(1, &digest(0)).is_none());
-        cache.put(1, digest(0), TOKEN_BYTES_MAX + 1, &verified());
-        assert!(cache.find(1, &digest(0)).is_none());
+        cache.put(0, tag(0), &verified());
+        assert!(cache.find(1, &tag(0)).is_none());
+        assert!(cache.tag(&"a".repeat(TOKEN_BYTES_MAX)).is_some());
+        assert!(cache.tag(&"a".repeat(TOKEN_BYTES_MAX + 1)).is_none());
+    }
+
+    #[test]
+    fn tags_tell_tokens_apart_and_caches_too() {
+        let (cache, other) = (TokenCache::default(), TokenCache::default());
+        let long = "a".repeat(1000);
+        assert_eq!(cache.tag(&long), cache.tag(&long));
+        assert_ne!(cache.tag(&long), other.tag(&long));
+        let mut seen = std::collections::HashSet::from([cache.tag(&long)]);
+        for at in 0..long.len() {
+            let mut changed = long.clone();
+            changed.replace_range(at..=at, "b");
+            assert!(seen.insert(cache.tag(&changed)) && seen.insert(cache.tag(&long[..at])), "{at}");
+        }
     }
 
     #[test]
     fn what_is_put_again_takes_the_place_of_the_first() {
         let cache = TokenCache::default();
-        cache.put(0, digest(0), 10, &verified());
+        cache.put(0, tag(0), &verified());
         let new = verified();
-        cache.put(0, digest(0), 10, &new);
-        assert!(Arc::ptr_eq(&cache.find(0, &digest(0)).unwrap(), &new));
+        cache.put(0, tag(0), &new);
+        assert!(Arc::ptr_eq(&cache.find(0, &tag(0)).unwrap(), &new));
         let known = cache.workers[0].lock().iter().filter(|slot| slot.entry.is_some()).count();
         assert_eq!(known, 1);
     }

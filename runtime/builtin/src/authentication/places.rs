@@ -49,7 +49,7 @@ impl Place {
         match self {
             Self::Header(name, prefix) => {
                 for value in head.headers.get_all(name) {
-                    if let Some(token) = after_prefix(String::from_utf8_lossy(value.as_bytes()), prefix) {
+                    if let Some(token) = after_prefix(text_of(value), prefix) {
                         found(token);
                     }
                 }
@@ -83,6 +83,13 @@ impl Place {
             Self::Cookie(name) => clear_cookie(&mut head.headers, name),
         }
     }
+}
+
+/// The value as text. What is not UTF-8 becomes what no token has.
+fn text_of(value: &HeaderValue) -> Cow<'_, str> {
+    // The whole is looked at at once, where the lossy way goes byte by byte.
+    std::str::from_utf8(value.as_bytes())
+        .map_or_else(|_| String::from_utf8_lossy(value.as_bytes()), Cow::Borrowed)
 }
 
 /// What follows `prefix`, from the first character on that a token may have; with no prefix, the whole value.

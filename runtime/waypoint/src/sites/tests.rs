@@ -1,6 +1,7 @@
 //! Tests of sites: whose traffic is ours, what each is made of, and what happens while a plugin is not there.
 
 use super::*;
+use cairn_filter::NoCallout;
 use cairn_mesh::{
     Change, GatewayAddress, GatewayTarget, HttpRoute, Identity, Kind, PolicyAction, ResourceKey,
     ResourceName, ServicePort, Store, TargetKind, TargetRef, TunnelProtocol,
@@ -93,7 +94,8 @@ impl Bench {
         let (plugins, finished) = Plugins::new(engine);
         let telemetry = Telemetry::new("test", "0", &TelemetrySettings::default(), std::io::sink());
         let observers = Observers::of_process(cairn_observe::Own::default(), telemetry);
-        Self { sites: Sites::new(own(), Arc::default(), observers), plugins, finished }
+        let keyring = Arc::new(Keyring::new(Arc::new(NoCallout), None));
+        Self { sites: Sites::new(own(), keyring, observers), plugins, finished }
     }
 
     fn update(&mut self, store: &Store) -> Table {
