@@ -31,10 +31,11 @@ pub struct Keyring {
 
 impl Keyring {
     /// Fetches keys of services that the mesh knows through `callout`, and others directly. Servers are to prove who they
-    /// are by a certificate that chains to the system's roots or to those in the file `roots`.
-    pub fn new(callout: Arc<dyn Callout>, roots: Option<PathBuf>) -> Self {
+    /// are by a certificate that chains to the system's roots or to those in the file `roots`. Tokens are remembered in
+    /// `cache`.
+    pub fn new(callout: Arc<dyn Callout>, roots: Option<PathBuf>, cache: TokenCache) -> Self {
         Self {
-            cache: Arc::default(),
+            cache: Arc::new(cache),
             fetcher: Arc::new(Fetcher::new(callout, roots)),
             inline: Mutex::default(),
             fetched: Mutex::default(),

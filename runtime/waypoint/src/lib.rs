@@ -18,6 +18,7 @@ pub use settings::{BalancerKind, Options, Settings};
 
 use anyhow::{Context, bail};
 use arc_swap::ArcSwap;
+use cairn_builtin::TokenCache;
 use cairn_filter::Chain;
 use cairn_http::{Balancer, MeshCallout, RouteTable, Site, Tunnels, Worker, WorkerSettings};
 use cairn_identity::{CaClient, CaSettings, CertificateSettings, Certificates};
@@ -186,7 +187,8 @@ fn keyring(settings: &Settings, engine: Arc<Worker>) -> Keyring {
     };
     let site = Arc::new(ArcSwap::from_pointee(nobodys));
     let callout = MeshCallout::new(engine, site, settings.hbone);
-    Keyring::new(Arc::new(callout), settings.jwks_roots.clone())
+    let cache = if settings.token_cache { TokenCache::default() } else { TokenCache::off() };
+    Keyring::new(Arc::new(callout), settings.jwks_roots.clone(), cache)
 }
 
 fn start_operators(waypoint: &Arc<Waypoint>, wasm: &Arc<Engine>, readiness: Readiness) -> anyhow::Result<()> {

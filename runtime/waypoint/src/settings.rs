@@ -64,6 +64,10 @@ pub struct Options {
     /// One line per exchange on standard output [default: true].
     #[arg(long, env = "CAIRN_ACCESS_LOG")]
     pub access_log: Option<bool>,
+    /// Verified tokens are remembered until they expire or their keys change, so that each is verified once
+    /// [default: true].
+    #[arg(long, env = "CAIRN_TOKEN_CACHE")]
+    pub token_cache: Option<bool>,
     /// Root certificates, PEM, that key servers of token issuers may chain to beside the system's.
     #[arg(long, env = "CAIRN_JWKS_ROOTS")]
     pub jwks_roots: Option<PathBuf>,
@@ -115,6 +119,8 @@ pub struct Settings {
     pub certificate_ttl: Duration,
     /// How long open exchanges may go on after SIGTERM.
     pub drain: Duration,
+    /// Whether verified tokens are remembered.
+    pub token_cache: bool,
     /// Further root certificates of key servers.
     pub jwks_roots: Option<PathBuf>,
     /// Whether a line is written per exchange.
@@ -161,6 +167,7 @@ impl Options {
                 self.certificate_seconds.or(file.certificate_seconds).unwrap_or(86_400).max(2),
             ),
             drain: Duration::from_secs(self.drain_seconds.or(file.drain_seconds).unwrap_or(5)),
+            token_cache: self.token_cache.or(file.token_cache).unwrap_or(true),
             jwks_roots: self.jwks_roots.or(file.jwks_roots),
             access_log: self.access_log.or(file.access_log).unwrap_or(true),
             log: self.log.or(file.log).unwrap_or_else(|| "info".to_owned()),

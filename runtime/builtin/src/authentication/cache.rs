@@ -68,7 +68,7 @@ impl Verified {
 /// Verified tokens, by worker. One for all destinations of a process. Forgetting is always right: what is not here is
 /// verified anew.
 pub struct TokenCache {
-    /// `None` when the system has no randomness to give: then nothing is remembered.
+    /// `None`: nothing is remembered, by choice or because the system has no randomness to give.
     key: Option<LessSafeKey>,
     workers: Box<[Mutex<Vec<Slot>>]>,
     hits: AtomicU64,
@@ -97,6 +97,11 @@ impl Default for TokenCache {
 }
 
 impl TokenCache {
+    /// A cache that remembers nothing: every token is verified each time.
+    pub fn off() -> Self {
+        Self { key: None, workers: Box::default(), hits: AtomicU64::new(0), misses: AtomicU64::new(0) }
+    }
+
     /// How many tokens were found, and how many were not.
     pub fn counts(&self) -> (u64, u64) {
         (self.hits.load(Relaxed), self.misses.load(Relaxed))

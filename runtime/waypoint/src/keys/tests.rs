@@ -79,7 +79,7 @@ impl Server {
 }
 
 fn keyring() -> Keyring {
-    Keyring::new(Arc::new(NoCallout), None)
+    Keyring::new(Arc::new(NoCallout), None, TokenCache::default())
 }
 
 fn rule(keys: KeyPlace, issuer: &str, timeout: Duration) -> JwtRule {
@@ -238,7 +238,7 @@ impl Callout for OneService {
 
 #[tokio::test]
 async fn a_service_of_the_mesh_is_asked_as_such() {
-    let keyring = Keyring::new(Arc::new(OneService), None);
+    let keyring = Keyring::new(Arc::new(OneService), None, TokenCache::default());
     for (uri, is_got) in [
         ("http://keys:8000/jwks", true),
         ("http://keys.shop:8000/jwks", true),
@@ -287,7 +287,7 @@ async fn a_server_with_tls_must_prove_its_name() {
         ("an unknown root", "localhost", None, false),
         ("no such file", "localhost", Some("/nonexistent".into()), false),
     ] {
-        let keyring = Keyring::new(Arc::new(NoCallout), roots);
+        let keyring = Keyring::new(Arc::new(NoCallout), roots, TokenCache::default());
         let source = source(&keyring, &format!("https://{host}:{port}/keys"), SOON);
         assert_eq!(after_renewal(&source, "k").await.is_some(), is_got, "{name}");
     }

@@ -1,6 +1,7 @@
 //! Tests of sites: whose traffic is ours, what each is made of, and what happens while a plugin is not there.
 
 use super::*;
+use cairn_builtin::TokenCache;
 use cairn_filter::NoCallout;
 use cairn_mesh::{
     Change, GatewayAddress, GatewayTarget, HttpRoute, Identity, Kind, PolicyAction, ResourceKey,
@@ -94,7 +95,7 @@ impl Bench {
         let (plugins, finished) = Plugins::new(engine);
         let telemetry = Telemetry::new("test", "0", &TelemetrySettings::default(), std::io::sink());
         let observers = Observers::of_process(cairn_observe::Own::default(), telemetry);
-        let keyring = Arc::new(Keyring::new(Arc::new(NoCallout), None));
+        let keyring = Arc::new(Keyring::new(Arc::new(NoCallout), None, TokenCache::default()));
         Self { sites: Sites::new(own(), keyring, observers), plugins, finished }
     }
 
