@@ -2,8 +2,9 @@
 """Writes conf/cairn/*.yaml: the manifests of the mesh in which our own proxies are measured, equivalent to Envoy's.
 
 One service per waypoint, all in front of the same backend outside the mesh, and one pod for the ztunnel. Each waypoint
-enforces what `rbac` in gen_envoy.py does: five ALLOW rules, of which the last matches."""
-import os
+enforces what `rbac` in gen_envoy.py does: five ALLOW rules, of which the last matches. Two of them verify the client's token
+as `jwt` does there, and the rule that matches asks whom it speaks for."""
+import json, os
 
 B = os.path.dirname(os.path.abspath(__file__))
 W = os.environ["BENCH_WORK"]
@@ -14,7 +15,11 @@ WAYPOINTS = {
     "log": ("127.0.0.5", "127.0.0.105", None),
     "hdr1": ("127.0.0.6", "127.0.0.106", f"{W}/conf/hdr.wasm"),
     "tag1": ("127.0.0.7", "127.0.0.107", f"{ROOT}/target/plugins/tag.wasm"),
+    "auth": ("127.0.0.8", "127.0.0.108", None),
+    "jwtcache": ("127.0.0.9", "127.0.0.109", None),
 }
+# Those that verify tokens.
+WITH_TOKENS = ("auth", "jwtcache")
 
 MESH = """\
 apiVersion: v1
@@ -68,6 +73,20 @@ spec:
     - to: [{{ operation: {{ paths: ["/metrics*"], methods: [POST] }} }}]
     - to: [{{ operation: {{ paths: ["/debug*"], methods: [POST] }} }}]
     - to: [{{ operation: {{ paths: ["/*"], methods: [GET] }} }}]
+{sources}"""
+
+TOKENS = """\
+---
+apiVersion: security.istio.io/v1
+kind: RequestAuthentication
+metadata: {{ name: {name}, namespace: default }}
+spec:
+  targetRefs: [{{ group: gateway.networking.k8s.io, kind: Gateway, name: {name} }}]
+  jwtRules:
+    - issuer: https://issuer.example
+      audiences: [bench]
+      forwardOriginalToken: true
+      jwks: {keys}
 """
 
 PLUGIN = """\
@@ -92,6 +111,11 @@ with open(f"{W}/conf/cairn/mesh.yaml", "w") as file:
     file.write(MESH)
 for name, (pod, service, plugin) in WAYPOINTS.items():
     with open(f"{W}/conf/cairn/{name}.yaml", "w") as file:
-        file.write(WAYPOINT.format(name=name, pod=pod, service=service))
+        sources = ""
+        if name in WITH_TOKENS:
+            sources = "      from: [{ source: { requestPrincipals: [https://issuer.example/alice] } }]\n"
+        file.write(WAYPOINT.format(name=name, pod=pod, service=service, sources=sources))
+        if name in WITH_TOKENS:
+            file.write(TOKENS.format(name=name, keys=json.dumps(open(f"{W}/conf/jwks.json").read())))
         if plugin:
             file.write(PLUGIN.format(name=name, plugin=plugin, config=CONFIG[name]))

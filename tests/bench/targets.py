@@ -29,6 +29,8 @@ def show(what, value, limit, text):
 
 for ours, theirs, limit in (
     ("cairn-waypoint", "envoy-waypoint-rbac", 0.5),
+    ("cairn-waypoint-jwtcache", "envoy-waypoint-jwtcache", 0.4),
+    ("cairn-waypoint-auth", "envoy-waypoint-auth", 0.5),
     ("cairn-ztunnel", "envoy-hbone-l4", 0.95),
 ):
     median, low, high = ratio(ours, theirs)

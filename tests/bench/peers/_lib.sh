@@ -77,7 +77,7 @@ cairn_mesh() {
   HELPER=("$CAIRN_BIN/cairn" xds "$WORK/conf/cairn" --state "$WORK/cairn" --listen 127.0.0.1:15012
     --ca-cert "$WORK/conf/ca.pem" --ca-key "$WORK/conf/ca.key" --mint ztunnel=ztunnel:node)
   local name
-  for name in plain log hdr1 tag1; do HELPER+=(--mint "$name=waypoint:default/$name"); done
+  for name in plain log hdr1 tag1 auth jwtcache; do HELPER+=(--mint "$name=waypoint:default/$name"); done
   HELPER_READY=127.0.0.1:15012
   COMMON=(--xds-address https://127.0.0.1:15012 --xds-root "$WORK/cairn/root.pem" --workers "${CAIRN_WORKERS:-1}")
 }
