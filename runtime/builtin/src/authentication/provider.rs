@@ -5,6 +5,8 @@ use super::cache::Verified;
 use super::keys::{KeySet, KeySource};
 use super::places::Place;
 use super::token::{Jwt, Terms};
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 use cairn_filter::RequestHead;
 use cairn_mesh::{JwtRule, ResourceName};
 use http::{HeaderName, HeaderValue};
@@ -116,7 +118,7 @@ impl Provider {
 }
 
 impl ClaimName {
-    /// The claim as the text of a header; lists and objects have none.
+    /// The claim as the text of a header.
     fn of(&self, verified: &Verified) -> Option<String> {
         let before = verified.before.iter().find(|(name, _)| *name == self.whole);
         let text = match before {
@@ -130,8 +132,8 @@ impl ClaimName {
     }
 }
 
-/// A claim as text. Whole numbers from zero up are written as such, others with six digits after the point: that is how
-/// Envoy writes them.
+/// A claim as text. Whole numbers from zero up are written as such, others with six digits after the point, and lists
+/// and objects as JSON in base64: that is how Envoy writes them.
 fn claim_text(claim: &Value) -> Option<String> {
     match claim {
         Value::String(text) => Some(text.clone()),
@@ -141,7 +143,8 @@ fn claim_text(claim: &Value) -> Option<String> {
             let is_whole = value >= 0.0 && value < u64::MAX as f64 && value.fract() == 0.0;
             Some(if is_whole { (value as u64).to_string() } else { format!("{value:.6}") })
         }
-        Value::Null | Value::Array(_) | Value::Object(_) => None,
+        Value::Array(_) | Value::Object(_) => Some(BASE64_STANDARD.encode(claim.to_string())),
+        Value::Null => None,
     }
 }
 
@@ -181,8 +184,8 @@ mod tests {
             ("1.5", Some("1.500000")),
             ("-2", Some("-2.000000")),
             ("null", None),
-            ("[1]", None),
-            ("{}", None),
+            (r#"["a","b c"]"#, Some("WyJhIiwiYiBjIl0=")),
+            ("{}", Some("e30=")),
         ] {
             let value: Value = serde_json::from_str(claim).unwrap();
             assert_eq!(claim_text(&value).as_deref(), expected, "{claim}");
