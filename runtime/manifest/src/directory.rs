@@ -27,6 +27,17 @@ pub struct Loaded {
     pub diagnostics: Vec<Diagnostic>,
 }
 
+impl Loaded {
+    /// What a text of manifests holds by itself, read once.
+    pub fn from_text(text: &str, settings: MeshSettings) -> Self {
+        let file = parse(Path::new("text.yaml"), text, 0);
+        let mut diagnostics = file.diagnostics;
+        let objects = unique(file.objects.iter(), &mut diagnostics);
+        let settings = mesh_settings(&objects, &settings);
+        Self { objects, settings, diagnostics }
+    }
+}
+
 /// A directory of manifests.
 #[derive(Debug)]
 pub struct Directory {
