@@ -1,9 +1,10 @@
 //! Stock Envoy as the judge: one process for many scenarios, with a route of its own for each.
 
-use crate::rbac;
 use crate::scenario::{
-    AUDITED, Answer, Ask, DETAILS, Outcome, PEER, SCENARIO, Scenario, TRIAL_ALLOW, TRIAL_DENY,
+    AUDITED, Answer, Ask, DETAILS, Outcome, PEER, SCENARIO, SEEN, Scenario, TRIAL_ALLOW, TRIAL_DENY,
+    seen_name,
 };
+use crate::{jwt, rbac};
 use anyhow::{Context, Result, bail, ensure};
 use cairn_mesh::PathNormalization;
 use serde_json::{Value, json};
@@ -197,8 +198,11 @@ fn extension(name: &str, kind: &str, fields: Value) -> Value {
 }
 
 fn listener(mode: PathNormalization, scenarios: &[Scenario]) -> Value {
-    let routes = scenarios.iter().enumerate().filter(|(_, scenario)| scenario.normalization == mode);
-    let routes: Vec<Value> = routes.map(|(index, scenario)| route(index, scenario)).collect();
+    let ours = || scenarios.iter().enumerate().filter(|(_, scenario)| scenario.normalization == mode);
+    let routes: Vec<Value> = ours().map(|(index, scenario)| route(index, scenario)).collect();
+    let tokens = ours().filter_map(|(index, scenario)| {
+        jwt::translate(&scenario.objects, index).map(|(providers, required)| (index, providers, required))
+    });
     let slashes = matches!(mode, PathNormalization::MergeSlashes | PathNormalization::DecodeAndMergeSlashes);
     let mut manager = json!({
         "stat_prefix": "differential",
@@ -206,7 +210,7 @@ fn listener(mode: PathNormalization, scenarios: &[Scenario]) -> Value {
         "delayed_close_timeout": "0s",
         "normalize_path": mode != PathNormalization::None,
         "merge_slashes": slashes,
-        "http_filters": filters(),
+        "http_filters": filters(tokens),
         "local_reply_config": { "mappers": [{
             "filter": { "status_code_filter": { "comparison": {
                 "op": "GE", "value": { "default_value": 0, "runtime_key": "none" },
@@ -234,8 +238,20 @@ fn listener(mode: PathNormalization, scenarios: &[Scenario]) -> Value {
     })
 }
 
-/// Identity first, then the three decisions in Istio's order. What they decide by stands at the routes.
-fn filters() -> Vec<Value> {
+/// The JWT filter's name.
+const TOKENS: &str = "envoy.filters.http.jwt_authn";
+
+/// Identity first, then tokens, then the three decisions in Istio's order. What they decide by stands at the routes.
+fn filters(tokens: impl Iterator<Item = (usize, Vec<(String, Value)>, Value)>) -> Vec<Value> {
+    let (mut providers, mut requirements) = (json!({}), json!({}));
+    for (index, all, required) in tokens {
+        all.into_iter().for_each(|(name, provider)| providers[name] = provider);
+        requirements[index.to_string()] = required;
+    }
+    let authentication = json!({
+        "providers": providers, "requirement_map": requirements, "bypass_cors_preflight": true,
+    });
+
     let identity = json!({ "on_request_headers": [{
         "object_key": "io.istio.peer_principal",
         "factory_key": "envoy.string",
@@ -244,6 +260,9 @@ fn filters() -> Vec<Value> {
         "skip_if_empty": true,
     }] });
     let mut filters = vec![extension("identity", "filters.http.set_filter_state.v3.Config", identity)];
+    let kind = "filters.http.jwt_authn.v3.JwtAuthentication";
+    // Where RBAC looks for what a token says.
+    filters.push(extension(TOKENS, kind, authentication));
     filters.extend(rbac::ACTIONS.map(|action| extension(action, "filters.http.rbac.v3.RBAC", json!({}))));
     filters.push(extension("envoy.filters.http.router", "filters.http.router.v3.Router", json!({})));
     filters
@@ -256,22 +275,28 @@ fn said() -> Vec<Value> {
         format!("%DYNAMIC_METADATA(envoy.filters.http.rbac:{key})%")
     };
     let add = |name: &str, text: String| json!({ "header": { "key": name, "value": text } });
-    vec![
+    let mut all = vec![
         add(DETAILS, "%RESPONSE_CODE_DETAILS%".to_owned()),
         add(AUDITED, "%DYNAMIC_METADATA(envoy.common:access_log_hint)%".to_owned()),
         add(TRIAL_ALLOW, trial("ALLOW")),
         add(TRIAL_DENY, trial("DENY")),
-    ]
+    ];
+    all.extend(SEEN.map(|name| add(&seen_name(name), format!("%REQ({name})%"))));
+    all
 }
 
 fn route(index: usize, scenario: &Scenario) -> Value {
-    let decisions: serde_json::Map<String, Value> = rbac::ACTIONS
+    let mut decisions: serde_json::Map<String, Value> = rbac::ACTIONS
         .iter()
         .map(|action| {
             let rbac = rbac::filter(&scenario.objects, action);
             ((*action).to_owned(), typed("filters.http.rbac.v3.RBACPerRoute", json!({ "rbac": rbac })))
         })
         .collect();
+    if jwt::translate(&scenario.objects, index).is_some() {
+        let required = json!({ "requirement_name": index.to_string() });
+        decisions.insert(TOKENS.to_owned(), typed("filters.http.jwt_authn.v3.PerRouteConfig", required));
+    }
     json!({
         "match": {
             "safe_regex": { "regex": ".*" },

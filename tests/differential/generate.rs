@@ -112,12 +112,18 @@ impl Generator {
         Scenario { normalization, objects, asks }
     }
 
+    /// A number of this range.
+    pub fn number(&mut self, range: std::ops::RangeInclusive<usize>) -> usize {
+        self.rng.usize(range)
+    }
+
     /// Whether something happens that does so in `percent` of all cases.
-    fn chance(&mut self, percent: u32) -> bool {
+    pub fn chance(&mut self, percent: u32) -> bool {
         self.rng.u32(..100) < percent
     }
 
-    fn pick<'a, T>(&mut self, from: &'a [T]) -> &'a T {
+    /// One of several.
+    pub fn pick<'a, T>(&mut self, from: &'a [T]) -> &'a T {
         &from[self.rng.usize(..from.len())]
     }
 
@@ -171,6 +177,10 @@ impl Generator {
             let count = self.rng.usize(1..=2);
             let when: Vec<Value> = (0..count).map(|_| self.condition()).collect();
             rule.insert("when".into(), when.into());
+        }
+        // One that asks for nothing matches everything: seldom.
+        if rule.is_empty() && self.chance(85) {
+            return self.rule();
         }
         rule.into()
     }
@@ -299,7 +309,7 @@ impl Generator {
     }
 
     /// One of the forms that a text in a policy can have.
-    fn pattern(&mut self, word: &str) -> String {
+    pub fn pattern(&mut self, word: &str) -> String {
         match self.rng.u32(..20) {
             0..=8 => word.to_owned(),
             9..=12 => format!("{}*", self.cut(word).0),
@@ -353,6 +363,11 @@ impl Generator {
     fn identity(&mut self) -> String {
         let (domain, namespace) = (*self.pick(&TRUST_DOMAINS), *self.pick(&NAMESPACES));
         format!("{domain}/ns/{namespace}/sa/{}", self.pick(&ACCOUNTS))
+    }
+
+    /// A request to a path in which nothing is odd.
+    pub fn plain_ask(&mut self) -> Ask {
+        Ask { target: (*self.pick(&PATHS[..6])).to_owned(), ..self.ask() }
     }
 
     fn ask(&mut self) -> Ask {

@@ -7,12 +7,19 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod envoy;
+#[path = "../fuzz/src/lib.rs"]
+mod fuzz;
 mod generate;
+mod jwt;
 mod known;
 mod ours;
 mod rbac;
 mod scenario;
+mod seeds;
 mod shrink;
+#[path = "../../runtime/builtin/src/authentication/testing.rs"]
+mod signer;
+mod token;
 mod yaml;
 
 use anyhow::{Context, Result, ensure};
@@ -23,6 +30,7 @@ use scenario::{Ask, Outcome, Scenario};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
+use token::Issuers;
 use tokio::task::JoinSet;
 
 /// How many requests there are to the policies of one scenario.
@@ -42,18 +50,37 @@ const STEPS_MAX: usize = 40;
 
 #[tokio::test]
 async fn authorization_decides_as_envoy_does() -> Result<()> {
+    compare(PAIRS * 3 / 5, &["denied by a rule", "denied by default"], Generator::scenario).await
+}
+
+#[tokio::test]
+async fn tokens_are_judged_as_envoy_judges_them() -> Result<()> {
+    let issuers = Issuers::new();
+    let scenario = |generator: &mut Generator, asks| issuers.scenario(generator, asks);
+    compare(PAIRS * 2 / 5, &["refused token", "denied by default"], scenario).await
+}
+
+/// How many pairs both tests have together, unless more are asked for.
+const PAIRS: usize = 500;
+
+/// Compares `pairs` pairs of what `scenario` makes up. Requests that pass, and those of `kinds`, must be among them.
+async fn compare(
+    pairs: usize,
+    kinds: &[&str],
+    mut scenario: impl FnMut(&mut Generator, usize) -> Scenario,
+) -> Result<()> {
     let Some(program) = envoy::program() else {
         println!("skipped: no Envoy in target/peers; `tests/peers` installs it");
         return Ok(());
     };
     let seed = number("CAIRN_DIFFERENTIAL_SEED", 1)?;
-    let pairs = usize::try_from(number("CAIRN_DIFFERENTIAL_PAIRS", 500)?)?;
+    let pairs = usize::try_from(number("CAIRN_DIFFERENTIAL_PAIRS", pairs as u64)?)?;
     let mut generator = Generator::new(seed);
     let ours = Arc::new(Ours::new());
     let mut tally = Tally::default();
     while tally.pairs < pairs && tally.differences.len() < SHOWN_MAX {
         let count = (pairs - tally.pairs).div_ceil(ASKS).min(SCENARIOS_MAX);
-        let scenarios = (0..count).map(|_| generator.scenario(ASKS)).collect::<Vec<_>>();
+        let scenarios = (0..count).map(|_| scenario(&mut generator, ASKS)).collect::<Vec<_>>();
         let judged = judge(&program, &ours, &scenarios).await?;
         tally.add(&scenarios, &judged);
     }
@@ -64,7 +91,7 @@ async fn authorization_decides_as_envoy_does() -> Result<()> {
         shown += &format!("\n\n{small}\n# Envoy: {:?}\n# ours: {:?}", small.envoy, small.ours);
     }
     ensure!(tally.differences.is_empty(), "seed {seed}: decisions differ{shown}");
-    tally.is_telling()
+    tally.is_telling(kinds)
 }
 
 fn number(variable: &str, default: u64) -> Result<u64> {
@@ -155,9 +182,9 @@ impl Tally {
     }
 
     /// Fails when the requests were all of one kind, so that agreement would mean little.
-    fn is_telling(&self) -> Result<()> {
-        for kind in ["allowed", "denied by a rule", "denied by default"] {
-            let share = self.kinds.get(kind).copied().unwrap_or_default() * 100 / self.pairs.max(1);
+    fn is_telling(&self, kinds: &[&str]) -> Result<()> {
+        for kind in ["allowed"].iter().chain(kinds) {
+            let share = self.kinds.get(*kind).copied().unwrap_or_default() * 100 / self.pairs.max(1);
             ensure!(share >= 5, "only {share} % of requests were {kind}: {self}");
         }
         Ok(())
@@ -178,6 +205,7 @@ impl std::fmt::Display for Tally {
 fn kind(outcome: &Outcome) -> String {
     match outcome {
         Outcome::Allowed { .. } => "allowed".to_owned(),
+        Outcome::Denied { details, .. } if details.starts_with("jwt") => "refused token".to_owned(),
         Outcome::Denied { details, .. } if details.contains("[none]") => "denied by default".to_owned(),
         Outcome::Denied { .. } => "denied by a rule".to_owned(),
         Outcome::Malformed => "malformed".to_owned(),

@@ -1,19 +1,22 @@
 //! Our own decision on the same bytes: the policies decoded, compiled and put into a chain as the waypoint does, and
 //! the request served by the HTTP engine.
 
-use crate::scenario::{AUDITED, Answer, Ask, DETAILS, Outcome, PASSED, Scenario, TRIAL_ALLOW, TRIAL_DENY};
-use anyhow::{Context, Result};
+use crate::scenario::{
+    AUDITED, Answer, Ask, DETAILS, Outcome, PASSED, SEEN, Scenario, TRIAL_ALLOW, TRIAL_DENY, seen_name,
+};
+use anyhow::{Context, Result, bail, ensure};
 use arc_swap::ArcSwap;
+use cairn_builtin::{TokenCache, authentication, authorization, inline_keys};
 use cairn_filter::{
     Chain, Connection, Exchange, Factory, Filter, LocalReply, NoCallout, Peer, Phases, Position, RequestHead,
     ResponseHead, Slot, Verdict, sort_factories,
 };
 use cairn_http::{RouteTable, Site, SiteHandle, Worker, WorkerSettings, serve};
 use cairn_manifest::{Object, decode};
-use cairn_mesh::{AppProtocol, AuthorizationPolicy, Change, Identity, MeshSettings, ResourceName, Snapshot};
+use cairn_mesh::{AppProtocol, Change, Identity, JwtRule, KeyPlace, MeshSettings, ResourceName, Snapshot};
 use cairn_net::{Drain, DrainTrigger, drain};
 use cairn_telemetry::{Telemetry, TelemetrySettings};
-use http::{HeaderValue, StatusCode};
+use http::{HeaderName, HeaderValue, StatusCode};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -78,16 +81,29 @@ impl Ours {
 /// When a policy is refused in reading, with the reason.
 pub fn site(scenario: &Scenario) -> Result<SiteHandle> {
     let settings = MeshSettings { path_normalization: scenario.normalization, ..MeshSettings::default() };
-    let mut policies = Vec::new();
+    let (mut policies, mut authentications) = (Vec::new(), Vec::new());
     for value in &scenario.objects {
-        policies.push(policy(&object(value)?, &settings)?);
+        match change(&object(value)?, &settings)? {
+            Change::Policy(policy) => policies.push(Arc::new(policy)),
+            Change::RequestAuthentication(authentication) => {
+                let is_inline = |rule: &JwtRule| matches!(rule.keys, KeyPlace::Inline(_));
+                ensure!(authentication.rules.iter().all(is_inline), "no keys are fetched here");
+                authentications.push(Arc::new(authentication));
+            }
+            other => bail!("a policy became {other:?}"),
+        }
     }
+    let mut keys = |_: &ResourceName, rule: &JwtRule| match &rule.keys {
+        KeyPlace::Inline(text) => inline_keys(text),
+        KeyPlace::Uri(_) | KeyPlace::Discovery => inline_keys(""),
+    };
+    let cache = Arc::new(TokenCache::default());
     let slot = |position, factory| Slot { position, priority: 0, factory };
     let mut chain: Vec<Arc<dyn Factory>> = vec![Arc::new(Probe)];
-    chain.extend(sort_factories(vec![slot(
-        Position::Authorization,
-        cairn_builtin::authorization(&policies, &settings.trust_domains()),
-    )]));
+    chain.extend(sort_factories(vec![
+        slot(Position::Authentication, authentication(&authentications, &mut keys, &cache)),
+        slot(Position::Authorization, authorization(&policies, &settings.trust_domains())),
+    ]));
     chain.push(Arc::new(Upstream));
     Ok(Arc::new(ArcSwap::from_pointee(Site {
         chain: Chain::new(chain),
@@ -123,14 +139,12 @@ fn object(value: &Value) -> Result<Object> {
     })
 }
 
-fn policy(object: &Object, settings: &MeshSettings) -> Result<Arc<AuthorizationPolicy>> {
+/// What a waypoint makes of a policy.
+fn change(object: &Object, settings: &MeshSettings) -> Result<Change> {
     let decoded = decode(object, settings);
-    let found = decoded.changes.into_iter().find_map(|change| match change {
-        Change::Policy(policy) => Some(Arc::new(policy)),
-        _ => None,
-    });
     let said = || decoded.findings.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
-    found.with_context(|| format!("{object} is refused: {}", said()))
+    ensure!(!decoded.broken, "{object} is refused: {}", said());
+    decoded.changes.into_iter().next().with_context(|| format!("{object} has no effect"))
 }
 
 /// Stands first and puts on the answer what the exchange's record says.
@@ -189,7 +203,24 @@ impl Factory for Upstream {
 }
 
 impl Filter for Upstream {
-    fn request_headers(&mut self, _: &mut Exchange, _: &mut RequestHead, _: bool) -> Verdict {
-        Verdict::Reply(Box::new(LocalReply::text(StatusCode::OK, "", PASSED)))
+    fn request_headers(&mut self, _: &mut Exchange, head: &mut RequestHead, _: bool) -> Verdict {
+        let mut reply = LocalReply::text(StatusCode::OK, "", PASSED);
+        for name in SEEN {
+            let value = match name {
+                ":path" => HeaderValue::from_str(head.path.as_str()).ok(),
+                // Envoy keeps these in one.
+                "authorization" | "x-forwarded-for" => joined(head, name),
+                other => head.headers.get(other).cloned(),
+            };
+            if let (Some(value), Ok(name)) = (value, HeaderName::try_from(seen_name(name))) {
+                reply.headers.insert(name, value);
+            }
+        }
+        Verdict::Reply(Box::new(reply))
     }
+}
+
+fn joined(head: &RequestHead, name: &str) -> Option<HeaderValue> {
+    let lines = head.headers.get_all(name).iter().map(HeaderValue::as_bytes).filter(|line| !line.is_empty());
+    HeaderValue::from_bytes(&lines.collect::<Vec<_>>().join(&b","[..])).ok()
 }

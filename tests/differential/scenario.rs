@@ -1,8 +1,11 @@
 //! What is compared: policies, the requests they decide on, and what came of each.
 
 use crate::yaml;
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 use cairn_mesh::PathNormalization;
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
 
@@ -85,6 +88,8 @@ pub enum Outcome {
     Allowed {
         /// What policies said that decide nothing.
         remarks: Remarks,
+        /// What the upstream sees of [`SEEN`].
+        seen: Vec<(&'static str, String)>,
     },
     /// A policy refused it.
     Denied {
@@ -96,6 +101,8 @@ pub enum Outcome {
         body: String,
         /// Which policy, as Envoy's `%RESPONSE_CODE_DETAILS%` has it.
         details: String,
+        /// The header `www-authenticate`.
+        challenge: Option<String>,
         /// What an AUDIT policy said.
         audited: bool,
     },
@@ -126,6 +133,24 @@ pub const DETAILS: &str = "x-differential-details";
 pub const AUDITED: &str = "x-differential-audited";
 pub const TRIAL_ALLOW: &str = "x-differential-trial-allow";
 pub const TRIAL_DENY: &str = "x-differential-trial-deny";
+
+/// The headers of a request of which the answer tells what the upstream would see.
+pub const SEEN: [&str; 9] = [
+    ":path",
+    "authorization",
+    "cookie",
+    "x-jwt",
+    "x-auth",
+    "x-payload",
+    "x-claim",
+    "x-issuer",
+    "x-forwarded-for",
+];
+
+/// The header of the answer that tells it.
+pub fn seen_name(name: &str) -> String {
+    format!("x-differential-seen-{}", name.trim_start_matches(':'))
+}
 
 /// An answer as it came.
 #[derive(Clone, Debug)]
@@ -161,7 +186,7 @@ impl Answer {
     /// What it says of policies.
     pub fn outcome(answer: Option<Self>) -> Outcome {
         let Some(answer) = answer else { return Outcome::Closed };
-        let said = |name| answer.header(name).filter(|text| !text.is_empty() && *text != "-");
+        let said = |name: &str| answer.header(name).filter(|text| !text.is_empty() && *text != "-");
         let refused = |name| said(name) == Some("denied");
         let audited = said(AUDITED) == Some("true");
         let details = said(DETAILS).unwrap_or_default().to_owned();
@@ -172,14 +197,19 @@ impl Answer {
                     refused_by_allow_on_trial: refused(TRIAL_ALLOW),
                     refused_by_deny_on_trial: refused(TRIAL_DENY),
                 },
+                seen: SEEN
+                    .iter()
+                    .filter_map(|name| Some((*name, readable(said(&seen_name(name))?))))
+                    .collect(),
             },
             status if details.starts_with("rbac_") || details.starts_with("jwt_") => Outcome::Denied {
                 grpc: answer.header("grpc-status").map(|code| {
                     let message = answer.header("grpc-message").unwrap_or_default();
                     (code.to_owned(), message.to_owned())
                 }),
+                challenge: answer.header("www-authenticate").map(str::to_owned),
                 status,
-                body: answer.body,
+                body: answer.body.clone(),
                 details,
                 audited,
             },
@@ -188,6 +218,18 @@ impl Answer {
             200 if answer.header("grpc-status") == Some("13") => Outcome::Malformed,
             status => Outcome::Other(format!("{status} {details}")),
         }
+    }
+}
+
+/// An object in base64 as JSON with its keys in order, which Envoy writes in any; other texts as they are.
+fn readable(text: &str) -> String {
+    let json = BASE64_STANDARD.decode(text).ok().and_then(|json| serde_json::from_slice::<Value>(&json).ok());
+    match json {
+        Some(Value::Object(map)) => {
+            let sorted: BTreeMap<_, _> = map.iter().map(|(key, value)| (key, value.to_string())).collect();
+            format!("{sorted:?}")
+        }
+        _ => text.to_owned(),
     }
 }
 
