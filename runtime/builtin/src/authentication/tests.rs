@@ -89,7 +89,12 @@ impl Answer {
     }
 
     fn header(&self, name: &str) -> Vec<&str> {
-        self.head.headers.get_all(name).iter().map(|value| value.to_str().unwrap()).collect()
+        self.head
+            .headers
+            .get_all(name)
+            .iter()
+            .map(|value| std::str::from_utf8(value.as_bytes()).unwrap())
+            .collect()
     }
 
     fn principal(&self) -> Option<&str> {
@@ -382,6 +387,8 @@ fn the_request_carries_what_the_rule_asks_and_nothing_that_a_client_made_up() {
             claim("x-jwt-list", "groups"),
             claim("x-jwt-scope", "scope"),
             claim("x-jwt-dotted", "a.b"),
+            claim("x-jwt-accent", "accent"),
+            claim("x-jwt-lines", "lines"),
             claim("x-jwt-none", "none"),
             claim("x-jwt-flag", "flag"),
         ],
@@ -390,7 +397,7 @@ fn the_request_carries_what_the_rule_asks_and_nothing_that_a_client_made_up() {
     let keep = JwtRule { forward: true, ..output.clone() };
     let claims = json!({
         "iss": ONE, "sub": "sub-1", "iat": 1_562_182_722, "groups": ["a"], "scope": "write read", "a.b": "dots",
-        "flag": true, "nested": { "nested-2": { "key2": "valueC" } },
+        "accent": "é", "lines": "a\nb", "flag": true, "nested": { "nested-2": { "key2": "valueC" } },
     });
     let token = signer.sign(&claims);
     let sent = format!("Bearer {token}");
@@ -413,9 +420,11 @@ fn the_request_carries_what_the_rule_asks_and_nothing_that_a_client_made_up() {
                 ("x-jwt-iss", &[ONE]),
                 ("x-jwt-iat", &["1562182722"]),
                 ("x-jwt-nested-key", &["valueC"]),
-                ("x-jwt-list", &[]),
+                ("x-jwt-list", &["WyJhIl0="]),
                 ("x-jwt-scope", &["write read"]),
-                ("x-jwt-dotted", &["dots"]),
+                ("x-jwt-dotted", &[]),
+                ("x-jwt-accent", &["é"]),
+                ("x-jwt-lines", &[]),
                 ("x-jwt-none", &[]),
                 ("x-jwt-flag", &["true"]),
                 ("x-other", &["kept"]),
