@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
@@ -66,6 +67,15 @@ pub struct Mesh {
 impl Mesh {
     /// Starts a mesh of `manifests`, texts by file name, and waits until it and its applications are ready.
     pub fn start(manifests: &[(&str, &str)], flags: &[&str]) -> Result<Self> {
+        Self::start_with(manifests, flags, &[])
+    }
+
+    /// The same, with these in the environment of all its processes.
+    pub fn start_with(
+        manifests: &[(&str, &str)],
+        flags: &[&str],
+        environment: &[(&str, &OsStr)],
+    ) -> Result<Self> {
         let home = tempfile::tempdir()?;
         let block = next_block()?;
         let directory = home.path().join("manifests");
@@ -85,6 +95,7 @@ impl Mesh {
             .arg(mesh.home.path().join("state"))
             .args(["--block", &block.to_string()])
             .args(flags)
+            .envs(environment.iter().copied())
             .stdin(Stdio::piped())
             .stdout(log.try_clone()?)
             .stderr(log)

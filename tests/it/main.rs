@@ -9,6 +9,8 @@ mod connections;
 mod edits;
 mod envoy;
 mod harness;
+mod issuers;
+mod jwt;
 mod netns;
 mod policy;
 mod rotation;
