@@ -2,9 +2,13 @@
 
 use std::error::Error;
 
-const FILES: [&str; 7] = [
+const FILES: [&str; 11] = [
+    "envoy/address.proto",
+    "envoy/auth.proto",
     "envoy/core.proto",
     "envoy/discovery.proto",
+    "envoy/header.proto",
+    "envoy/http_status.proto",
     "google/rpc/status.proto",
     "istio/ca.proto",
     "istio/mcp.proto",

@@ -5,7 +5,7 @@
 //!
 //! [`discovery`] is delta aggregated discovery (xDS), [`workload`] and [`security`] are the resources a ztunnel
 //! subscribes to, [`ca`] is about certificates, and [`mcp`] is the envelope of Kubernetes resources between our
-//! server and our waypoints.
+//! server and our waypoints. [`ext_authz`] is how a waypoint asks a service whether a request may pass.
 //!
 //! Maps are sorted, so that equal messages have equal bytes.
 
@@ -26,6 +26,21 @@ pub mod discovery {
         aggregated_discovery_service_server,
     };
     pub use crate::generated::google::rpc::{BadRequest, Status, bad_request};
+}
+
+/// Asking whether a request or connection may pass: `envoy.service.auth.v3` with what it uses of other packages.
+pub mod ext_authz {
+    pub use crate::generated::envoy::config::core::v3::header_value_option::HeaderAppendAction;
+    pub use crate::generated::envoy::config::core::v3::{
+        Address, HeaderValue, HeaderValueOption, SocketAddress, address, socket_address,
+    };
+    pub use crate::generated::envoy::service::auth::v3::attribute_context::{HttpRequest, Peer, Request};
+    pub use crate::generated::envoy::service::auth::v3::{
+        AttributeContext, CheckRequest, CheckResponse, DeniedHttpResponse, OkHttpResponse,
+        authorization_server, check_response,
+    };
+    pub use crate::generated::envoy::r#type::v3::HttpStatus;
+    pub use crate::generated::google::rpc::Status;
 }
 
 #[cfg(test)]
