@@ -6,17 +6,20 @@ mod index;
 mod l4;
 mod request;
 mod rule;
+mod standings;
 mod template;
 mod text_index;
 
 pub use authorizer::{Authorizer, Decision, Standing};
 pub use check::ConnectionFacts;
+pub(crate) use l4::{no_request, policies as of_connections};
+pub(crate) use standings::Standings;
 
 use cairn_filter::{
     Admission, Connection, Denial, Exchange, Factory, Filter, LocalReply, Phases, RequestHead, Verdict,
 };
 use cairn_mesh::{AuthorizationPolicy, TrustDomains};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::Arc;
 
 const NAME: &str = "authorization";
 
@@ -25,7 +28,7 @@ const NAME: &str = "authorization";
 pub fn authorization(policies: &[Arc<AuthorizationPolicy>], domains: &TrustDomains) -> Arc<dyn Factory> {
     let authorizer = Authorizer::compile(policies, domains);
     let standings = (!authorizer.is_empty()).then(Standings::new);
-    let connections = Authorizer::compile(&l4::policies(policies), domains);
+    let connections = Authorizer::compile(&of_connections(policies), domains);
     Arc::new(Authorize { shared: Arc::new(Shared { name: NAME.into(), authorizer }), connections, standings })
 }
 
@@ -58,7 +61,7 @@ impl Factory for Authorize {
 
     fn admit(&self, connection: &Connection) -> Admission {
         let standing = self.connections.settle(ConnectionFacts::of(connection));
-        match self.connections.decide(&standing, &l4::no_request(), None) {
+        match self.connections.decide(&standing, &no_request(), None) {
             Decision::Allow { by } => Admission::Pass(by),
             Decision::Deny { policy, reason } => {
                 let policy = policy.map_or_else(|| "none".to_owned(), |id| id.to_string());
@@ -90,48 +93,6 @@ impl Filter for Authorization {
                 let details = format!("rbac_access_denied_matched_policy[{policy}]");
                 exchange.denial = Some(Denial { policy: policy.into(), reason });
                 Verdict::Reply(Box::new(LocalReply::access_denied(details)))
-            }
-        }
-    }
-}
-
-/// The standings of connections that are open, found again for each of their requests. What is not here is settled
-/// anew, so it may forget.
-struct Standings {
-    /// By worker, so that workers do not wait for each other; workers beyond share.
-    workers: Box<[Mutex<Vec<Slot>>]>,
-}
-
-/// How many workers have standings of their own.
-const WORKERS: usize = 64;
-
-/// How many connections of one worker are remembered: a power of two that covers what is busy at one time.
-const CONNECTIONS: u64 = 128;
-
-/// A connection and its standing. Its address cannot be another's as long as the `Weak` lives.
-type Slot = Option<(Weak<Connection>, Arc<Standing>)>;
-
-impl Standings {
-    fn new() -> Self {
-        Self { workers: (0..WORKERS).map(|_| Mutex::new(Vec::new())).collect() }
-    }
-
-    fn of(&self, connection: &Arc<Connection>, authorizer: &Authorizer) -> Arc<Standing> {
-        let settle = || Arc::new(authorizer.settle(ConnectionFacts::of(connection)));
-        let Some(slots) = self.workers.get(connection.worker % WORKERS) else { return settle() };
-        let mut slots = slots.lock().unwrap_or_else(PoisonError::into_inner);
-        if slots.is_empty() {
-            slots.resize_with(CONNECTIONS as usize, || None);
-        }
-        let Some(slot) = slots.get_mut((connection.id % CONNECTIONS) as usize) else { return settle() };
-        match slot {
-            Some((known, standing)) if std::ptr::eq(known.as_ptr(), Arc::as_ptr(connection)) => {
-                Arc::clone(standing)
-            }
-            _ => {
-                let standing = settle();
-                *slot = Some((Arc::downgrade(connection), Arc::clone(&standing)));
-                standing
             }
         }
     }

@@ -37,8 +37,9 @@ pub use path::normalize_path;
 pub use plan::{HBONE_PORT, Plan, Refusal, Tunnel, plan, resolve_waypoint};
 pub use plugin::{FailStrategy, PluginPhase, WasmPlugin};
 pub use policy::{
-    AuthorizationPolicy, ClaimPath, Condition, HostMatch, IpMatch, MetadataKey, MetadataMatch, Operation,
-    PathMatch, PolicyRule, PortMatch, ServiceAccount, Source, TargetKind, TargetRef, Unenforceable, Values,
+    AuthorizationPolicy, ClaimPath, Condition, CustomPolicy, HostMatch, IpMatch, MetadataKey, MetadataMatch,
+    Operation, PathMatch, PolicyRule, PortMatch, ServiceAccount, Source, TargetKind, TargetRef,
+    Unenforceable, Values,
 };
 pub use provider::{AuthorizationProvider, CheckBody, CheckProtocol, HttpCheck};
 pub use request_principal::RequestPrincipal;

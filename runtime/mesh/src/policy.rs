@@ -41,6 +41,15 @@ pub struct AuthorizationPolicy {
     pub dry_run: bool,
 }
 
+/// A policy with action CUSTOM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CustomPolicy {
+    /// The provider that is asked.
+    pub provider: Arc<str>,
+    /// What it is asked about: what this denies does not pass unless the provider lets it.
+    pub policy: AuthorizationPolicy,
+}
+
 /// A policy that is attached and cannot be enforced: its target answers 503 with this reason in the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unenforceable {

@@ -1,7 +1,7 @@
 //! One immutable state of the mesh, shared by all readers.
 
 use crate::{
-    Authorization, AuthorizationPolicy, Health, HealthPolicy, HttpRoute, MeshSettings, NetworkAddress,
+    Authorization, AuthorizationPolicy, CustomPolicy, Health, HealthPolicy, HttpRoute, MeshSettings, NetworkAddress,
     PortMapping, RequestAuthentication, ResourceKey, ResourceName, Service, Sharded, TelemetryPolicy,
     Unenforceable, WasmPlugin, Workload,
 };
@@ -70,6 +70,8 @@ pub struct L7 {
     pub policies: BTreeMap<ResourceName, Arc<AuthorizationPolicy>>,
     /// Whose tokens are accepted.
     pub authentications: BTreeMap<ResourceName, Arc<RequestAuthentication>>,
+    /// Authorization policies with action CUSTOM.
+    pub custom_policies: BTreeMap<ResourceName, Arc<CustomPolicy>>,
     /// Plugins.
     pub plugins: BTreeMap<ResourceName, Arc<WasmPlugin>>,
     /// Telemetry resources.

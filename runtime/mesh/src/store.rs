@@ -2,7 +2,7 @@
 
 use crate::snapshot::{Endpoint, ServiceState};
 use crate::{
-    Authorization, AuthorizationPolicy, HttpRoute, MeshSettings, NetworkAddress, RequestAuthentication,
+    Authorization, AuthorizationPolicy, CustomPolicy, HttpRoute, MeshSettings, NetworkAddress, RequestAuthentication,
     ResourceKey, ResourceName, Scope, Service, Snapshot, TelemetryPolicy, Unenforceable, WasmPlugin,
     Workload,
 };
@@ -32,6 +32,8 @@ pub enum Change {
     Policy(AuthorizationPolicy),
     /// Whose tokens are accepted is known, or changed.
     RequestAuthentication(RequestAuthentication),
+    /// An L7 policy with action CUSTOM is there, or changed.
+    CustomPolicy(CustomPolicy),
     /// A plugin is there, or changed.
     Plugin(WasmPlugin),
     /// A Telemetry resource is there, or changed.
@@ -147,6 +149,12 @@ impl Store {
                 let l7 = self.l7_without(ResourceKey { kind, name: authentication.name.clone() });
                 l7.authentications.insert(authentication.name.clone(), Arc::new(authentication));
             }
+            Change::CustomPolicy(custom) => {
+                let kind = crate::Kind::AuthorizationPolicy;
+                let name = custom.policy.name.clone();
+                let l7 = self.l7_without(ResourceKey { kind, name: name.clone() });
+                l7.custom_policies.insert(name, Arc::new(custom));
+            }
             Change::Plugin(plugin) => {
                 let l7 =
                     self.l7_without(ResourceKey { kind: crate::Kind::WasmPlugin, name: plugin.name.clone() });
@@ -172,7 +180,10 @@ impl Store {
         let l7 = Arc::make_mut(&mut self.current.l7);
         match key.kind {
             crate::Kind::HttpRoute => drop(l7.routes.remove(&key.name)),
-            crate::Kind::AuthorizationPolicy => drop(l7.policies.remove(&key.name)),
+            crate::Kind::AuthorizationPolicy => {
+                l7.policies.remove(&key.name);
+                l7.custom_policies.remove(&key.name);
+            }
             crate::Kind::RequestAuthentication => drop(l7.authentications.remove(&key.name)),
             crate::Kind::WasmPlugin => drop(l7.plugins.remove(&key.name)),
             crate::Kind::Telemetry => drop(l7.telemetry.remove(&key.name)),

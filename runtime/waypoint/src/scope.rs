@@ -1,7 +1,7 @@
 //! Which resources apply to which destination of this waypoint. Pure.
 
 use cairn_mesh::{
-    AuthorizationPolicy, GatewayAddress, GatewayTarget, HttpRoute, L7, NetworkAddress, RequestAuthentication,
+    AuthorizationPolicy, CustomPolicy, GatewayAddress, GatewayTarget, HttpRoute, L7, NetworkAddress, RequestAuthentication,
     ResourceName, Service, Snapshot, TargetKind, TargetRef, TelemetryPolicy, Unenforceable, WasmPlugin,
     Workload,
 };
@@ -91,6 +91,15 @@ impl Own {
             self.is_target(&one.name.namespace, &one.targets, addressed, root)
         };
         l7.authentications.values().filter(applies).cloned().collect()
+    }
+
+    /// The policies with action CUSTOM that apply, by name.
+    pub fn custom_policies(&self, l7: &L7, addressed: Addressed<'_>, root: &str) -> Vec<Arc<CustomPolicy>> {
+        let applies = |custom: &&Arc<CustomPolicy>| {
+            let AuthorizationPolicy { name, targets, .. } = &custom.policy;
+            self.is_target(&name.namespace, targets, addressed, root)
+        };
+        l7.custom_policies.values().filter(applies).cloned().collect()
     }
 
     /// The plugins that apply, by name.

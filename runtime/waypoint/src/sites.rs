@@ -11,11 +11,11 @@ use arc_swap::ArcSwap;
 use cairn_filter::{Chain, Position, Slot, sort_factories};
 use cairn_http::{RouteTable, Site, SiteHandle};
 use cairn_mesh::{
-    AppProtocol, AuthorizationPolicy, FailStrategy, HttpRoute, JwtRule, MeshSettings, NetworkAddress,
+    AppProtocol, AuthorizationPolicy, CustomPolicy, FailStrategy, HttpRoute, JwtRule, MeshSettings, NetworkAddress,
     PluginPhase, RequestAuthentication, ResourceName, Service, Snapshot, TelemetryPlan, Unenforceable,
     WasmPlugin, Workload,
 };
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -75,6 +75,7 @@ struct Parts {
     settings: Arc<MeshSettings>,
     authentications: Vec<Arc<RequestAuthentication>>,
     policies: Vec<Arc<AuthorizationPolicy>>,
+    custom_policies: Vec<Arc<CustomPolicy>>,
     plugins: Vec<(Arc<WasmPlugin>, Standing)>,
     unenforceable: Vec<Arc<Unenforceable>>,
     routes: Vec<Arc<HttpRoute>>,
@@ -95,6 +96,7 @@ impl Parts {
             && self.settings == other.settings
             && same_all(&self.authentications, &other.authentications)
             && same_all(&self.policies, &other.policies)
+            && same_all(&self.custom_policies, &other.custom_policies)
             && same_all(&self.unenforceable, &other.unenforceable)
             && same_all(&self.routes, &other.routes)
             && self.telemetry == other.telemetry
@@ -206,6 +208,7 @@ impl Sites {
             settings: Arc::clone(settings),
             authentications: self.own.authentications(l7, addressed, root),
             policies: self.own.policies(l7, addressed, root),
+            custom_policies: self.own.custom_policies(l7, addressed, root),
             plugins: attached
                 .map(|plugin| (plugins.standing(&plugin.name), plugin))
                 .map(|(s, p)| (p, s))
@@ -291,6 +294,17 @@ fn slots(parts: &Parts) -> Vec<Slot> {
     if !unenforceable.is_empty() {
         slots.push(built_in(Position::Unenforceable, cairn_builtin::unenforceable(&unenforceable)));
     }
+    let domains = parts.settings.trust_domains();
+    let mut by_provider: BTreeMap<&str, Vec<Arc<CustomPolicy>>> = BTreeMap::new();
+    for custom in &parts.custom_policies {
+        by_provider.entry(&custom.provider).or_default().push(Arc::clone(custom));
+    }
+    for (name, policies) in by_provider {
+        let mut providers = parts.settings.authorization_providers.iter();
+        let provider = providers.find(|provider| *provider.name == *name).cloned();
+        let factory = cairn_builtin::external_authorization(name, provider, &policies, &domains);
+        slots.push(built_in(Position::Custom, factory));
+    }
     if !parts.authentications.is_empty() {
         let keyring = &parts.keyring;
         let domain = &parts.settings.cluster_domain;
@@ -299,10 +313,8 @@ fn slots(parts: &Parts) -> Vec<Slot> {
         slots.push(built_in(Position::Authentication, factory));
     }
     if !parts.policies.is_empty() {
-        slots.push(built_in(
-            Position::Authorization,
-            cairn_builtin::authorization(&parts.policies, &parts.settings.trust_domains()),
-        ));
+        let factory = cairn_builtin::authorization(&parts.policies, &domains);
+        slots.push(built_in(Position::Authorization, factory));
     }
     slots
 }

@@ -102,6 +102,17 @@ impl Authorizer {
         }
     }
 
+    /// The first DENY rule, by id, that a request matches.
+    pub(crate) fn denying(
+        &self,
+        standing: &Standing,
+        head: &RequestHead,
+        token: Option<&Token>,
+    ) -> Option<Arc<str>> {
+        let asked = &Asked { facts: &standing.facts, head, token };
+        self.deny.first_match(&standing.deny, asked).map(|rule| Arc::clone(&rule.id))
+    }
+
     /// What policies that decide nothing have to say about a request: AUDIT policies that match, and what policies on
     /// trial (dry run) would do. One line each.
     pub fn remarks(&self, standing: &Standing, head: &RequestHead, token: Option<&Token>) -> Vec<String> {

@@ -8,12 +8,12 @@ use http::{HeaderMap, HeaderValue, Method, Version};
 use std::sync::Arc;
 
 /// The policies without questions about requests.
-pub(super) fn policies(policies: &[Arc<AuthorizationPolicy>]) -> Vec<Arc<AuthorizationPolicy>> {
+pub(crate) fn policies(policies: &[Arc<AuthorizationPolicy>]) -> Vec<Arc<AuthorizationPolicy>> {
     policies.iter().map(|policy| Arc::new(of_connections(policy))).collect()
 }
 
 /// A request that says nothing: no rule of [`policies`] looks at it.
-pub(super) fn no_request() -> RequestHead {
+pub(crate) fn no_request() -> RequestHead {
     RequestHead {
         method: Method::GET,
         scheme: HeaderValue::from_static(""),

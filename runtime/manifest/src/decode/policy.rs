@@ -3,15 +3,16 @@
 mod condition;
 mod values;
 
+use super::refusal;
 use super::target::{self, Attachment};
-use super::{refusal, unenforceable};
-use crate::diagnostic::Severity;
 use crate::field::FieldPath;
 use crate::object::Object;
 use crate::reader::{Entries, Findings, Node};
 use cairn_mesh::{
-    AuthorizationPolicy, Change, MeshSettings, Operation, PolicyAction, PolicyRule, ResourceKey, Source,
+    AuthorizationPolicy, Change, Condition, CustomPolicy, MeshSettings, Operation, PolicyAction, PolicyRule,
+    ResourceKey, Source,
 };
+use std::sync::Arc;
 use values::{
     host, ip_block, path, port, principal, request_principal, text, text_match, trust_domain, values,
 };
@@ -37,6 +38,8 @@ pub(crate) struct Policy {
     pub(crate) action: Action,
     pub(crate) rules: Vec<Rule>,
     pub(crate) dry_run: bool,
+    /// Who is asked: for action CUSTOM.
+    pub(crate) provider: Option<Arc<str>>,
 }
 
 /// A rule, and where it asks what a ztunnel cannot know.
@@ -61,36 +64,20 @@ pub(super) fn decode(
     if !policy.attachment.has_targets {
         return vec![Change::L7Removed(key.clone())];
     }
-    let spec = object.root();
     let action = match policy.action {
         Action::Allow => PolicyAction::Allow,
-        Action::Deny => PolicyAction::Deny,
+        Action::Deny | Action::Custom => PolicyAction::Deny,
         Action::Audit => PolicyAction::Audit,
-        Action::Custom => {
-            let reason = "action CUSTOM (external authorization) is not supported yet";
-            return refuse_targets(object, key, policy.attachment, &spec.key("action"), reason, findings);
-        }
     };
-    vec![Change::Policy(AuthorizationPolicy {
+    let enforced = AuthorizationPolicy {
         name: object.name.clone(),
         targets: policy.attachment.targets,
         action,
         rules: policy.rules.into_iter().map(|rule| rule.rule).collect(),
         dry_run: policy.dry_run,
-    })]
-}
-
-fn refuse_targets(
-    object: &Object,
-    key: &ResourceKey,
-    attachment: Attachment,
-    field: &FieldPath,
-    reason: &str,
-    findings: &mut Findings,
-) -> Vec<Change> {
-    let said = format!("{reason}: the targets answer 503 until it is removed");
-    findings.note(Severity::Error, "unenforceable", field, said);
-    vec![unenforceable(object, key, attachment.targets, format!("{field}: {reason}"))]
+    };
+    let Some(provider) = policy.provider else { return vec![Change::Policy(enforced)] };
+    vec![Change::CustomPolicy(CustomPolicy { provider, policy: enforced })]
 }
 
 /// Reads the whole policy, noting everything that is wrong.
@@ -111,12 +98,7 @@ pub(crate) fn parse(object: &Object, settings: &MeshSettings, findings: &mut Fin
         Some(node) => node.choice(&ACTIONS, findings).unwrap_or(Action::Deny),
         None => Action::Allow,
     };
-    let provider = spec.get("provider");
-    if let Some(provider) = provider.as_ref().filter(|_| action != Action::Custom) {
-        findings.refuse("invalid-value", &provider.at, "only a policy with action CUSTOM has a provider");
-    } else if action == Action::Custom && provider.is_none() {
-        findings.refuse("missing-field", &spec.at, "action CUSTOM needs a provider");
-    }
+    let provider = provider(&spec, action, findings);
     let rules: Vec<Rule> = spec
         .bounded_list("rules", RULES_MAX, findings)
         .iter()
@@ -126,8 +108,73 @@ pub(crate) fn parse(object: &Object, settings: &MeshSettings, findings: &mut Fin
     if rules.is_empty() && matches!(action, Action::Deny | Action::Custom) {
         findings.refuse("missing-field", &spec.at, "a policy with action DENY or CUSTOM must have rules");
     }
+    if action == Action::Custom {
+        refuse_early_questions(&rules, &spec.at, findings);
+    }
     let dry_run = dry_run(object, action, findings);
-    Policy { attachment, action, rules, dry_run }
+    Policy { attachment, action, rules, dry_run, provider }
+}
+
+fn provider(spec: &Entries<'_>, action: Action, findings: &mut Findings) -> Option<Arc<str>> {
+    match (spec.get("provider"), action) {
+        (Some(node), Action::Custom) => {
+            let name = node.map(&["name"], findings).require("name", findings)?;
+            Some(name.filled(findings)?.into())
+        }
+        (Some(node), _) => {
+            findings.refuse("invalid-value", &node.at, "only a policy with action CUSTOM has a provider");
+            None
+        }
+        (None, Action::Custom) => {
+            findings.refuse("missing-field", &spec.at, "action CUSTOM needs a provider");
+            None
+        }
+        (None, _) => None,
+    }
+}
+
+/// Providers are asked before identities and tokens are looked at, so Istio's admission takes no rule that needs them.
+fn refuse_early_questions(rules: &[Rule], spec: &FieldPath, findings: &mut Findings) {
+    let reason =
+        "a policy with action CUSTOM cannot ask who sends the request: its provider is told, and decides";
+    for (at, Rule { rule, .. }) in rules.iter().enumerate() {
+        let place = spec.key("rules").index(at);
+        for (index, source) in rule.from.iter().enumerate() {
+            let addresses = Source {
+                ip_blocks: source.ip_blocks.clone(),
+                remote_ip_blocks: source.remote_ip_blocks.clone(),
+                ..Source::default()
+            };
+            if *source != addresses {
+                findings.refuse("invalid-value", &place.key("from").index(index).key("source"), reason);
+            }
+        }
+        for (index, condition) in rule.when.iter().enumerate() {
+            if asks_who(condition) {
+                findings.refuse("invalid-value", &place.key("when").index(index).key("key"), reason);
+            }
+        }
+    }
+}
+
+fn asks_who(condition: &Condition) -> bool {
+    match condition {
+        Condition::SourceNamespace(_)
+        | Condition::SourcePrincipal(_)
+        | Condition::SourceServiceAccount(_)
+        | Condition::SourceTrustDomain(_)
+        | Condition::RequestPrincipal(_)
+        | Condition::RequestAudiences(_)
+        | Condition::RequestPresenter(_)
+        | Condition::RequestClaim(..) => true,
+        Condition::RequestHeader(..)
+        | Condition::SourceIp(_)
+        | Condition::RemoteIp(_)
+        | Condition::DestinationIp(_)
+        | Condition::DestinationPort(_)
+        | Condition::ConnectionSni(_)
+        | Condition::FilterMetadata(..) => false,
+    }
 }
 
 fn dry_run(object: &Object, action: Action, findings: &mut Findings) -> bool {

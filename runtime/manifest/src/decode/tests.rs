@@ -132,6 +132,56 @@ fn questions_about_tokens_are_read() {
 }
 
 #[test]
+fn a_custom_policy_names_its_provider() {
+    let custom = format!(
+        "{TARGET}action: CUSTOM\nprovider: {{name: x}}\nrules: [{{to: [{{operation: {{paths: [/a]}}}}]}}]"
+    );
+    let decoded = policy(&custom);
+    assert_eq!(shorts(&decoded), [""; 0]);
+    let [Change::CustomPolicy(custom)] = decoded.changes.as_slice() else { panic!("{decoded:?}") };
+    assert_eq!((&*custom.provider, custom.policy.action), ("x", PolicyAction::Deny));
+    assert_eq!(custom.policy.rules[0].to[0].paths.any.len(), 1);
+    assert!(!decoded.broken, "it means something certain, so an older version must not stay");
+}
+
+#[test]
+fn a_custom_policy_cannot_ask_who() {
+    let from = |source: &str| (format!("from: [{{source: {{{source}}}}}]"), "spec.rules[0].from[0].source");
+    let when = |key: &str| (format!("when: [{{key: \"{key}\", values: [a]}}]"), "spec.rules[0].when[0].key");
+    for (rule, field) in [
+        from("principals: [a]"),
+        from("notPrincipals: [a]"),
+        from("requestPrincipals: [a]"),
+        from("namespaces: [a]"),
+        from("serviceAccounts: [a]"),
+        from("trustDomains: [a]"),
+        when("source.principal"),
+        when("source.namespace"),
+        when("source.serviceAccount"),
+        when("source.trustDomain"),
+        when("request.auth.principal"),
+        when("request.auth.audiences"),
+        when("request.auth.presenter"),
+        when("request.auth.claims[a]"),
+    ] {
+        let decoded = policy(&format!("{TARGET}action: CUSTOM\nprovider: {{name: x}}\nrules: [{{{rule}}}]"));
+        assert_eq!(shorts(&decoded), [format!("error invalid-value {field}")], "{rule}");
+    }
+    let addresses =
+        "rules: [{from: [{source: {ipBlocks: [10.0.0.1]}}], when: [{key: remote.ip, values: [10.0.0.1]}]}]";
+    let decoded = policy(&format!("{TARGET}action: CUSTOM\nprovider: {{name: x}}\n{addresses}"));
+    assert_eq!(shorts(&decoded), [""; 0]);
+    for (provider, expected) in [
+        ("", "missing-field spec"),
+        ("provider: {}\n", "missing-field spec.provider"),
+        ("provider: {name: \"\"}\n", "invalid-value spec.provider.name"),
+    ] {
+        let decoded = policy(&format!("{TARGET}action: CUSTOM\n{provider}rules: [{{}}]"));
+        assert_eq!(shorts(&decoded), [format!("error {expected}")], "{provider}");
+    }
+}
+
+#[test]
 fn metadata_that_there_is_not_is_warned_of() {
     let decoded = policy(&format!(
         "{TARGET}rules: [{{when: [{{key: \"experimental.envoy.filters.a.b[c]\", notValues: [d]}}]}}]"
@@ -283,15 +333,6 @@ fn a_broken_policy_for_workloads_is_not_the_waypoints_to_refuse() {
 fn selector_and_targets_together_are_refused() {
     let decoded = policy(&format!("{TARGET}selector: {{matchLabels: {{app: web}}}}"));
     assert_eq!(shorts(&decoded), ["error selector-and-target-refs spec.selector"]);
-    assert_eq!(the_refusal(&decoded).targets.len(), 1);
-}
-
-#[test]
-fn what_cannot_be_enforced_refuses_its_targets() {
-    let custom = "action: CUSTOM\nprovider: {name: x}\nrules: [{}]";
-    let decoded = policy(&format!("{TARGET}{custom}"));
-    assert_eq!(shorts(&decoded), ["error unenforceable spec.action"]);
-    assert!(!decoded.broken, "it means something certain, so an older version must not stay");
     assert_eq!(the_refusal(&decoded).targets.len(), 1);
 }
 
