@@ -133,7 +133,23 @@ impl Authorizer {
                 }
             });
         }
+        remarks.extend(self.verdict_on_trial(standing, asked));
         remarks
+    }
+
+    /// What would become of a request if the policies on trial were in force with the others. Each engine of Envoy
+    /// tells its own half of it only.
+    fn verdict_on_trial(&self, standing: &Standing, asked: &Asked<'_>) -> Option<String> {
+        if self.dry_deny.policies.is_empty() && self.dry_allow.policies.is_empty() {
+            return None;
+        }
+        let matches = |set: &Ruleset, alive: &Alive| set.first_match(alive, asked).is_some();
+        let denied = matches(&self.deny, &standing.deny) || matches(&self.dry_deny, &standing.dry_deny);
+        let any_may = self.allow.policies.is_empty() && self.dry_allow.policies.is_empty();
+        let allowed =
+            any_may || matches(&self.allow, &standing.allow) || matches(&self.dry_allow, &standing.dry_allow);
+        let verdict = if allowed && !denied { "allowed" } else { "denied" };
+        Some(format!("dry run: with the policies in force it would be {verdict}"))
     }
 }
 

@@ -604,12 +604,35 @@ fn policies_on_trial_and_audit_only_remark() {
             vec!["audit: ns[shop]-policy[audit]-rule[0] matched"],
         ),
         (vec![policy("audit", PolicyAction::Audit, never())], vec![]),
-        (vec![on_trial(&deny(everything()))], vec!["dry run: ns[shop]-policy[deny]-rule[0] would deny"]),
-        (vec![on_trial(&deny(never()))], vec![]),
-        (vec![on_trial(&allow(everything()))], vec!["dry run: ns[shop]-policy[allow]-rule[0] would allow"]),
+        (
+            vec![on_trial(&deny(everything()))],
+            vec![
+                "dry run: ns[shop]-policy[deny]-rule[0] would deny",
+                "dry run: with the policies in force it would be denied",
+            ],
+        ),
+        (vec![on_trial(&deny(never()))], vec!["dry run: with the policies in force it would be allowed"]),
+        (
+            vec![on_trial(&allow(everything()))],
+            vec![
+                "dry run: ns[shop]-policy[allow]-rule[0] would allow",
+                "dry run: with the policies in force it would be allowed",
+            ],
+        ),
+        (
+            vec![on_trial(&allow(everything())), on_trial(&deny(everything()))],
+            vec![
+                "dry run: ns[shop]-policy[deny]-rule[0] would deny",
+                "dry run: ns[shop]-policy[allow]-rule[0] would allow",
+                "dry run: with the policies in force it would be denied",
+            ],
+        ),
         (
             vec![on_trial(&allow(never()))],
-            vec!["dry run: would deny, ALLOW allow rule 0 failed on method: GET is not PUT"],
+            vec![
+                "dry run: would deny, ALLOW allow rule 0 failed on method: GET is not PUT",
+                "dry run: with the policies in force it would be denied",
+            ],
         ),
     ] {
         let request = get("/");
@@ -681,7 +704,11 @@ fn filter_records_who_allowed_and_what_was_remarked() {
     assert!(run(&*factory, &mut allowed).is_none());
     assert_eq!(allowed.allowed_by.as_deref(), Some("ns[shop]-policy[allow]-rule[0]"));
     let notes: Vec<_> = allowed.notes.iter().map(|note| (&*note.filter, &*note.text)).collect();
-    assert_eq!(notes, [("authorization", "dry run: ns[shop]-policy[deny]-rule[0] would deny")]);
+    let expected = [
+        ("authorization", "dry run: ns[shop]-policy[deny]-rule[0] would deny"),
+        ("authorization", "dry run: with the policies in force it would be denied"),
+    ];
+    assert_eq!(notes, expected);
 }
 
 #[test]
