@@ -3,9 +3,12 @@
 use crate::addresses::Addresses;
 use anyhow::{Context, Result};
 use cairn_identity::Authority;
-use cairn_manifest::{Diagnostic, Directory, FieldPath, Finding, Loaded, Object, Severity, World};
+use cairn_manifest::{
+    Diagnostic, Directory, FieldPath, Finding, Loaded, Object, Severity, World, written_mesh_config,
+};
 use cairn_mesh::{Change, MeshSettings, PathNormalization, ResourceName, Store, TunnelProtocol};
 use cairn_xds::{Mesh, Role, Served, Server, Tokens};
+use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{DirBuilder, File};
 use std::io::Write;
@@ -372,7 +375,8 @@ fn served(reading: &Reading) -> Served {
         .filter(|(object, _)| !is_settings(object) && object.kind != SETTINGS_TYPE.2)
         .map(|(object, gateways)| to_wire(object, gateways.clone()))
         .collect();
-    objects.push(settings_to_wire(&reading.settings, all));
+    let written = reading.objects.iter().filter(|object| is_settings(object)).find_map(written_mesh_config);
+    objects.push(settings_to_wire(&reading.settings, written, all));
     Served {
         workloads: world.workloads.clone(),
         services: world.services.clone(),
@@ -381,9 +385,13 @@ fn served(reading: &Reading) -> Served {
     }
 }
 
-/// The settings go to everyone, in one form whether or not a manifest gives them: every field that is read, as it is
-/// in force here. So what a manifest no longer says returns to its default.
-fn settings_to_wire(settings: &MeshSettings, gateways: Vec<ResourceName>) -> cairn_xds::Object {
+/// The settings go to everyone, in one form whether or not a manifest gives them: as `written`, with those fields that
+/// this control plane lives by as they are in force here. So what a manifest no longer says returns to its default.
+fn settings_to_wire(
+    settings: &MeshSettings,
+    written: Option<Value>,
+    gateways: Vec<ResourceName>,
+) -> cairn_xds::Object {
     let (group, version, kind) = SETTINGS_TYPE;
     let normalization = match settings.path_normalization {
         PathNormalization::None => "NONE",
@@ -391,6 +399,10 @@ fn settings_to_wire(settings: &MeshSettings, gateways: Vec<ResourceName>) -> cai
         PathNormalization::MergeSlashes => "MERGE_SLASHES",
         PathNormalization::DecodeAndMergeSlashes => "DECODE_AND_MERGE_SLASHES",
     };
+    let mut spec = written.unwrap_or_else(|| json!({}));
+    spec["trustDomain"] = json!(&*settings.trust_domain);
+    spec["rootNamespace"] = json!(&*settings.root_namespace);
+    spec["pathNormalization"] = json!({ "normalization": normalization });
     cairn_xds::Object {
         group: group.to_owned(),
         version: version.to_owned(),
@@ -399,11 +411,7 @@ fn settings_to_wire(settings: &MeshSettings, gateways: Vec<ResourceName>) -> cai
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
         created: String::new(),
-        spec: serde_json::json!({
-            "trustDomain": &*settings.trust_domain,
-            "rootNamespace": &*settings.root_namespace,
-            "pathNormalization": { "normalization": normalization },
-        }),
+        spec,
         gateways,
     }
 }
@@ -526,6 +534,18 @@ spec:
         ] {
             assert_eq!(is_node_name(name), expected, "{name:?}");
         }
+    }
+
+    #[test]
+    fn settings_that_only_proxies_read_are_served_as_written() {
+        let written = settings(
+            "trustDomainAliases: [old]\n\n        extensionProviders: [{ name: a, prometheus: {} }]",
+        );
+        let (_home, mut control) = control(&[("pods.yaml", PODS), ("settings.yaml", &written)]);
+        let served = served_settings(&control.read().unwrap());
+        assert_eq!(served["trustDomainAliases"], json!(["old"]));
+        assert_eq!(served["extensionProviders"][0]["name"], "a");
+        assert_eq!(served["trustDomain"], "cluster.local");
     }
 
     #[test]

@@ -11,6 +11,8 @@ pub(crate) mod target;
 mod telemetry;
 mod telemetry_settings;
 
+pub use settings::written_mesh_config;
+
 use crate::diagnostic::{Finding, Severity};
 use crate::object::Object;
 use crate::reader::Findings;

@@ -17,7 +17,7 @@ mod watch;
 mod world;
 
 pub use codes::{CODES, Code};
-pub use decode::{Decoded, decode, resource_key};
+pub use decode::{Decoded, decode, resource_key, written_mesh_config};
 pub use diagnostic::{Diagnostic, DiagnosticView, Finding, Severity};
 pub use directory::{Directory, Loaded};
 pub use document::Position;

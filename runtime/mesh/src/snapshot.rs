@@ -1,9 +1,9 @@
 //! One immutable state of the mesh, shared by all readers.
 
 use crate::{
-    Authorization, AuthorizationPolicy, CustomPolicy, Health, HealthPolicy, HttpRoute, MeshSettings, NetworkAddress,
-    PortMapping, RequestAuthentication, ResourceKey, ResourceName, Service, Sharded, TelemetryPolicy,
-    Unenforceable, WasmPlugin, Workload,
+    Authorization, AuthorizationPolicy, CustomPolicy, Health, HealthPolicy, HttpRoute, MeshSettings,
+    NetworkAddress, PortMapping, RequestAuthentication, ResourceKey, ResourceName, Service, Sharded,
+    TelemetryPolicy, Unenforceable, WasmPlugin, Workload,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;

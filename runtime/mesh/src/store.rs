@@ -2,9 +2,9 @@
 
 use crate::snapshot::{Endpoint, ServiceState};
 use crate::{
-    Authorization, AuthorizationPolicy, CustomPolicy, HttpRoute, MeshSettings, NetworkAddress, RequestAuthentication,
-    ResourceKey, ResourceName, Scope, Service, Snapshot, TelemetryPolicy, Unenforceable, WasmPlugin,
-    Workload,
+    Authorization, AuthorizationPolicy, CustomPolicy, HttpRoute, MeshSettings, NetworkAddress,
+    RequestAuthentication, ResourceKey, ResourceName, Scope, Service, Snapshot, TelemetryPolicy,
+    Unenforceable, WasmPlugin, Workload,
 };
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;

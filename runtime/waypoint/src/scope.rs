@@ -1,9 +1,9 @@
 //! Which resources apply to which destination of this waypoint. Pure.
 
 use cairn_mesh::{
-    AuthorizationPolicy, CustomPolicy, GatewayAddress, GatewayTarget, HttpRoute, L7, NetworkAddress, RequestAuthentication,
-    ResourceName, Service, Snapshot, TargetKind, TargetRef, TelemetryPolicy, Unenforceable, WasmPlugin,
-    Workload,
+    AuthorizationPolicy, CustomPolicy, GatewayAddress, GatewayTarget, HttpRoute, L7, NetworkAddress,
+    RequestAuthentication, ResourceName, Service, Snapshot, TargetKind, TargetRef, TelemetryPolicy,
+    Unenforceable, WasmPlugin, Workload,
 };
 use std::net::IpAddr;
 use std::sync::Arc;

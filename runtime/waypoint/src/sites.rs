@@ -11,9 +11,9 @@ use arc_swap::ArcSwap;
 use cairn_filter::{Chain, Position, Slot, sort_factories};
 use cairn_http::{RouteTable, Site, SiteHandle};
 use cairn_mesh::{
-    AppProtocol, AuthorizationPolicy, CustomPolicy, FailStrategy, HttpRoute, JwtRule, MeshSettings, NetworkAddress,
-    PluginPhase, RequestAuthentication, ResourceName, Service, Snapshot, TelemetryPlan, Unenforceable,
-    WasmPlugin, Workload,
+    AppProtocol, AuthorizationPolicy, CustomPolicy, FailStrategy, HttpRoute, JwtRule, MeshSettings,
+    NetworkAddress, PluginPhase, RequestAuthentication, ResourceName, Service, Snapshot, TelemetryPlan,
+    Unenforceable, WasmPlugin, Workload,
 };
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, SocketAddr};

@@ -47,6 +47,14 @@ pub(super) fn decode(object: &Object, settings: &MeshSettings, findings: &mut Fi
     if findings.broken { Vec::new() } else { vec![Change::Settings(read)] }
 }
 
+/// The MeshConfig as the object has it, if it can be read without doubt.
+pub fn written_mesh_config(object: &Object) -> Option<Value> {
+    let mut findings = Findings::default();
+    decode(object, &MeshSettings::default(), &mut findings);
+    let (config, _) = mesh_config(object, &mut findings)?;
+    (!findings.broken && config.is_object()).then_some(config)
+}
+
 fn aliases(node: &Node<'_>, findings: &mut Findings) -> Vec<Arc<str>> {
     let mut aliases = Vec::new();
     for node in node.list(findings) {
