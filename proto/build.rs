@@ -2,7 +2,8 @@
 
 use std::error::Error;
 
-const FILES: [&str; 11] = [
+const FILES: [&str; 13] = [
+    "envoy/accesslog.proto",
     "envoy/address.proto",
     "envoy/auth.proto",
     "envoy/core.proto",
@@ -14,6 +15,7 @@ const FILES: [&str; 11] = [
     "istio/mcp.proto",
     "istio/security.proto",
     "istio/workload.proto",
+    "opentelemetry/telemetry.proto",
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {

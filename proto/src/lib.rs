@@ -5,7 +5,8 @@
 //!
 //! [`discovery`] is delta aggregated discovery (xDS), [`workload`] and [`security`] are the resources a ztunnel
 //! subscribes to, [`ca`] is about certificates, and [`mcp`] is the envelope of Kubernetes resources between our
-//! server and our waypoints. [`ext_authz`] is how a waypoint asks a service whether a request may pass.
+//! server and our waypoints. [`ext_authz`] is how a waypoint asks a service whether a request may pass,
+//! [`opentelemetry`] and [`accesslog`] are what telemetry is sent as.
 //!
 //! Maps are sorted, so that equal messages have equal bytes.
 
@@ -14,9 +15,11 @@ mod generated {
     include!(concat!(env!("OUT_DIR"), "/cairn_proto.rs"));
 }
 
+pub use generated::envoy::accesslog;
 pub use generated::istio::mcp::v1alpha1 as mcp;
 pub use generated::istio::v1::auth as ca;
 pub use generated::istio::{security, workload};
+pub use generated::opentelemetry;
 
 /// Delta aggregated discovery: `envoy.service.discovery.v3` with what it uses of other packages.
 pub mod discovery {

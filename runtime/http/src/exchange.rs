@@ -69,7 +69,7 @@ pub(crate) async fn run(
     let chain = if well_formed.is_ok() { &site.chain } else { &Chain::default() };
     let running = chain.start(&exchange);
     served.exchange_began();
-    let trace = site.observer.as_ref().and_then(|observer| observer.trace(&mut head.headers, now.1));
+    let trace = site.observer.as_ref().and_then(|observer| observer.trace(&mut head.headers));
     let mut record = Box::new(Record::new(exchange, running, Arc::clone(&served), &head));
     record.observe(site.observer.as_ref(), trace, &head);
     let is_head = head.method == Method::HEAD;

@@ -1,7 +1,11 @@
 //! A telemetry plan, compiled: what the HTTP engine asks of a destination when it counts, and tells when it is over.
 
+use crate::als::{self, Further};
+use crate::export::{Exporter, Item};
 use crate::facts::Facts;
 use crate::json::JsonFormat;
+use crate::otlp::LogLine;
+use crate::span::Tracer;
 use crate::{Expression, Format, Outputs, Own};
 use cairn_mesh::{
     FileLog, LogFormat, LogPlan, LogTarget, MetricsPlan, TagChange, TelemetryPlan, TelemetryProviderKind,
@@ -11,7 +15,7 @@ use cairn_telemetry::{
 };
 use http::HeaderMap;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 /// How the traffic to one destination is observed.
 #[derive(Debug)]
@@ -23,13 +27,26 @@ pub struct Observer {
     /// The expressions of the shape's own values; `None`: one that could not be parsed.
     values: Vec<Option<Expression>>,
     logs: Vec<Log>,
+    tracing: Option<(Tracer, Arc<Exporter>)>,
 }
 
 #[derive(Debug)]
 struct Log {
     filter: Option<Expression>,
-    to: Arc<AccessLog>,
-    form: Line,
+    to: Sink,
+}
+
+/// Where a log goes, and in which form.
+#[derive(Debug)]
+enum Sink {
+    File(Arc<AccessLog>, Line),
+    /// The body, Istio's default line if `None`, and attributes.
+    Otel(Arc<Exporter>, Option<Format>, JsonFormat),
+    Als {
+        to: Arc<Exporter>,
+        further: Further,
+        tcp: bool,
+    },
 }
 
 /// The form of a line.
@@ -51,8 +68,13 @@ impl Observer {
         for log in &logs {
             log.want(&mut wants);
         }
+        let tracing = plan.tracing.as_ref().and_then(|plan| {
+            let tracer = Tracer::compile(plan)?;
+            tracer.want(&mut wants);
+            Some((tracer, outputs.queue(&plan.provider)))
+        });
         let interval = plan.metrics.interval;
-        Self { own: Arc::clone(own), wants, shape: Arc::new(shape), interval, values, logs }
+        Self { own: Arc::clone(own), wants, shape: Arc::new(shape), interval, values, logs, tracing }
     }
 }
 
@@ -97,15 +119,26 @@ fn log(plan: &LogPlan, outputs: &Outputs) -> Option<Log> {
             }
         },
     };
-    let (to, form) = match &plan.to {
-        LogTarget::Own => (outputs.own(), Line::Istio),
-        LogTarget::File(file) => (outputs.file(&file.path)?, line(file)?),
+    let to = match &plan.to {
+        LogTarget::Own => Sink::File(outputs.own(), Line::Istio),
+        LogTarget::File(file) => Sink::File(outputs.file(&file.path)?, line(file)?),
         LogTarget::Provider(provider) => match &provider.kind {
-            TelemetryProviderKind::File(file) => (outputs.file(&file.path)?, line(file)?),
+            TelemetryProviderKind::File(file) => Sink::File(outputs.file(&file.path)?, line(file)?),
+            TelemetryProviderKind::OtelLog(log) => {
+                let body = match &log.body {
+                    Some(text) => Some(Format::parse(text).ok()?),
+                    None => None,
+                };
+                let attributes = JsonFormat::new(&log.attributes, false).ok()?;
+                Sink::Otel(outputs.queue(provider), body, attributes)
+            }
+            TelemetryProviderKind::Als(log) => {
+                Sink::Als { to: outputs.queue(provider), further: Further::of(log), tcp: log.tcp }
+            }
             _ => return None,
         },
     };
-    Some(Log { filter, to, form })
+    Some(Log { filter, to })
 }
 
 fn line(file: &FileLog) -> Option<Line> {
@@ -126,10 +159,15 @@ impl Log {
         if let Some(filter) = &self.filter {
             filter.want(wants);
         }
-        match &self.form {
-            Line::Istio => {}
-            Line::Text(format, _) => format.want(wants),
-            Line::Json(format) => format.want(wants),
+        match &self.to {
+            Sink::File(_, Line::Istio) => {}
+            Sink::File(_, Line::Text(format, _)) => format.want(wants),
+            Sink::File(_, Line::Json(format)) => format.want(wants),
+            Sink::Otel(_, body, attributes) => {
+                body.iter().for_each(|body| body.want(wants));
+                attributes.want(wants);
+            }
+            Sink::Als { further, .. } => further.want(wants),
         }
     }
 
@@ -137,11 +175,50 @@ impl Log {
         if self.filter.as_ref().is_some_and(|filter| !filter.is_true(facts)) {
             return;
         }
-        match &self.form {
-            Line::Istio => self.to.write(|out| append_default_line(out, facts.record)),
-            Line::Text(format, omit_empty) => self.to.write_raw(|out| format.write(out, facts, *omit_empty)),
-            Line::Json(format) => self.to.write(|out| format.write(out, facts)),
+        match &self.to {
+            Sink::File(to, Line::Istio) => to.write(|out| append_default_line(out, facts.record)),
+            Sink::File(to, Line::Text(format, omit_empty)) => {
+                to.write_raw(|out| format.write(out, facts, *omit_empty));
+            }
+            Sink::File(to, Line::Json(format)) => to.write(|out| format.write(out, facts)),
+            Sink::Otel(to, body, attributes) => {
+                let line = log_line(facts, body.as_ref(), attributes);
+                to.push(Item::Log(Box::new(line)));
+            }
+            Sink::Als { to, further, tcp } => {
+                if let Some(entry) = als::entry(facts, further, *tcp) {
+                    to.push(Item::Entry(Box::new(entry)));
+                }
+            }
         }
+    }
+}
+
+/// The most bytes of a label's value: it may come from a peer, and series are kept.
+const LABEL_BYTES_MAX: usize = 256;
+
+fn short(text: Arc<str>) -> Arc<str> {
+    if text.len() <= LABEL_BYTES_MAX {
+        return text;
+    }
+    text.get(..text.floor_char_boundary(LABEL_BYTES_MAX)).unwrap_or_default().into()
+}
+
+fn log_line(facts: &Facts<'_>, body: Option<&Format>, attributes: &JsonFormat) -> LogLine {
+    let record = facts.record;
+    let body = match body {
+        Some(format) => format.text(facts).unwrap_or_default(),
+        None => {
+            let mut line = Vec::new();
+            append_default_line(&mut line, record);
+            String::from_utf8_lossy(&line).into_owned()
+        }
+    };
+    LogLine {
+        at: record.started,
+        body,
+        attributes: attributes.values(facts),
+        trace: record.trace.map(|trace| (trace.trace_id, trace.span_id)),
     }
 }
 
@@ -161,17 +238,23 @@ impl Observe for Observer {
     fn label_values(&self, scope: &HttpScope, record: &HttpRecord<'_>, values: &mut Vec<Arc<str>>) {
         let facts = Facts { own: &self.own, scope, record };
         for expression in &self.values {
-            let text = expression.as_ref().and_then(|expression| expression.text(&facts));
+            let text = expression.as_ref().and_then(|expression| expression.text(&facts)).map(short);
             values.push(text.unwrap_or_else(|| "unknown".into()));
         }
     }
 
-    fn trace(&self, _headers: &mut HeaderMap, _now: SystemTime) -> Option<Box<Trace>> {
-        None
+    fn trace(&self, headers: &mut HeaderMap) -> Option<Box<Trace>> {
+        self.tracing.as_ref().map(|(tracer, _)| Box::new(tracer.begin(headers)))
     }
 
     fn finished(&self, scope: &HttpScope, record: &HttpRecord<'_>) {
         let facts = Facts { own: &self.own, scope, record };
         self.logs.iter().for_each(|log| log.write(&facts));
+        if let (Some((tracer, queue)), Some(trace)) = (&self.tracing, record.trace)
+            && trace.sampled
+            && tracer.report
+        {
+            queue.push(Item::Span(Box::new(tracer.span(trace, &facts))));
+        }
     }
 }

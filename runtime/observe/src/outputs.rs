@@ -1,25 +1,65 @@
-//! Where log lines go: one writer per file, shared by all destinations that log to it.
+//! Where log lines and spans go: one writer per file and one queue per collector, shared by all destinations.
 
-use cairn_telemetry::{AccessLog, Telemetry};
+use crate::export::{Exporter, queue};
+use crate::{Feed, Own};
+use cairn_mesh::TelemetryProvider;
+use cairn_telemetry::{AccessLog, Counter, Telemetry};
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::fs::OpenOptions;
 use std::io::Write;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 /// The most files that are open at once; each has a thread.
 const FILES_MAX: usize = 32;
 
-/// The files of access logs.
+/// The files of access logs, and the queues of collectors.
 pub struct Outputs {
     telemetry: Arc<Telemetry>,
+    own: Arc<Own>,
+    start: Box<dyn Fn(Feed) + Send + Sync>,
+    queues: Mutex<Vec<(Arc<TelemetryProvider>, Weak<Exporter>)>>,
+    sent: Counter,
+    dropped: Counter,
     files: Mutex<HashMap<Arc<str>, Arc<AccessLog>>>,
 }
 
 impl Outputs {
-    /// None open yet. Standard output is the process's own log, where that is on.
-    pub fn new(telemetry: Arc<Telemetry>) -> Arc<Self> {
-        Arc::new(Self { telemetry, files: Mutex::default() })
+    /// None open yet. Standard output is the process's own log, where that is on; `start` runs a collector's feed.
+    pub fn new(
+        telemetry: Arc<Telemetry>,
+        own: Arc<Own>,
+        start: impl Fn(Feed) + Send + Sync + 'static,
+    ) -> Self {
+        let counter = |name, help| telemetry.metrics.counter(name, help);
+        Self {
+            sent: counter("cairn_telemetry_sent", "Spans and log records that collectors took"),
+            dropped: counter(
+                "cairn_telemetry_dropped",
+                "Spans and log records dropped: the queue was full, or the collector did not take them",
+            ),
+            own,
+            start: Box::new(start),
+            queues: Mutex::default(),
+            files: Mutex::default(),
+            telemetry,
+        }
+    }
+
+    /// The queue of a collector.
+    pub(crate) fn queue(&self, provider: &Arc<TelemetryProvider>) -> Arc<Exporter> {
+        let mut queues = self.queues.lock();
+        queues.retain(|(_, queue)| queue.strong_count() > 0);
+        let known = queues.iter().find(|(known, _)| known == provider);
+        if let Some(queue) = known.and_then(|(_, queue)| queue.upgrade()) {
+            return queue;
+        }
+        let (exporter, feed) = queue(provider, &self.own, &self.sent, &self.dropped);
+        let exporter = Arc::new(exporter);
+        queues.push((Arc::clone(provider), Arc::downgrade(&exporter)));
+        drop(queues);
+        (self.start)(feed);
+        exporter
     }
 
     /// The process's own log.

@@ -65,10 +65,6 @@ impl Exchange {
         &self.own
     }
 
-    pub(crate) fn scope(&self) -> &HttpScope {
-        &self.scope
-    }
-
     pub(crate) fn record(&self) -> HttpRecord<'_> {
         HttpRecord {
             duration: Duration::from_micros(12_900),

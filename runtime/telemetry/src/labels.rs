@@ -168,6 +168,9 @@ pub struct CustomLabels(pub(crate) Option<Custom>);
 impl CustomLabels {
     /// The difference that `shape` describes, with the label set's own values.
     pub fn new(shape: &Arc<MetricShape>, values: impl IntoIterator<Item = Arc<str>>) -> Self {
+        if shape.is_standard() {
+            return Self(None);
+        }
         Self(Some(Custom { shape: Arc::clone(shape), values: values.into_iter().collect() }))
     }
 

@@ -4,7 +4,7 @@ use crate::{HttpRecord, HttpScope, MetricShape, Trace};
 use http::{HeaderMap, HeaderName};
 use std::fmt::Debug;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 /// How the traffic to one destination is observed, compiled once per configuration and shared by all workers.
 pub trait Observe: Debug + Send + Sync {
@@ -21,7 +21,7 @@ pub trait Observe: Debug + Send + Sync {
     fn label_values(&self, scope: &HttpScope, record: &HttpRecord<'_>, values: &mut Vec<Arc<str>>);
 
     /// Begins the trace of a request that arrives with `headers`, and writes its context into them for the upstream.
-    fn trace(&self, headers: &mut HeaderMap, now: SystemTime) -> Option<Box<Trace>>;
+    fn trace(&self, headers: &mut HeaderMap) -> Option<Box<Trace>>;
 
     /// Logs a finished exchange or connection and reports its span. It never waits.
     fn finished(&self, scope: &HttpScope, record: &HttpRecord<'_>);

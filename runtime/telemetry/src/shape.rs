@@ -44,6 +44,11 @@ impl MetricShape {
         &self.forms[metric as usize % Metric::ALL.len()]
     }
 
+    /// Whether nothing differs.
+    pub(crate) fn is_standard(&self) -> bool {
+        self.values == 0 && self.forms.iter().all(|form| *form == MetricForm::default())
+    }
+
     /// Whether no metric that is counted has this label.
     pub(crate) fn drops(&self, label: &str) -> bool {
         self.forms.iter().all(|form| form.disabled || form.removed.iter().any(|name| &**name == label))

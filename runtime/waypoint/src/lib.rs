@@ -5,6 +5,7 @@
 
 mod accept;
 mod admin;
+mod collectors;
 mod keys;
 mod objects;
 mod observers;
@@ -70,7 +71,9 @@ pub fn run(options: Options) -> anyhow::Result<()> {
 }
 
 async fn serve(settings: Settings, workers: Workers) -> anyhow::Result<()> {
-    let telemetry_settings = TelemetrySettings { access_log: settings.access_log, ..Default::default() };
+    let mut telemetry_settings =
+        TelemetrySettings { access_log: settings.access_log, ..TelemetrySettings::default() };
+    telemetry_settings.metrics.idle_max = settings.metrics_idle;
     let telemetry =
         Telemetry::new("waypoint", env!("CARGO_PKG_VERSION"), &telemetry_settings, std::io::stdout());
     let issuer = CaClient::new(CaSettings {

@@ -1,21 +1,22 @@
 //! Observers of destinations: one per plan, shared by all destinations whose telemetry settings come to the same.
 
+use crate::collectors::Collectors;
 use crate::{Waypoint, node_id};
 use cairn_mesh::{LogTarget, TelemetryPlan};
-use cairn_observe::{Observer, Outputs, Own};
+use cairn_observe::{Feed, Observer, Outputs, Own};
 use cairn_telemetry::{Observe, Telemetry};
 use std::sync::{Arc, Weak};
 
 /// Compiles observers.
 pub struct Observers {
     own: Arc<Own>,
-    outputs: Arc<Outputs>,
+    outputs: Outputs,
     known: Vec<(TelemetryPlan, Weak<Observer>)>,
 }
 
 impl Observers {
     /// Observers of a waypoint.
-    pub(crate) fn new(waypoint: &Waypoint) -> Self {
+    pub(crate) fn new(waypoint: &Arc<Waypoint>) -> Self {
         let settings = &waypoint.settings;
         let own = Own {
             node_id: node_id(settings).into(),
@@ -26,12 +27,30 @@ impl Observers {
             mesh_id: settings.identity.trust_domain().into(),
             hostname: hostname().into(),
         };
-        Self::of_process(own, Arc::clone(&waypoint.telemetry))
+        let owner = Arc::clone(waypoint);
+        // Collectors are reached as any service is, from a worker.
+        Self::of_process(own, Arc::clone(&waypoint.telemetry), move |feed: Feed| {
+            let waypoint = Arc::clone(&owner);
+            tokio::spawn(async move {
+                let of_worker = Arc::clone(&waypoint);
+                let run = move |worker| async move {
+                    if let Some(collectors) = Collectors::new(&of_worker, worker) {
+                        feed.run(Arc::new(collectors)).await;
+                    }
+                };
+                waypoint.workers.run(run).await;
+            });
+        })
     }
 
-    /// Observers of `own`, which log through `telemetry`.
-    pub(crate) fn of_process(own: Own, telemetry: Arc<Telemetry>) -> Self {
-        Self { own: Arc::new(own), outputs: Outputs::new(telemetry), known: Vec::new() }
+    /// Observers of `own`, which log through `telemetry` and send through what `start` runs.
+    pub(crate) fn of_process(
+        own: Own,
+        telemetry: Arc<Telemetry>,
+        start: impl Fn(Feed) + Send + Sync + 'static,
+    ) -> Self {
+        let own = Arc::new(own);
+        Self { outputs: Outputs::new(telemetry, Arc::clone(&own), start), own, known: Vec::new() }
     }
 
     /// The observer of a plan; `None` where nobody asks for anything but the standard metrics and the process's log.

@@ -251,4 +251,48 @@ mod tests {
             assert_eq!(!found.is_empty(), expected, "{name}");
         }
     }
+
+    #[test]
+    fn telemetry_applies_from_the_mesh_down_to_the_service() {
+        let own = Own { gateway: ResourceName::new("infra", "wp"), address: "10.0.0.1".parse().unwrap() };
+        let service = service("shop", "catalog");
+        let telemetry = |namespace: &str, name: &str, created: &str, target: Option<(TargetKind, &str)>| {
+            Change::Telemetry(TelemetryPolicy {
+                name: ResourceName::new(namespace, name),
+                created: created.into(),
+                targets: target
+                    .map(|(kind, name)| TargetRef { kind, name: name.into() })
+                    .into_iter()
+                    .collect(),
+                access_logging: Vec::new(),
+                metrics: Vec::new(),
+                tracing: Vec::new(),
+            })
+        };
+        let mut store = Store::new();
+        store.apply([
+            telemetry("shop", "younger-service", "2026-02", Some((TargetKind::Service, "catalog"))),
+            telemetry("shop", "older-service", "2026-01", Some((TargetKind::Service, "catalog"))),
+            telemetry("shop", "another-service", "2026-01", Some((TargetKind::Service, "other"))),
+            telemetry("infra", "of-gateway", "2025-01", Some((TargetKind::Gateway, "wp"))),
+            telemetry("shop", "of-namespace", "2026-03", None),
+            telemetry("shop", "of-namespace-younger", "2026-04", None),
+            telemetry("infra", "of-waypoints-namespace", "2026-05", None),
+            telemetry("root", "of-mesh", "2026-06", None),
+            telemetry("elsewhere", "not-ours", "2020-01", None),
+        ]);
+        let found = own.telemetry(store.current().l7(), Addressed::Service(&service), "root");
+        let names: Vec<&str> = found.iter().map(|policy| &*policy.name.name).collect();
+        assert_eq!(
+            names,
+            [
+                "of-mesh",
+                "of-waypoints-namespace",
+                "of-namespace",
+                "of-gateway",
+                "older-service",
+                "younger-service"
+            ]
+        );
+    }
 }

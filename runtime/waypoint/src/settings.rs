@@ -71,6 +71,9 @@ pub struct Options {
     /// Root certificates, PEM, that key servers of token issuers may chain to beside the system's.
     #[arg(long, env = "CAIRN_JWKS_ROOTS")]
     pub jwks_roots: Option<PathBuf>,
+    /// After how many seconds without a request a label set of metrics is forgotten [default: never].
+    #[arg(long, env = "CAIRN_METRICS_IDLE_SECONDS")]
+    pub metrics_idle_seconds: Option<u64>,
     /// Which log events are printed [default: info].
     #[arg(long, env = "RUST_LOG")]
     pub log: Option<String>,
@@ -125,6 +128,8 @@ pub struct Settings {
     pub jwks_roots: Option<PathBuf>,
     /// Whether a line is written per exchange.
     pub access_log: bool,
+    /// How long a label set of metrics may count nothing until it is forgotten.
+    pub metrics_idle: Option<Duration>,
     /// Log filter.
     pub log: String,
     /// Log form.
@@ -170,6 +175,10 @@ impl Options {
             token_cache: self.token_cache.or(file.token_cache).unwrap_or(true),
             jwks_roots: self.jwks_roots.or(file.jwks_roots),
             access_log: self.access_log.or(file.access_log).unwrap_or(true),
+            metrics_idle: self
+                .metrics_idle_seconds
+                .or(file.metrics_idle_seconds)
+                .map(|seconds| Duration::from_secs(seconds.max(1))),
             log: self.log.or(file.log).unwrap_or_else(|| "info".to_owned()),
             log_format: self.log_format.or(file.log_format).unwrap_or_default(),
         })

@@ -149,8 +149,6 @@ fn provider(node: &Node<'_>, findings: &mut Findings) -> Option<TelemetryProvide
 
 /// A provider that is sent to over the network.
 fn remote(kind: &str, config: &Node<'_>, findings: &mut Findings) -> Option<TelemetryProviderKind> {
-    let reason = format!("nothing is sent to providers of kind `{kind}` yet: it has no effect");
-    findings.note(Severity::Warning, "not-supported", &config.at, reason);
     Some(match kind {
         "envoyHttpAls" => TelemetryProviderKind::Als(als(config, false, findings)?),
         "envoyTcpAls" => TelemetryProviderKind::Als(als(config, true, findings)?),

@@ -94,7 +94,7 @@ impl Bench {
         let engine = Arc::new(Engine::new(EngineSettings::default()).unwrap());
         let (plugins, finished) = Plugins::new(engine);
         let telemetry = Telemetry::new("test", "0", &TelemetrySettings::default(), std::io::sink());
-        let observers = Observers::of_process(cairn_observe::Own::default(), telemetry);
+        let observers = Observers::of_process(cairn_observe::Own::default(), telemetry, drop);
         let keyring = Arc::new(Keyring::new(Arc::new(NoCallout), None, TokenCache::default()));
         Self { sites: Sites::new(own(), keyring, observers), plugins, finished }
     }
