@@ -8,6 +8,7 @@ mod command;
 mod connections;
 mod edits;
 mod envoy;
+mod explain;
 mod ext_authz;
 mod harness;
 mod issuers;

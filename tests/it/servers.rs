@@ -36,6 +36,36 @@ impl TcpEcho {
     }
 }
 
+/// A server that answers every HTTP request in the same words. It ends when dropped.
+pub struct Parrot(JoinHandle<()>);
+
+impl Drop for Parrot {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Parrot {
+    /// Starts one whose answers are `words`, head and body.
+    pub async fn start(at: SocketAddr, words: &'static str) -> Result<Self> {
+        let listener = listen(at).await?;
+        Ok(Self(tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                tokio::spawn(async move {
+                    let mut request = Vec::new();
+                    while stream.read_buf(&mut request).await.is_ok_and(|count| count > 0) {
+                        if request.ends_with(b"\r\n\r\n") {
+                            request.clear();
+                            stream.write_all(words.as_bytes()).await?;
+                        }
+                    }
+                    Ok::<_, std::io::Error>(())
+                });
+            }
+        })))
+    }
+}
+
 /// A server that answers one HTTP request, when told to.
 pub struct Slow {
     asked: Arc<Notify>,

@@ -1,21 +1,24 @@
 //! The admin server: what the ztunnel knows and what it did.
 
 use crate::Proxy;
-use axum::extract::State;
+use axum::extract::{Query, State};
 use axum::routing::get;
 use axum::{Json, Router};
 use cairn_mesh::{Service, Workload};
-use cairn_telemetry::TcpExplanation;
+use cairn_telemetry::{Denied, TcpExplanation, is_service};
+use serde::Deserialize;
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// `GET /config_dump`: the mesh as it is known, and certificates. `GET /connections`: the last connections, newest
-/// first, and why each went where it went.
+/// first, and why each went where it went; `?decision=deny` and `?service=catalog.shop` choose among them. `GET
+/// /denials`: the last denials of each service, newest first; `?service=` chooses.
 pub fn router(proxy: Arc<Proxy>) -> Router {
     Router::new()
         .route("/config_dump", get(config_dump))
         .route("/connections", get(connections))
+        .route("/denials", get(denials))
         .with_state(proxy)
 }
 
@@ -85,8 +88,46 @@ fn view_service(service: &Service, endpoints: usize) -> Value {
     })
 }
 
-async fn connections(State(proxy): State<Arc<Proxy>>) -> Json<Value> {
-    Json(proxy.telemetry.connections.list().iter().map(view_connection).collect())
+/// Which connections or denials are asked for. What is not known is refused rather than ignored.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Asked {
+    decision: Option<String>,
+    service: Option<String>,
+}
+
+impl Asked {
+    fn wants_service(&self, hostname: &str) -> bool {
+        self.service.as_ref().is_none_or(|wanted| is_service(hostname, wanted))
+    }
+
+    fn wants(&self, record: &TcpExplanation) -> bool {
+        let hostname = record.service.as_ref().map_or("", |service| &*service.hostname);
+        self.decision.as_ref().is_none_or(|decision| *decision == record.decision)
+            && self.wants_service(hostname)
+    }
+}
+
+async fn connections(State(proxy): State<Arc<Proxy>>, Query(asked): Query<Asked>) -> Json<Value> {
+    let connections = proxy.telemetry.connections.list();
+    Json(connections.iter().filter(|record| asked.wants(record)).map(view_connection).collect())
+}
+
+async fn denials(State(proxy): State<Arc<Proxy>>, Query(asked): Query<Asked>) -> Json<Value> {
+    let denials = proxy.telemetry.denials.list(|service| asked.wants_service(service));
+    Json(denials.iter().map(view_denied).collect())
+}
+
+fn view_denied(denied: &Denied) -> Value {
+    json!({
+        "time": unix_seconds(denied.at),
+        "source": denied.source,
+        "sourceIdentity": denied.source_identity.as_ref().map(|identity| identity.as_str()),
+        "service": denied.service,
+        "destination": denied.destination,
+        "deniedBy": denied.policy,
+        "deniedBecause": denied.reason,
+    })
 }
 
 fn view_connection(record: &TcpExplanation) -> Value {

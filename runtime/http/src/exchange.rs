@@ -13,7 +13,7 @@ use crate::route::{Backend, Found, Rule};
 use crate::serve::Served;
 use crate::upgrade::{self, Upgrade};
 use crate::upstream::{self, Lease, Unsent};
-use crate::{Failure, Site};
+use crate::{Failure, Site, decision};
 use bytes::Bytes;
 use cairn_filter::{Chain, Exchange, LocalReply, Outcome, Protocol, RequestHead, ResponseHead};
 use cairn_mesh::AppProtocol;
@@ -72,6 +72,7 @@ pub(crate) async fn run(
     let trace = site.observer.as_ref().and_then(|observer| observer.trace(&mut head.headers));
     let mut record = Box::new(Record::new(exchange, running, Arc::clone(&served), &head));
     record.observe(site.observer.as_ref(), trace, &head);
+    record.may_know = decision::may_know(&site.explain_to, &served.connection);
     let is_head = head.method == Method::HEAD;
 
     let turn = match well_formed {
@@ -233,7 +234,7 @@ async fn respond(
     match running.response_headers(exchange, &mut head, end_of_stream).await {
         Outcome::Continue => {
             set_own_response_headers(&mut head.headers, record.served.worker.settings.server.as_ref());
-            record.answered(&head);
+            record.answered(&mut head);
             Ok(response_of(head, |record| ResponseBody::upstream(incoming, record, lease), record))
         }
         Outcome::Reply(reply) => Ok(answer_with(record, *reply, false)),
@@ -298,7 +299,7 @@ fn finish_reply(
     is_head: bool,
 ) -> Response<ResponseBody> {
     set_own_response_headers(&mut head.headers, record.served.worker.settings.server.as_ref());
-    record.answered(&head);
+    record.answered(&mut head);
     // The body of an answer to HEAD is not read, so it must not wait to be.
     let body = if is_head { Bytes::new() } else { body };
     response_of(head, |record| ResponseBody::full(body, Some(record)), record)

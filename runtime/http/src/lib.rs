@@ -6,6 +6,7 @@
 
 mod body;
 mod callout;
+mod decision;
 mod endpoint;
 mod exchange;
 mod failure;

@@ -1,11 +1,11 @@
 //! The record of one exchange: kept while it lives, handed to telemetry exactly once, also when the client goes away.
 
-use crate::Failure;
 use crate::body::Progress;
 use crate::grpc::Messages;
 use crate::head::{FORWARDED_FOR, REQUEST_ID, header_bytes};
 use crate::reply::{GRPC_STATUS, grpc_status};
 use crate::serve::Served;
+use crate::{Failure, decision};
 use bytes::Bytes;
 use cairn_filter::{Exchange, RequestHead, ResponseHead, Running};
 use cairn_telemetry::{HttpRecord, Observe, Trace, Wanted};
@@ -45,6 +45,8 @@ pub(crate) struct Record {
     pub(crate) exchange: Exchange,
     pub(crate) running: Running,
     pub(crate) served: Arc<Served>,
+    /// Whether the client may know what decided.
+    pub(crate) may_know: bool,
     /// Set while the response is on its way.
     pub(crate) flags: &'static str,
     pub(crate) grpc_status: Option<u8>,
@@ -80,6 +82,7 @@ impl Record {
             exchange,
             running,
             served,
+            may_know: false,
             flags: "-",
             grpc_status: None,
             response_body_bytes: 0,
@@ -167,8 +170,9 @@ impl Record {
         self.progress.as_ref().map_or(0, |progress| progress.messages.load(Relaxed))
     }
 
-    /// Notes the response that the client is about to get.
-    pub(crate) fn answered(&mut self, head: &ResponseHead) {
+    /// Notes the response that the client is about to get, and puts the decision on it if the client may know.
+    pub(crate) fn answered(&mut self, head: &mut ResponseHead) {
+        decision::set(&mut head.headers, &self.exchange, self.may_know);
         self.exchange.status = Some(head.status);
         if let (Some(observer), Some(kept)) = (&self.observer, &mut self.kept) {
             kept.response = observer.wants().response.of(&head.headers);

@@ -3,7 +3,7 @@
 use crate::RouteTable;
 use arc_swap::ArcSwap;
 use cairn_filter::Chain;
-use cairn_mesh::{AppProtocol, PathNormalization, Service, Workload};
+use cairn_mesh::{AppProtocol, PathNormalization, Service, TextMatch, Workload};
 use cairn_telemetry::Observe;
 use std::sync::Arc;
 
@@ -21,6 +21,8 @@ pub struct Site {
     pub protocol: AppProtocol,
     /// How paths are normalised.
     pub normalization: PathNormalization,
+    /// Principals of clients who are told what decided their requests.
+    pub explain_to: Arc<[TextMatch]>,
     /// The waypoint's own workload, from whose place in the world endpoints are preferred.
     pub viewpoint: Option<Arc<Workload>>,
     /// How its traffic is observed; `None`: with the standard metrics, in the process's own log.

@@ -48,7 +48,7 @@ pub(crate) fn switch(
     let mut head = ResponseHead { status: parts.status, headers: parts.headers };
     agree(&mut head.headers);
     record.exchange.details = "via_upstream".into();
-    record.answered(&head);
+    record.answered(&mut head);
     let mut switched = Response::new(ResponseBody::full(Bytes::new(), None));
     *switched.status_mut() = head.status;
     *switched.headers_mut() = head.headers;

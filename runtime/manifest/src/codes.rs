@@ -73,6 +73,11 @@ pub const CODES: &[Code] = &[
         "Remove or rename one of them.",
     ),
     warning(
+        "explains-to-all",
+        "A waypoint tells every client with an identity which policy decided its requests.",
+        "Name the principals of those who are to know in cairn.dev/explain-to.",
+    ),
+    warning(
         "header-sent-twice",
         "Values of a repeated header are compared joined by commas, so a client gets round an excluded value.",
         "Name the values that may pass instead of those that may not.",

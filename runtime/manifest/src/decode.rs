@@ -1,6 +1,7 @@
 //! Objects into changes of a waypoint's configuration. The directory checks manifests with it before anything is
 //! served, and a waypoint reads with it what it receives over xDS.
 
+mod gateway;
 mod plugin;
 pub(crate) mod policy;
 mod provider;
@@ -59,7 +60,7 @@ pub fn decode(object: &Object, settings: &MeshSettings) -> Decoded {
         unreadable(object, &key, reason)
     } else {
         match key.kind {
-            Kind::Gateway => vec![Change::Gateway(object.name.clone())],
+            Kind::Gateway => gateway::decode(object, &mut findings),
             Kind::HttpRoute => route::decode(object, &mut findings),
             Kind::AuthorizationPolicy => policy::decode(object, &key, settings, &mut findings),
             Kind::RequestAuthentication => {

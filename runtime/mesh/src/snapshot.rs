@@ -3,7 +3,7 @@
 use crate::{
     Authorization, AuthorizationPolicy, CustomPolicy, Health, HealthPolicy, HttpRoute, MeshSettings,
     NetworkAddress, PortMapping, RequestAuthentication, ResourceKey, ResourceName, Service, Sharded,
-    TelemetryPolicy, Unenforceable, WasmPlugin, Workload,
+    TelemetryPolicy, TextMatch, Unenforceable, WasmPlugin, Workload,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -64,6 +64,8 @@ impl ServiceState {
 pub struct L7 {
     /// The waypoint's own name, from its Gateway.
     pub gateway: Option<ResourceName>,
+    /// Principals of clients who are told what decided their requests.
+    pub explain_to: Arc<[TextMatch]>,
     /// Routes.
     pub routes: BTreeMap<ResourceName, Arc<HttpRoute>>,
     /// Authorization policies.

@@ -3,7 +3,7 @@
 use crate::snapshot::{Endpoint, ServiceState};
 use crate::{
     Authorization, AuthorizationPolicy, CustomPolicy, HttpRoute, MeshSettings, NetworkAddress,
-    RequestAuthentication, ResourceKey, ResourceName, Scope, Service, Snapshot, TelemetryPolicy,
+    RequestAuthentication, ResourceKey, ResourceName, Scope, Service, Snapshot, TelemetryPolicy, TextMatch,
     Unenforceable, WasmPlugin, Workload,
 };
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -26,6 +26,8 @@ pub enum Change {
     AuthorizationRemoved(ResourceName),
     /// The waypoint's own Gateway is known.
     Gateway(ResourceName),
+    /// Principals of clients who are told what decided their requests.
+    ExplainTo(Vec<TextMatch>),
     /// A route is there, or changed.
     Route(HttpRoute),
     /// An L7 policy is there, or changed.
@@ -134,6 +136,9 @@ impl Store {
                 self.remember_gone(name);
             }
             Change::Gateway(name) => Arc::make_mut(&mut self.current.l7).gateway = Some(name),
+            Change::ExplainTo(principals) => {
+                Arc::make_mut(&mut self.current.l7).explain_to = principals.into();
+            }
             Change::Route(route) => {
                 let l7 =
                     self.l7_without(ResourceKey { kind: crate::Kind::HttpRoute, name: route.name.clone() });
@@ -187,7 +192,9 @@ impl Store {
             crate::Kind::RequestAuthentication => drop(l7.authentications.remove(&key.name)),
             crate::Kind::WasmPlugin => drop(l7.plugins.remove(&key.name)),
             crate::Kind::Telemetry => drop(l7.telemetry.remove(&key.name)),
-            crate::Kind::Gateway if l7.gateway.as_ref() == Some(&key.name) => l7.gateway = None,
+            crate::Kind::Gateway if l7.gateway.as_ref() == Some(&key.name) => {
+                (l7.gateway, l7.explain_to) = (None, Arc::default());
+            }
             _ => {}
         }
         l7.unenforceable.remove(&key);

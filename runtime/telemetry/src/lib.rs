@@ -5,6 +5,7 @@
 //! bounded queue that never makes a request wait, and [`Recent`] keeps the last few records for the explain endpoint.
 
 mod access_log;
+mod denials;
 mod histogram;
 mod http_record;
 mod labels;
@@ -19,6 +20,7 @@ mod tcp_record;
 mod trace;
 
 pub use access_log::AccessLog;
+pub use denials::{Denials, Denied, is_service};
 pub use http_record::{HttpExplanation, HttpRecord, HttpScope};
 pub use labels::{CustomLabels, PeerLabels, Reporter, Security, TcpLabels};
 pub use line::{append_address, append_number, append_text, append_timestamp};
@@ -63,6 +65,8 @@ pub struct Telemetry {
     pub exchanges: Recent<HttpExplanation>,
     /// The last connections.
     pub connections: Recent<TcpExplanation>,
+    /// The last denials of each service.
+    pub denials: Denials,
 }
 
 impl Telemetry {
@@ -86,6 +90,7 @@ impl Telemetry {
             lines_dropped,
             exchanges: Recent::new(settings.recent),
             connections: Recent::new(settings.recent),
+            denials: Denials::default(),
         })
     }
 
@@ -98,6 +103,7 @@ impl Telemetry {
             Some(observer) => observer.finished(scope, record),
         }
         self.exchanges.push(|slot| slot.refill(scope, record));
+        self.denials.push_http(scope, record);
     }
 
     /// Records a finished connection, whose bytes its [`TcpConnection`] counted, in the process's own log.
@@ -109,6 +115,7 @@ impl Telemetry {
     /// Keeps a finished connection for explanations, when it is logged elsewhere.
     pub fn keep_tcp(&self, record: &TcpRecord<'_>) {
         self.connections.push(|slot| slot.refill(record));
+        self.denials.push_tcp(record);
     }
 }
 

@@ -5,11 +5,12 @@ use cairn_filter::{Admission, Connection, Denial, Peer};
 use cairn_hbone::{Authority, Connect, ServerSettings};
 use cairn_http::{MeshCallout, Site, SiteHandle};
 use cairn_mesh::{AppProtocol, NetworkAddress, Snapshot};
+use cairn_telemetry::Denied;
 use http::{HeaderMap, StatusCode};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use tokio::net::{TcpListener, TcpStream};
 
 /// A pause after a failed accept, so that running out of descriptors is not a hot loop.
@@ -91,6 +92,7 @@ async fn tunnel(waypoint: Arc<Waypoint>, worker: usize, connect: Connect) {
     if let Some(denial) = refused_at_once(&site.load(), &connection) {
         tracing::info!(source = %downstream.identity, %destination, policy = %denial.policy, reason = denial.reason,
             "CONNECT refused by policy");
+        remember(&waypoint, &connection, denial);
         return connect.refuse(StatusCode::FORBIDDEN);
     }
     match connect.accept(HeaderMap::new()) {
@@ -99,6 +101,26 @@ async fn tunnel(waypoint: Arc<Waypoint>, worker: usize, connect: Connect) {
         }
         Err(error) => tracing::debug!(error = %crate::chain(&error), "client went away before its answer"),
     }
+}
+
+/// Keeps a denial for those who ask why.
+fn remember(waypoint: &Waypoint, connection: &Connection, denial: Denial) {
+    let addressed = connection
+        .service
+        .as_ref()
+        .map_or_else(|| connection.destination.to_string().into(), |service| Arc::clone(&service.hostname));
+    waypoint.telemetry.denials.push(&addressed, |denied| {
+        *denied = Denied {
+            at: SystemTime::now(),
+            source: Some(connection.source.address),
+            source_identity: connection.source.identity.clone(),
+            service: addressed.to_string(),
+            destination: Some(connection.destination),
+            policy: denial.policy.into_owned(),
+            reason: denial.reason,
+            ..Denied::default()
+        };
+    });
 }
 
 /// Where the port is declared to carry no HTTP, policy decides before the tunnel is accepted.

@@ -2,21 +2,24 @@
 
 use crate::Waypoint;
 use crate::plugins::Standing;
-use axum::extract::State;
+use axum::extract::{Query, State};
 use axum::routing::get;
 use axum::{Json, Router};
 use cairn_mesh::Workload;
-use cairn_telemetry::HttpExplanation;
+use cairn_telemetry::{Denied, HttpExplanation, is_service};
+use serde::Deserialize;
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// `GET /config_dump`: destinations, their filters, plugins, certificates. `GET /exchanges`: the last exchanges, newest
-/// first, and what decided each.
+/// first, and what decided each; `?status=403` and `?service=catalog.shop` choose among them. `GET /denials`: the last
+/// denials of each service, newest first; `?service=` chooses.
 pub fn router(waypoint: Arc<Waypoint>) -> Router {
     Router::new()
         .route("/config_dump", get(config_dump))
         .route("/exchanges", get(exchanges))
+        .route("/denials", get(denials))
         .with_state(waypoint)
 }
 
@@ -48,8 +51,50 @@ async fn config_dump(State(waypoint): State<Arc<Waypoint>>) -> Json<Value> {
     }))
 }
 
-async fn exchanges(State(waypoint): State<Arc<Waypoint>>) -> Json<Value> {
-    Json(waypoint.telemetry.exchanges.list().iter().map(view).collect())
+/// Which exchanges or denials are asked for. What is not known is refused rather than ignored.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Asked {
+    status: Option<u16>,
+    service: Option<String>,
+}
+
+impl Asked {
+    fn wants_service(&self, hostname: &str) -> bool {
+        self.service.as_ref().is_none_or(|wanted| is_service(hostname, wanted))
+    }
+
+    fn wants(&self, record: &HttpExplanation) -> bool {
+        let hostname = record.destination_service.as_ref().map_or("", |service| &*service.hostname);
+        self.status.is_none_or(|status| status == record.status) && self.wants_service(hostname)
+    }
+}
+
+async fn exchanges(State(waypoint): State<Arc<Waypoint>>, Query(asked): Query<Asked>) -> Json<Value> {
+    let exchanges = waypoint.telemetry.exchanges.list();
+    Json(exchanges.iter().filter(|record| asked.wants(record)).map(view).collect())
+}
+
+async fn denials(State(waypoint): State<Arc<Waypoint>>, Query(asked): Query<Asked>) -> Json<Value> {
+    let denials = waypoint.telemetry.denials.list(|service| asked.wants_service(service));
+    let wanted = denials.iter().filter(|denied| asked.status.is_none_or(|status| status == denied.status));
+    Json(wanted.map(view_denied).collect())
+}
+
+fn view_denied(denied: &Denied) -> Value {
+    json!({
+        "time": unix_seconds(denied.at),
+        "source": denied.source,
+        "sourceIdentity": denied.source_identity.as_ref().map(|identity| identity.as_str()),
+        "service": denied.service,
+        "destination": denied.destination,
+        "method": denied.method,
+        "authority": denied.authority,
+        "path": denied.path,
+        "status": denied.status,
+        "deniedBy": denied.policy,
+        "deniedBecause": denied.reason,
+    })
 }
 
 fn view(record: &HttpExplanation) -> Value {

@@ -13,7 +13,7 @@ use cairn_http::{RouteTable, Site, SiteHandle};
 use cairn_mesh::{
     AppProtocol, AuthorizationPolicy, CustomPolicy, FailStrategy, HttpRoute, JwtRule, MeshSettings,
     NetworkAddress, PluginPhase, RequestAuthentication, ResourceName, Service, Snapshot, TelemetryPlan,
-    Unenforceable, WasmPlugin, Workload,
+    TextMatch, Unenforceable, WasmPlugin, Workload,
 };
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, SocketAddr};
@@ -74,6 +74,7 @@ struct Parts {
     viewpoint: Option<Arc<Workload>>,
     settings: Arc<MeshSettings>,
     authentications: Vec<Arc<RequestAuthentication>>,
+    explain_to: Arc<[TextMatch]>,
     policies: Vec<Arc<AuthorizationPolicy>>,
     custom_policies: Vec<Arc<CustomPolicy>>,
     plugins: Vec<(Arc<WasmPlugin>, Standing)>,
@@ -95,6 +96,7 @@ impl Parts {
             && self.viewpoint == other.viewpoint
             && self.settings == other.settings
             && same_all(&self.authentications, &other.authentications)
+            && self.explain_to == other.explain_to
             && same_all(&self.policies, &other.policies)
             && same_all(&self.custom_policies, &other.custom_policies)
             && same_all(&self.unenforceable, &other.unenforceable)
@@ -207,6 +209,7 @@ impl Sites {
             viewpoint: snapshot.workload_at(&own).cloned(),
             settings: Arc::clone(settings),
             authentications: self.own.authentications(l7, addressed, root),
+            explain_to: Arc::clone(&l7.explain_to),
             policies: self.own.policies(l7, addressed, root),
             custom_policies: self.own.custom_policies(l7, addressed, root),
             plugins: attached
@@ -243,6 +246,7 @@ fn compile(parts: &Parts, port: u16, protocol: AppProtocol) -> Site {
         port,
         protocol,
         normalization: parts.settings.path_normalization,
+        explain_to: Arc::clone(&parts.explain_to),
         viewpoint: parts.viewpoint.clone(),
         observer: None,
     }

@@ -186,6 +186,7 @@ impl Mesh {
             port: PORT,
             protocol: plan.protocol,
             normalization: PathNormalization::Base,
+            explain_to: Arc::default(),
             viewpoint: None,
             observer: plan.observer,
         };
