@@ -112,6 +112,7 @@ pub fn site(scenario: &Scenario) -> Result<SiteHandle> {
         port: 80,
         protocol: AppProtocol::Http11,
         normalization: scenario.normalization,
+        explain_to: Arc::default(),
         viewpoint: None,
         observer: None,
     })))

@@ -2,11 +2,12 @@
 
 use crate::client::{Client, Who, admin, record, request};
 use crate::edits::SMALL;
-use crate::harness::Mesh;
+use crate::harness::{Mesh, cairn};
 use crate::servers::Parrot;
 use anyhow::{Context, Result, anyhow, ensure};
 use http::Method;
 use serde_json::Value;
+use std::process::Command;
 use std::sync::LazyLock;
 
 /// The small mesh with a guest, a policy, and a waypoint that explains itself to one of its clients.
@@ -119,5 +120,82 @@ async fn what_is_kept_can_be_chosen_from() -> Result<()> {
             .as_array()
             .is_some_and(Vec::is_empty)
     );
+    Ok(())
+}
+
+/// What `cairn explain` says of a request, from manifests or from the waypoint.
+fn explained(arguments: &[&str]) -> Result<Value> {
+    let output = Command::new(cairn()?).arg("explain").args(arguments).args(["--output", "json"]).output()?;
+    ensure!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
+
+/// The lines of all steps: what was looked at, and what it failed on.
+fn lines(explanation: &Value) -> Vec<(String, String)> {
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let steps = explanation["steps"].as_array().into_iter().flatten();
+    let lines = steps.flat_map(|step| step["lines"].as_array().into_iter().flatten());
+    lines.map(|line| (text(&line["what"]), text(&line["because"]))).collect()
+}
+
+#[tokio::test]
+async fn an_explanation_says_what_traffic_then_does() -> Result<()> {
+    let manifests = mesh()?.manifests().display().to_string();
+    let admin = mesh()?.waypoint("shop/gate")?.to_string();
+    let to = mesh()?.service("shop/catalog", 8000)?;
+    for (from, pod_name, method, end, status) in [
+        ("shop/web", "shop/web", Method::GET, "passes", 200),
+        ("shop/web", "shop/web", Method::POST, "denied", 403),
+        ("guests/guest", "guests/guest", Method::GET, "passes", 200),
+        ("guests/guest", "guests/guest", Method::DELETE, "denied", 403),
+    ] {
+        let answer = Client::open(pod(pod_name)?, to).await?.send(request(method.clone(), "/x", &[])).await?;
+        assert_eq!(answer.status, status, "{from} {method}");
+        let address = to.to_string();
+        for (whom, place, to) in [
+            ("manifests", vec![manifests.as_str()], "catalog.shop:8000"),
+            ("waypoint", vec!["--live", admin.as_str()], address.as_str()),
+        ] {
+            let asked = ["--from", from, "--to", to, "--method", method.as_str(), "--path", "/x"];
+            let explanation = explained(&[place, asked.to_vec()].concat())?;
+            let answer = &explanation["answer"];
+            assert_eq!(answer["end"], end, "{whom} {from} {method}: {explanation:#}");
+            if status == 403 {
+                assert_eq!(answer["status"], status, "{whom} {from} {method}: {explanation:#}");
+                let miss = format!("ALLOW get-only rule 0 failed on method: {method} is not GET");
+                assert!(answer["text"].as_str().is_some_and(|text| text.contains(&miss)), "{explanation:#}");
+                let rule = ("ALLOW get-only rule 0".to_owned(), format!("method: {method} is not GET"));
+                assert!(lines(&explanation).contains(&rule), "{explanation:#}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_last_denial_of_a_service_is_explained() -> Result<()> {
+    let waypoint = mesh()?.waypoint("shop/gate")?;
+    let to = mesh()?.service("shop/own", 8000)?;
+    let mut client = Client::open(pod("guests/guest")?, to).await?;
+    assert_eq!(client.send(request(Method::PATCH, "/last", &[])).await?.status, 403);
+    record(waypoint, "/denials?service=own", |denied| denied["method"] == "PATCH").await?;
+    let explanation = explained(&["--live", &waypoint.to_string(), "--last-denial", "own.shop"])?;
+    assert_eq!(explanation["answer"]["end"], "denied", "{explanation:#}");
+    Ok(())
+}
+
+#[test]
+fn a_question_without_an_answer_is_said_to_have_none() -> Result<()> {
+    let manifests = mesh()?.manifests().display().to_string();
+    for (from, to, reason) in [
+        ("shop/nobody", "catalog.shop:8000", "shop/nobody"),
+        ("shop/web", "nowhere:8000", "nowhere:8000"),
+        ("shop/web", "catalog.shop", "catalog.shop"),
+    ] {
+        let output =
+            Command::new(cairn()?).args(["explain", &manifests, "--from", from, "--to", to]).output()?;
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && error.contains(reason), "{from} {to}: {error}");
+    }
     Ok(())
 }

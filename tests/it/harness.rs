@@ -205,6 +205,11 @@ impl Mesh {
         Ok(text)
     }
 
+    /// The directory of manifests.
+    pub fn manifests(&self) -> PathBuf {
+        self.home.path().join("manifests")
+    }
+
     /// The state directory.
     pub fn state(&self) -> PathBuf {
         self.home.path().join("state")

@@ -5,7 +5,7 @@ use crate::carry::Account;
 use crate::pods::{OWN_PORTS, Pod};
 use crate::socks::{self, Reply, Target};
 use cairn_hbone::{ConnectError, PoolTarget, TunnelStream};
-use cairn_mesh::{Plan, Snapshot, Tunnel, Workload, plan};
+use cairn_mesh::{Plan, Tunnel, Workload, plan, resolve};
 use cairn_telemetry::Direction;
 use http::HeaderMap;
 use std::net::SocketAddr;
@@ -49,7 +49,7 @@ pub async fn socks(proxy: Arc<Proxy>, pod: Arc<Pod>, worker: usize, mut client: 
     let destination = match target {
         Target::Address(address) => Some(address),
         Target::Name(name, port) => namespace
-            .and_then(|namespace| resolve(&snapshot, &name, &namespace))
+            .and_then(|namespace| resolve(&snapshot, &name, &namespace, &mut |bound| fastrand::u64(..bound)))
             .map(|ip| SocketAddr::new(ip, port)),
     };
     let Some(destination) = destination else {
@@ -74,27 +74,6 @@ async fn tell(client: &mut TcpStream, reply: Reply) {
     if let Err(error) = socks::answer(client, reply).await {
         tracing::debug!(%error, "client left before its answer");
     }
-}
-
-/// Finds the address of a service by name, with the shorter forms that Kubernetes' DNS search list allows.
-fn resolve(snapshot: &Snapshot, name: &str, namespace: &str) -> Option<std::net::IpAddr> {
-    let name = name.trim_end_matches('.');
-    let domain = &snapshot.settings().cluster_domain;
-    let forms = [
-        name.to_owned(),
-        format!("{name}.{namespace}.svc.{domain}"),
-        format!("{name}.svc.{domain}"),
-        format!("{name}.{domain}"),
-    ];
-    forms.iter().find_map(|form| {
-        let state = snapshot.service_named(form, namespace)?;
-        let vip = state.service.vips.first().map(|vip| vip.address);
-        // A headless service has no VIP: one of its pods answers, as DNS would say.
-        vip.or_else(|| {
-            let index = fastrand::usize(..state.endpoints.len().max(1));
-            state.endpoints.get(index)?.workload.addresses.first().copied()
-        })
-    })
 }
 
 /// The way onwards, open.

@@ -17,7 +17,7 @@ pub use failure::TokenError;
 pub use keys::{KeySet, KeySetError, KeySource, Keys, inline_keys};
 pub use token::{Algorithm, Jwt, Terms};
 
-use cairn_filter::{Denial, Exchange, Factory, Filter, LocalReply, Phases, RequestHead, Verdict};
+use cairn_filter::{Denial, Exchange, Factory, Filter, LocalReply, Phases, Rehearsal, RequestHead, Verdict};
 use cairn_mesh::{JwtRule, RequestAuthentication, ResourceName};
 use http::header::{ACCESS_CONTROL_REQUEST_METHOD, ORIGIN, WWW_AUTHENTICATE};
 use http::{HeaderName, HeaderValue, Method};
@@ -67,6 +67,10 @@ impl Factory for Authenticate {
             return None;
         }
         Some(Box::new(Authentication { shared: Arc::clone(&self.shared), waited: SmallVec::new() }))
+    }
+
+    fn rehearse(&self, _exchange: &Exchange, _head: &RequestHead) -> Rehearsal {
+        Rehearsal::Run(Vec::new())
     }
 }
 

@@ -16,7 +16,8 @@ pub(crate) use l4::{no_request, policies as of_connections};
 pub(crate) use standings::Standings;
 
 use cairn_filter::{
-    Admission, Connection, Denial, Exchange, Factory, Filter, LocalReply, Phases, RequestHead, Verdict,
+    Admission, Connection, Denial, Exchange, Factory, Filter, LocalReply, Phases, Rehearsal, RequestHead,
+    Verdict,
 };
 use cairn_mesh::{AuthorizationPolicy, TrustDomains};
 use std::sync::Arc;
@@ -57,6 +58,12 @@ impl Factory for Authorize {
     fn start(&self, exchange: &Exchange) -> Option<Box<dyn Filter>> {
         let standing = self.standings.as_ref()?.of(&exchange.connection, &self.shared.authorizer);
         Some(Box::new(Authorization { shared: Arc::clone(&self.shared), standing }))
+    }
+
+    fn rehearse(&self, exchange: &Exchange, head: &RequestHead) -> Rehearsal {
+        let authorizer = &self.shared.authorizer;
+        let standing = authorizer.settle(ConnectionFacts::of(&exchange.connection));
+        Rehearsal::Run(authorizer.consider(&standing, head, exchange.token.as_deref()))
     }
 
     fn admit(&self, connection: &Connection) -> Admission {

@@ -9,7 +9,7 @@ use crate::authorization::{self, Authorizer, ConnectionFacts, Standing, Standing
 use ::http::StatusCode;
 use cairn_filter::{
     Admission, AdmissionFuture, BodyRead, CalloutAnswer, CalloutError, CalloutRequest, Connection, Denial,
-    Exchange, Factory, Filter, LocalReply, Phases, RequestHead, ResponseHead, Verdict,
+    Exchange, Factory, Filter, LocalReply, Phases, Rehearsal, RequestHead, ResponseHead, Verdict,
 };
 use cairn_mesh::{AuthorizationPolicy, AuthorizationProvider, CheckProtocol, CustomPolicy, TrustDomains};
 use headers::HeaderChange;
@@ -100,6 +100,17 @@ impl Factory for External {
             answer: None,
             response: Vec::new(),
         }))
+    }
+
+    fn rehearse(&self, exchange: &Exchange, head: &RequestHead) -> Rehearsal {
+        let standing = self.standings.of(&exchange.connection, &self.shared.authorizer);
+        let rule = self.shared.authorizer.denying(&standing, head, exchange.token.as_deref());
+        match (rule, &self.shared.provider) {
+            (Some(rule), Some(_)) => {
+                Rehearsal::Withheld(format!("{rule} asks provider {}", self.shared.provider_name))
+            }
+            _ => Rehearsal::Run(Vec::new()),
+        }
     }
 
     fn admit(&self, connection: &Connection) -> Admission {

@@ -1,7 +1,8 @@
 //! The answer in place of policies that cannot be enforced: nothing passes unprotected, and nobody wonders why.
 
 use cairn_filter::{
-    Admission, Connection, Denial, Exchange, Factory, Filter, LocalReply, Phases, RequestHead, Verdict,
+    Admission, Connection, Denial, Exchange, Factory, Filter, LocalReply, Phases, Rehearsal, RequestHead,
+    Verdict,
 };
 use cairn_mesh::Unenforceable;
 use http::StatusCode;
@@ -42,6 +43,10 @@ impl Factory for Refuse {
     fn start(&self, _exchange: &Exchange) -> Option<Box<dyn Filter>> {
         let denial = Arc::clone(self.denial.as_ref()?);
         Some(Box::new(Refusal { denial }))
+    }
+
+    fn rehearse(&self, _exchange: &Exchange, _head: &RequestHead) -> Rehearsal {
+        Rehearsal::Run(Vec::new())
     }
 
     fn admit(&self, _connection: &Connection) -> Admission {

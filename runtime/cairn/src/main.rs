@@ -7,6 +7,7 @@ mod client;
 mod control;
 mod demo;
 mod echo;
+mod explain;
 mod forward;
 mod netns;
 mod output;
@@ -36,6 +37,8 @@ enum Command {
     Demo(demo::Options),
     /// Says what is wrong with a directory of manifests.
     Check(check::Options),
+    /// Says what would become of a request, and why.
+    Explain(Box<explain::Options>),
     /// Serves a directory of manifests over xDS, with a CA.
     Xds(xds::Options),
     /// Runs a ztunnel.
@@ -74,6 +77,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Child(options) => child::become_program(&options).map(|never| match never {}),
         Command::Up(options) => here(&log, up::run(options)).map(done),
         Command::Demo(options) => here(&log, demo::run(options)),
+        Command::Explain(options) => here(&log, explain::run(*options)).map(done),
         Command::Xds(options) => here(&log, xds::run(options)).map(done),
         Command::Guard(program) => here(&log, child::guard(program)),
         Command::Echo(options) => here(&log, echo::run(options)).map(done),

@@ -44,6 +44,11 @@ impl Chain {
         self.links.iter().map(|link| link.factory.name())
     }
 
+    /// The filters, in request order.
+    pub(crate) fn factories(&self) -> impl Iterator<Item = &Arc<dyn Factory>> {
+        self.links.iter().map(|link| &link.factory)
+    }
+
     /// Whether nothing is asked of the destination's traffic.
     pub fn is_empty(&self) -> bool {
         self.links.is_empty()

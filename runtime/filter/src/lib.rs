@@ -14,6 +14,7 @@ mod chain;
 mod exchange;
 mod head;
 mod order;
+mod rehearsal;
 mod reply;
 mod token;
 
@@ -23,6 +24,7 @@ pub use chain::{Chain, Outcome, Running};
 pub use exchange::{Connection, Exchange, Note, Peer, Protocol};
 pub use head::{RequestHead, ResponseHead};
 pub use order::{Position, Slot, sort_factories};
+pub use rehearsal::{Considered, Judgement, Rehearsal, Rehearsed};
 pub use reply::{Denial, LocalReply};
 pub use token::Token;
 
@@ -85,6 +87,13 @@ pub trait Factory: Send + Sync {
 
     /// Starts an instance for one exchange, or `None` when the filter has nothing to do with it.
     fn start(&self, exchange: &Exchange) -> Option<Box<dyn Filter>>;
+
+    /// How this filter takes part when an exchange is only told about, for people who ask why: a filter that touches
+    /// nothing but the exchange is run, and says what it looks at; all others stay out.
+    fn rehearse(&self, exchange: &Exchange, head: &RequestHead) -> Rehearsal {
+        let _ = (exchange, head);
+        Rehearsal::Withheld("its code is not run for an explanation".to_owned())
+    }
 
     /// Judges a connection that carries no HTTP. It is asked before the connection goes on and again whenever the
     /// configuration changes while it is open. A filter that only knows requests has no say (Istio attaches HTTP

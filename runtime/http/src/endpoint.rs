@@ -80,7 +80,7 @@ fn host_of(worker: &Worker, workload: &Workload, address: SocketAddr) -> Arc<Hos
 }
 
 /// The workload's address of the family that the client used, else its first.
-fn address_of(workload: &Workload, wanted: IpAddr) -> Option<IpAddr> {
+pub(crate) fn address_of(workload: &Workload, wanted: IpAddr) -> Option<IpAddr> {
     let same_family = workload.addresses.iter().find(|ip| ip.is_ipv4() == wanted.is_ipv4());
     same_family.or_else(|| workload.addresses.first()).copied()
 }

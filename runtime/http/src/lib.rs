@@ -9,6 +9,7 @@ mod callout;
 mod decision;
 mod endpoint;
 mod exchange;
+mod explain;
 mod failure;
 mod grpc;
 mod head;
@@ -28,6 +29,7 @@ mod upstream;
 mod worker;
 
 pub use callout::MeshCallout;
+pub use explain::{Candidate, Next, Routed, Share};
 pub use failure::{Answer, Failure};
 pub use route::RouteTable;
 pub use serve::serve;

@@ -6,6 +6,7 @@ use http::{HeaderName, Method};
 use regex::Regex;
 use serde_json::Value;
 use std::borrow::Cow;
+use std::fmt;
 use std::sync::Arc;
 
 /// One alternative of a rule, compiled.
@@ -60,15 +61,33 @@ impl Matcher {
     /// Whether the request matches; `token` is what is verified of the requester so far.
     pub(crate) fn matches(&self, head: &RequestHead, token: Option<&Token>) -> bool {
         self.path.matches(head.path.path())
-            && self.method.as_ref().is_none_or(|method| *method == head.method)
-            && self
-                .headers
-                .iter()
-                .all(|(name, value)| header(head, name).is_some_and(|text| value.matches(&text)))
+            && self.method_matches(head)
+            && self.headers.iter().all(|header| header_matches(header, head))
             && self.claims.iter().all(|claim| claim.matches(token))
-            && self.query.iter().all(|(name, value)| {
-                parameter(head.path.query().unwrap_or(""), name).is_some_and(|text| value.matches(text))
-            })
+            && self.query.iter().all(|parameter| parameter_matches(parameter, head))
+    }
+
+    /// What a request does not match by, the first that is looked at; `None` when it matches.
+    pub(crate) fn miss(&self, head: &RequestHead, token: Option<&Token>) -> Option<String> {
+        if !self.path.matches(head.path.path()) {
+            return Some(format!("path: {} is not {}", head.path.path(), self.path));
+        }
+        if let Some(method) = self.method.as_ref().filter(|_| !self.method_matches(head)) {
+            return Some(format!("method: {} is not {method}", head.method));
+        }
+        // Values may be secrets, so they are not told.
+        if let Some((name, _)) = self.headers.iter().find(|header| !header_matches(header, head)) {
+            return Some(format!("header {name}: absent, or not the value asked for"));
+        }
+        if self.claims.iter().any(|claim| !claim.matches(token)) {
+            return Some("claims: those asked for are not verified".to_owned());
+        }
+        let (name, _) = self.query.iter().find(|parameter| !parameter_matches(parameter, head))?;
+        Some(format!("query parameter {name}: absent, or not the value asked for"))
+    }
+
+    fn method_matches(&self, head: &RequestHead) -> bool {
+        self.method.as_ref().is_none_or(|method| *method == head.method)
     }
 
     /// The prefix that a rewrite replaces, if the path is matched by one.
@@ -83,6 +102,14 @@ impl Matcher {
     pub(crate) fn depends_on_filters(&self) -> bool {
         !self.headers.is_empty() || !self.claims.is_empty()
     }
+}
+
+fn header_matches((name, value): &(HeaderName, ValueMatcher), head: &RequestHead) -> bool {
+    header(head, name).is_some_and(|text| value.matches(&text))
+}
+
+fn parameter_matches((name, value): &(Arc<str>, ValueMatcher), head: &RequestHead) -> bool {
+    parameter(head.path.query().unwrap_or(""), name).is_some_and(|text| value.matches(text))
 }
 
 #[derive(Clone, Debug)]
@@ -136,6 +163,16 @@ impl ClaimMatcher {
             _ => false,
         };
         is_value != self.inverted
+    }
+}
+
+impl fmt::Display for PathMatcher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Exact(path) => f.write_str(path),
+            Self::Prefix(prefix) => write!(f, "{prefix}/…"),
+            Self::Regex(regex) => write!(f, "like {regex}"),
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 use crate::Failure;
 use crate::matcher::Matcher;
 use crate::rewrite::{HeaderOps, HostAndPath, backend_ops};
-use cairn_filter::{RequestHead, Token};
+use cairn_filter::{Considered, RequestHead, Token};
 use cairn_mesh::{
     BackendKind, HttpRoute, Precedence, Redirect, ResourceName, RouteFilter, RouteRule, Service,
 };
@@ -48,7 +48,7 @@ pub(crate) struct Backend {
     pub(crate) cluster: Arc<str>,
     pub(crate) request: HeaderOps,
     pub(crate) response: HeaderOps,
-    weight: u32,
+    pub(crate) weight: u32,
 }
 
 /// What a backend is.
@@ -68,6 +68,9 @@ pub(crate) struct Found {
     pub(crate) rule: Arc<Rule>,
     pub(crate) prefix: Option<Arc<str>>,
 }
+
+/// The most rules that an explanation tells of.
+const PASSED_OVER_MAX: usize = 128;
 
 impl RouteTable {
     /// Compiles the routes of `service`'s `port` (`None`: of a workload, which has none). `routes` are those attached
@@ -109,6 +112,15 @@ impl RouteTable {
         Some(Found { rule: Arc::clone(&entry.rule), prefix: entry.matcher.prefix().cloned() })
     }
 
+    /// The rules that are tried before the one that [`RouteTable::find`] finds, and what each fails on.
+    pub(crate) fn passed_over(&self, head: &RequestHead, token: Option<&Token>) -> Vec<Considered> {
+        let missed = |entry: &Entry| {
+            let because = entry.matcher.miss(head, token)?;
+            Some(Considered { what: entry.rule.name.to_string(), matched: false, because })
+        };
+        self.entries.iter().map_while(missed).take(PASSED_OVER_MAX).collect()
+    }
+
     /// Whether the answer may depend on the request at all.
     pub(crate) fn is_implicit(&self) -> bool {
         self.implicit.is_some()
@@ -137,6 +149,16 @@ impl Rule {
             at -= weight;
         }
         Err(none())
+    }
+
+    /// All backends.
+    pub(crate) fn backends(&self) -> impl Iterator<Item = &Backend> {
+        self.backends.iter()
+    }
+
+    /// The sum of the backends' shares.
+    pub(crate) fn weight(&self) -> u64 {
+        self.weight
     }
 
     /// The backend with this index.

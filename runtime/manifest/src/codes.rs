@@ -42,6 +42,12 @@ pub const CODES: &[Code] = &[
         "Name a Service and a port that exist, or remove the backend.",
     ),
     error(
+        "bad-expression",
+        "A CEL expression cannot be read.",
+        "Mend the expression; the message says where it fails.",
+    ),
+    error("bad-format", "The format of an access log cannot be read.", "Mend the operator that is named."),
+    error(
         "bad-object",
         "A document is no Kubernetes object: apiVersion, kind or metadata are missing or wrong.",
         "Give it apiVersion, kind, and metadata with a name.",
@@ -111,7 +117,7 @@ pub const CODES: &[Code] = &[
     error("missing-field", "A field that must be there is not.", "Add the field."),
     error(
         "missing-provider",
-        "A policy or Telemetry names a provider that MeshConfig does not have.",
+        "A policy names a provider that MeshConfig does not have.",
         "Add it to extensionProviders in the ConfigMap istio-system/istio, or use one that is there.",
     ),
     error(
@@ -233,6 +239,11 @@ pub const CODES: &[Code] = &[
     ),
     error("unknown-field", "A field has a name that is not known.", "Correct the spelling, or remove it."),
     info("unknown-kind", "A kind of object that nothing here reads.", "Nothing needs to be done."),
+    warning(
+        "unknown-provider",
+        "Telemetry names a provider that MeshConfig does not have, or that takes no such data.",
+        "Add it to extensionProviders in the ConfigMap istio-system/istio, or use one that is there.",
+    ),
     warning(
         "unreachable-route",
         "No request reaches a rule of a route, since others come first and match all of it.",

@@ -1,5 +1,9 @@
 //! L4 authorization: the policies a ztunnel enforces (`istio.security.Authorization`), and the decision.
 
+mod explain;
+
+pub use explain::{L4Considered, consider};
+
 use crate::{Identity, ResourceName, ServiceAccount, Snapshot, TextMatch, Values, Workload};
 use ipnet::IpNet;
 use std::fmt;
@@ -88,33 +92,53 @@ impl L4Match {
     }
 
     fn matches(&self, peer: &L4Peer<'_>) -> bool {
-        if self.never || self.is_empty() {
-            return false;
-        }
+        !self.never && !self.is_empty() && self.first_miss(peer).is_none()
+    }
+
+    /// The first field that does not hold.
+    fn first_miss(&self, peer: &L4Peer<'_>) -> Option<&'static str> {
         let namespace = peer.identity.map_or("", Identity::namespace);
         let source = peer.source.ip().to_canonical();
         let destination = peer.destination.ip().to_canonical();
-        self.namespaces.hold(|text| text.matches(namespace))
-            && self.principals.hold(|text| peer.identity.is_some_and(|id| text.matches(id.principal())))
-            && self.service_accounts.hold(|account| {
-                peer.identity.is_some_and(|id| {
-                    id.namespace() == &*account.namespace && id.service_account() == &*account.name
-                })
+        let is_account = |account: &ServiceAccount| {
+            peer.identity.is_some_and(|id| {
+                id.namespace() == &*account.namespace && id.service_account() == &*account.name
             })
-            && self.source_ips.hold(|block| block.contains(&source))
-            && self.destination_ips.hold(|block| block.contains(&destination))
-            && self.destination_ports.hold(|port| *port == peer.destination.port())
+        };
+        if !self.namespaces.hold(|text| text.matches(namespace)) {
+            Some("namespace")
+        } else if !self.principals.hold(|text| peer.identity.is_some_and(|id| text.matches(id.principal()))) {
+            Some("principal")
+        } else if !self.service_accounts.hold(is_account) {
+            Some("service account")
+        } else if !self.source_ips.hold(|block| block.contains(&source)) {
+            Some("source ip")
+        } else if !self.destination_ips.hold(|block| block.contains(&destination)) {
+            Some("destination ip")
+        } else if !self.destination_ports.hold(|port| *port == peer.destination.port()) {
+            Some("port")
+        } else {
+            None
+        }
     }
 }
 
 impl Authorization {
     /// The index of the first rule that matches.
     pub fn matching_rule(&self, peer: &L4Peer<'_>) -> Option<usize> {
-        self.rules.iter().position(|rule| {
-            rule.clauses
-                .iter()
-                .all(|clause| clause.matches.is_empty() || clause.matches.iter().any(|m| m.matches(peer)))
-        })
+        self.rules.iter().position(|rule| rule.matches(peer))
+    }
+}
+
+impl L4Rule {
+    fn matches(&self, peer: &L4Peer<'_>) -> bool {
+        self.clauses.iter().all(|clause| clause.matches(peer))
+    }
+}
+
+impl Clause {
+    fn matches(&self, peer: &L4Peer<'_>) -> bool {
+        self.matches.is_empty() || self.matches.iter().any(|one| one.matches(peer))
     }
 }
 
@@ -171,25 +195,11 @@ impl fmt::Display for DenyReason {
 /// denies; without ALLOW policies the rest is allowed; otherwise one must match (ztunnel `src/state.rs`,
 /// `assert_rbac`). A policy named and not known denies, where ztunnel skips it; one that was removed is skipped.
 pub fn decide(snapshot: &Snapshot, workload: &Workload, peer: &L4Peer<'_>) -> Decision {
-    let mut named: Vec<&Arc<Authorization>> = Vec::new();
-    for name in &workload.authorization_policies {
-        match snapshot.authorization(name) {
-            Some(policy) => named.push(policy),
-            None if snapshot.gone.contains(name) => {}
-            None => return Decision::Deny(DenyReason::MissingPolicy(name.clone())),
-        }
-    }
-    let scoped =
-        snapshot.global_authorizations().iter().chain(snapshot.namespace_authorizations(&workload.namespace));
-    let is_scoped = |policy: &Authorization| match policy.scope {
-        Scope::Global => true,
-        Scope::Namespace => policy.name.namespace == workload.namespace,
-        Scope::WorkloadSelector => false,
+    let applying = match Applying::new(snapshot, workload) {
+        Ok(applying) => applying,
+        Err(missing) => return Decision::Deny(DenyReason::MissingPolicy(missing)),
     };
-    let policies = || {
-        let named = named.iter().copied().filter(|policy| !is_scoped(policy));
-        scoped.clone().chain(named).filter(|policy| !policy.dry_run)
-    };
+    let policies = || applying.policies().filter(|policy| !policy.dry_run);
     for policy in policies().filter(|policy| policy.action == PolicyAction::Deny) {
         if let Some(rule) = policy.matching_rule(peer) {
             return Decision::Deny(DenyReason::Policy(policy.name.clone(), rule));
@@ -207,6 +217,39 @@ pub fn decide(snapshot: &Snapshot, workload: &Workload, peer: &L4Peer<'_>) -> De
         }
     }
     if any { Decision::Deny(DenyReason::NotAllowed(looked_at)) } else { Decision::Allow(None) }
+}
+
+/// The policies that apply to a workload: the global ones, those of its namespace, those it names.
+struct Applying<'a> {
+    snapshot: &'a Snapshot,
+    namespace: &'a Arc<str>,
+    named: Vec<&'a Arc<Authorization>>,
+}
+
+impl<'a> Applying<'a> {
+    /// `Err`: a policy that the workload names is not known yet.
+    fn new(snapshot: &'a Snapshot, workload: &'a Workload) -> Result<Self, ResourceName> {
+        let mut named: Vec<&Arc<Authorization>> = Vec::new();
+        for name in &workload.authorization_policies {
+            match snapshot.authorization(name) {
+                Some(policy) => named.push(policy),
+                None if snapshot.gone.contains(name) => {}
+                None => return Err(name.clone()),
+            }
+        }
+        Ok(Self { snapshot, namespace: &workload.namespace, named })
+    }
+
+    fn policies(&self) -> impl Iterator<Item = &Arc<Authorization>> {
+        let of_namespace = self.snapshot.namespace_authorizations(self.namespace);
+        let scoped = self.snapshot.global_authorizations().iter().chain(of_namespace);
+        let is_scoped = |policy: &Authorization| match policy.scope {
+            Scope::Global => true,
+            Scope::Namespace => policy.name.namespace == *self.namespace,
+            Scope::WorkloadSelector => false,
+        };
+        scoped.chain(self.named.iter().copied().filter(move |policy| !is_scoped(policy)))
+    }
 }
 
 #[cfg(test)]

@@ -25,14 +25,53 @@ pub fn pick<'a>(
     source: Option<&Workload>,
     random: &mut dyn Random,
 ) -> Option<(&'a Endpoint, u16)> {
-    let serves = |endpoint: &'a Endpoint| {
-        let reachable = !endpoint.workload.addresses.is_empty();
-        endpoint.target_port(&state.service, port).filter(|_| reachable).map(|target| (endpoint, target))
-    };
-    let standard = state.service.load_balancing.mode == LoadBalancingMode::Standard;
-    let Some(source) = source.filter(|_| !standard) else {
+    let serves = |endpoint: &'a Endpoint| serving(state, endpoint, port);
+    let Some(source) = source.filter(|_| prefers(state)) else {
         return pick_any(state, serves, random);
     };
+    let candidates = nearest(state, source, serves);
+    let total: u64 = candidates.iter().map(|(endpoint, _)| u64::from(endpoint.workload.capacity)).sum();
+    let mut at = random.below(total.max(1));
+    candidates.into_iter().find(|(endpoint, _)| {
+        let capacity = u64::from(endpoint.workload.capacity);
+        let here = at < capacity;
+        at = at.saturating_sub(capacity);
+        here
+    })
+}
+
+/// The endpoints of `state` that [`pick`] picks from.
+pub fn candidates<'a>(
+    state: &'a ServiceState,
+    port: u16,
+    source: Option<&Workload>,
+) -> Vec<(&'a Endpoint, u16)> {
+    let serves = |endpoint: &'a Endpoint| serving(state, endpoint, port);
+    let mut all = match source.filter(|_| prefers(state)) {
+        Some(source) => nearest(state, source, serves),
+        None => state.endpoints.iter().filter_map(serves).collect(),
+    };
+    all.retain(|(endpoint, _)| endpoint.workload.capacity > 0);
+    all
+}
+
+/// Whether some endpoints are preferred to others.
+fn prefers(state: &ServiceState) -> bool {
+    state.service.load_balancing.mode != LoadBalancingMode::Standard
+}
+
+/// An endpoint with its target port, if it can be reached and serves `port`.
+fn serving<'a>(state: &ServiceState, endpoint: &'a Endpoint, port: u16) -> Option<(&'a Endpoint, u16)> {
+    let target = endpoint.target_port(&state.service, port)?;
+    (!endpoint.workload.addresses.is_empty()).then_some((endpoint, target))
+}
+
+/// The endpoints that match most of what the service prefers, from the viewpoint of `source`.
+fn nearest<'a>(
+    state: &'a ServiceState,
+    source: &Workload,
+    serves: impl Fn(&'a Endpoint) -> Option<(&'a Endpoint, u16)>,
+) -> Vec<(&'a Endpoint, u16)> {
     let scopes = &state.service.load_balancing.scopes;
     let strict = state.service.load_balancing.mode == LoadBalancingMode::Strict;
     let mut best = if strict { scopes.len() } else { 0 };
@@ -47,14 +86,7 @@ pub fn pick<'a>(
             candidates.push(found);
         }
     }
-    let total: u64 = candidates.iter().map(|(endpoint, _)| u64::from(endpoint.workload.capacity)).sum();
-    let mut at = random.below(total.max(1));
-    candidates.into_iter().find(|(endpoint, _)| {
-        let capacity = u64::from(endpoint.workload.capacity);
-        let here = at < capacity;
-        at = at.saturating_sub(capacity);
-        here
-    })
+    candidates
 }
 
 fn pick_any<'a>(

@@ -16,6 +16,7 @@ mod plugin;
 mod policy;
 mod provider;
 mod request_principal;
+mod resolve;
 mod route;
 mod service;
 mod settings;
@@ -29,8 +30,8 @@ mod workload;
 
 pub use authentication::{ClaimHeader, JwtRule, KeyPlace, RequestAuthentication, TokenHeader, TokenPlaces};
 pub use authorization::{Authorization, Clause, L4Match, L4Rule, PolicyAction, Scope};
-pub use authorization::{Decision, DenyReason, L4Peer, decide};
-pub use balance::{Random, pick};
+pub use authorization::{Decision, DenyReason, L4Considered, L4Peer, consider, decide};
+pub use balance::{Random, candidates, pick};
 pub use identity::{Identity, IdentityError};
 pub use name::{Kind, ResourceKey, ResourceName};
 pub use path::normalize_path;
@@ -43,6 +44,7 @@ pub use policy::{
 };
 pub use provider::{AuthorizationProvider, CheckBody, CheckProtocol, HttpCheck};
 pub use request_principal::RequestPrincipal;
+pub use resolve::resolve;
 pub use route::{
     Backend, BackendKind, ClaimMatch, HeaderChange, HeaderChanges, HttpRoute, NameMatch, ParentRef,
     PathRewrite, PathRule, Precedence, Redirect, Rewrite, RouteFilter, RouteMatch, RouteRule, ValueMatch,

@@ -1,9 +1,11 @@
 //! The admin server: what the waypoint knows and what it did.
 
 use crate::Waypoint;
+use crate::explain::{Explanation, Place, Question, View, explain};
 use crate::plugins::Standing;
 use axum::extract::{Query, State};
-use axum::routing::get;
+use axum::http::StatusCode;
+use axum::routing::{get, post};
 use axum::{Json, Router};
 use cairn_mesh::Workload;
 use cairn_telemetry::{Denied, HttpExplanation, is_service};
@@ -14,12 +16,13 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 /// `GET /config_dump`: destinations, their filters, plugins, certificates. `GET /exchanges`: the last exchanges, newest
 /// first, and what decided each; `?status=403` and `?service=catalog.shop` choose among them. `GET /denials`: the last
-/// denials of each service, newest first; `?service=` chooses.
+/// denials of each service, newest first; `?service=` chooses. `POST /explain`: what would become of a request, and why.
 pub fn router(waypoint: Arc<Waypoint>) -> Router {
     Router::new()
         .route("/config_dump", get(config_dump))
         .route("/exchanges", get(exchanges))
         .route("/denials", get(denials))
+        .route("/explain", post(explain_request))
         .with_state(waypoint)
 }
 
@@ -73,6 +76,25 @@ impl Asked {
 async fn exchanges(State(waypoint): State<Arc<Waypoint>>, Query(asked): Query<Asked>) -> Json<Value> {
     let exchanges = waypoint.telemetry.exchanges.list();
     Json(exchanges.iter().filter(|record| asked.wants(record)).map(view).collect())
+}
+
+/// The question is answered from what the waypoint has in force, filters included; nothing is sent.
+async fn explain_request(
+    State(waypoint): State<Arc<Waypoint>>,
+    Json(question): Json<Question>,
+) -> Result<Json<Explanation>, (StatusCode, String)> {
+    let snapshot = waypoint.snapshot.load_full();
+    let place = Place {
+        gateway: waypoint.settings.gateway.clone(),
+        identity: waypoint.settings.identity.clone(),
+        address: waypoint.settings.hbone.ip(),
+        snapshot: Arc::clone(&snapshot),
+        table: waypoint.table.load_full(),
+    };
+    let ours = |workload: &Workload| (workload.identity == place.identity).then_some(&place);
+    // The policies of ztunnels are not sent to waypoints.
+    let view = View { snapshot: &snapshot, knows_l4: false, waypoint: &ours };
+    explain(&view, &question).map(Json).map_err(|error| (StatusCode::BAD_REQUEST, error.to_string()))
 }
 
 async fn denials(State(waypoint): State<Arc<Waypoint>>, Query(asked): Query<Asked>) -> Json<Value> {

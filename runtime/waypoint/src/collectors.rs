@@ -25,6 +25,7 @@ impl Collectors {
             port: 0,
             protocol: AppProtocol::Unknown,
             normalization: PathNormalization::None,
+            explain_to: Arc::default(),
             viewpoint: None,
             observer: None,
         };

@@ -6,6 +6,7 @@
 mod accept;
 mod admin;
 mod collectors;
+mod explain;
 mod keys;
 mod objects;
 mod observers;
@@ -14,6 +15,7 @@ mod scope;
 mod settings;
 mod sites;
 
+pub use explain::{Answer, Explanation, Line, Place, Question, Step, Unanswerable, View, explain, offline};
 pub use objects::{BROKEN, OBJECT_TYPES};
 pub use settings::{BalancerKind, Options, Settings};
 
@@ -185,6 +187,7 @@ fn keyring(settings: &Settings, engine: Arc<Worker>) -> Keyring {
         port: 0,
         protocol: AppProtocol::Unknown,
         normalization: PathNormalization::default(),
+        explain_to: Arc::default(),
         viewpoint: None,
         observer: None,
     };

@@ -81,6 +81,15 @@ pub struct Finished {
 
 type Modules = Mutex<HashMap<String, Arc<Module>>>;
 
+/// Where sites find plugins.
+pub trait PluginSource {
+    /// Makes the plugins be `wanted`: new ones and new versions start to load, others are forgotten.
+    fn want(&mut self, wanted: &mut dyn Iterator<Item = &Arc<WasmPlugin>>);
+
+    /// How a plugin stands.
+    fn standing(&self, name: &ResourceName) -> Standing;
+}
+
 /// The plugins of this waypoint, by name.
 pub struct Plugins {
     engine: Arc<Engine>,
@@ -94,28 +103,6 @@ impl Plugins {
     pub fn new(engine: Arc<Engine>) -> (Self, mpsc::Receiver<Finished>) {
         let (finished, receiver) = mpsc::channel(FINISHED_MAX);
         (Self { engine, modules: Arc::default(), plugins: HashMap::new(), finished }, receiver)
-    }
-
-    /// Makes the plugins be `wanted`: new ones and new versions start to load, others are forgotten.
-    pub fn want<'a>(&mut self, wanted: impl Iterator<Item = &'a Arc<WasmPlugin>>) {
-        let wanted: HashMap<&ResourceName, &Arc<WasmPlugin>> =
-            wanted.map(|plugin| (&plugin.name, plugin)).collect();
-        self.plugins.retain(|name, _| wanted.contains_key(name));
-        for (name, spec) in wanted {
-            let known = self.plugins.get_mut(name);
-            if known.as_ref().is_some_and(|known| known.wanted == *spec) {
-                continue;
-            }
-            let standing = known.map_or(Standing::Loading, |known| known.standing.clone());
-            let standing = if let Standing::Failed(_) = standing { Standing::Loading } else { standing };
-            self.plugins.insert(name.clone(), Plugin { wanted: Arc::clone(spec), standing, loading: true });
-            self.start_load(Arc::clone(spec));
-        }
-    }
-
-    /// How a plugin stands.
-    pub fn standing(&self, name: &ResourceName) -> Standing {
-        self.plugins.get(name).map_or(Standing::Loading, |plugin| plugin.standing.clone())
     }
 
     /// Whether every plugin has been tried.
@@ -164,6 +151,28 @@ impl Plugins {
             // Nobody listens any more when the waypoint is ending.
             let _ending = finished.blocking_send(Finished { spec, result });
         });
+    }
+}
+
+impl PluginSource for Plugins {
+    fn want(&mut self, wanted: &mut dyn Iterator<Item = &Arc<WasmPlugin>>) {
+        let wanted: HashMap<&ResourceName, &Arc<WasmPlugin>> =
+            wanted.map(|plugin| (&plugin.name, plugin)).collect();
+        self.plugins.retain(|name, _| wanted.contains_key(name));
+        for (name, spec) in wanted {
+            let known = self.plugins.get_mut(name);
+            if known.as_ref().is_some_and(|known| known.wanted == *spec) {
+                continue;
+            }
+            let standing = known.map_or(Standing::Loading, |known| known.standing.clone());
+            let standing = if let Standing::Failed(_) = standing { Standing::Loading } else { standing };
+            self.plugins.insert(name.clone(), Plugin { wanted: Arc::clone(spec), standing, loading: true });
+            self.start_load(Arc::clone(spec));
+        }
+    }
+
+    fn standing(&self, name: &ResourceName) -> Standing {
+        self.plugins.get(name).map_or(Standing::Loading, |plugin| plugin.standing.clone())
     }
 }
 

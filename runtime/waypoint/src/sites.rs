@@ -5,7 +5,7 @@
 
 use crate::keys::Keyring;
 use crate::observers::Observers;
-use crate::plugins::{Plugins, Standing};
+use crate::plugins::{PluginSource, Standing};
 use crate::scope::{Addressed, Own};
 use arc_swap::ArcSwap;
 use cairn_filter::{Chain, Position, Slot, sort_factories};
@@ -115,7 +115,8 @@ fn same_all<T: PartialEq>(a: &[Arc<T>], b: &[Arc<T>]) -> bool {
 pub struct Sites {
     own: Own,
     keyring: Arc<Keyring>,
-    observers: Observers,
+    /// `None`: nothing is observed, for there is no traffic.
+    observers: Option<Observers>,
     known: HashMap<Key, (Parts, SiteHandle)>,
     /// Destinations that are no longer ours, while connections to them are open: what they still send is refused, and
     /// should the destination come back, they find its new site.
@@ -125,13 +126,18 @@ pub struct Sites {
 impl Sites {
     /// None yet.
     pub fn new(own: Own, keyring: Arc<Keyring>, observers: Observers) -> Self {
-        Self { own, keyring, observers, known: HashMap::new(), left: HashMap::new() }
+        Self { observers: Some(observers), ..Self::unobserved(own, keyring) }
+    }
+
+    /// None yet, for traffic that is only told about.
+    pub fn unobserved(own: Own, keyring: Arc<Keyring>) -> Self {
+        Self { own, keyring, observers: None, known: HashMap::new(), left: HashMap::new() }
     }
 
     /// Compiles what changed and returns the table of all. `plugins` starts to load what is new.
-    pub fn update(&mut self, snapshot: &Snapshot, plugins: &mut Plugins) -> Table {
+    pub fn update(&mut self, snapshot: &Snapshot, plugins: &mut dyn PluginSource) -> Table {
         let l7 = snapshot.l7();
-        plugins.want(l7.plugins.values());
+        plugins.want(&mut l7.plugins.values());
         let mut table = Table::default();
         let mut known = std::mem::take(&mut self.known);
         for (key, parts, port, protocol) in self.wanted(snapshot, plugins) {
@@ -166,7 +172,7 @@ impl Sites {
     }
 
     /// The destinations that are ours, with what each is made of.
-    fn wanted(&self, snapshot: &Snapshot, plugins: &Plugins) -> Vec<(Key, Parts, u16, AppProtocol)> {
+    fn wanted(&self, snapshot: &Snapshot, plugins: &dyn PluginSource) -> Vec<(Key, Parts, u16, AppProtocol)> {
         let mut wanted = Vec::new();
         for state in snapshot.services() {
             let service = &state.service;
@@ -197,7 +203,13 @@ impl Sites {
         wanted
     }
 
-    fn parts(&self, snapshot: &Snapshot, plugins: &Plugins, addressed: Addressed<'_>, port: u16) -> Parts {
+    fn parts(
+        &self,
+        snapshot: &Snapshot,
+        plugins: &dyn PluginSource,
+        addressed: Addressed<'_>,
+        port: u16,
+    ) -> Parts {
         let (l7, settings) = (snapshot.l7(), snapshot.settings());
         let root = &settings.root_namespace;
         let own = NetworkAddress { network: "".into(), address: self.own.address };
@@ -228,7 +240,8 @@ impl Sites {
 
 impl Sites {
     fn compile(&mut self, parts: &Parts, port: u16, protocol: AppProtocol) -> Site {
-        Site { observer: self.observers.of(&parts.telemetry), ..compile(parts, port, protocol) }
+        let observer = self.observers.as_mut().and_then(|observers| observers.of(&parts.telemetry));
+        Site { observer, ..compile(parts, port, protocol) }
     }
 }
 

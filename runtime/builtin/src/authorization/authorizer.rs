@@ -1,6 +1,8 @@
 //! The pure decision on a request: DENY before ALLOW, in two steps. A connection settles once what identity, addresses
 //! and ports decide; its requests look only at what is left.
 
+mod explain;
+
 use super::check::ConnectionFacts;
 use super::index::Index;
 use super::request::Asked;

@@ -1,4 +1,4 @@
-//! Providers: services of MeshConfig that policies and telemetry refer to by name.
+//! Providers: services of MeshConfig that policies refer to by name.
 
 use super::{Remark, Survey, elements};
 use crate::decode::mesh_config;
@@ -6,11 +6,7 @@ use crate::diagnostic::Severity;
 use crate::field::FieldPath;
 use crate::object::Object;
 use crate::reader::Findings;
-use serde_json::Value;
 use std::collections::BTreeSet;
-
-/// Providers that every mesh has (Istio's default MeshConfig).
-const BUILT_IN: [&str; 3] = ["prometheus", "stackdriver", "envoy"];
 
 /// The most providers that a fix names.
 const NAMED_MAX: usize = 8;
@@ -38,40 +34,20 @@ fn known(survey: &Survey<'_>) -> BTreeSet<String> {
         .collect()
 }
 
-/// Where an object refers to providers.
-fn references(object: &Object) -> Vec<(FieldPath, String)> {
-    let spec = FieldPath::of(&["spec"]);
-    let name = |(at, provider): (FieldPath, &Value)| {
-        Some((at.key("name"), provider.get("name")?.as_str()?.to_owned()))
-    };
-    if object.kind == "AuthorizationPolicy" {
-        let provider = object.spec.get("provider").map(|provider| (spec.key("provider"), provider));
-        return provider.and_then(name).into_iter().collect();
-    }
-    let sections = ["metrics", "tracing", "accessLogging"].iter();
-    let sections = sections.flat_map(|section| elements(&object.spec, section, &spec));
-    sections.flat_map(|(at, section)| elements(section, "providers", &at)).filter_map(name).collect()
+/// Where a policy refers to its provider, and as what.
+fn reference(policy: &Object) -> Option<(FieldPath, String)> {
+    let name = policy.spec.get("provider")?.get("name")?.as_str()?;
+    Some((FieldPath::of(&["spec", "provider", "name"]), name.to_owned()))
 }
 
+/// Policies whose provider is not there. (Of Telemetry that is said where it is read.)
 fn missing(survey: &mut Survey<'_>, known: &BTreeSet<String>) {
     let policies = survey.policies.iter().map(|written| written.object);
-    let telemetry = survey.of("telemetry.istio.io", "Telemetry");
-    let mut remarks = Vec::new();
-    for object in policies.chain(telemetry) {
-        let is_custom = object.kind == "AuthorizationPolicy";
-        for (at, name) in references(object) {
-            let is_built_in = !is_custom && BUILT_IN.contains(&&*name);
-            if !known.contains(&name) && !is_built_in {
-                remarks.push((object, at, name, is_custom));
-            }
-        }
-    }
-    for (object, at, name, is_custom) in remarks {
-        let consequence = match is_custom {
-            true => "the requests it matches are refused",
-            false => "it has no effect there",
-        };
-        let reason = format!("MeshConfig has no extensionProvider `{name}`: {consequence}");
+    let referring = policies.filter_map(|object| Some((object, reference(object)?)));
+    let missing: Vec<_> = referring.filter(|(_, (_, name))| !known.contains(name)).collect();
+    for (object, (at, name)) in missing {
+        let reason =
+            format!("MeshConfig has no extensionProvider `{name}`: the requests it matches are refused");
         let fix = match known.is_empty() {
             true => format!("add `{name}` to extensionProviders in the ConfigMap istio-system/istio"),
             false => {
@@ -91,8 +67,7 @@ fn missing(survey: &mut Survey<'_>, known: &BTreeSet<String>) {
 fn clashes(survey: &mut Survey<'_>) {
     let mut used: Vec<(&Object, FieldPath, String)> = Vec::new();
     for written in &survey.policies {
-        let references = references(written.object);
-        used.extend(references.into_iter().map(|(at, name)| (written.object, at, name)));
+        used.extend(reference(written.object).map(|(at, name)| (written.object, at, name)));
     }
     let mut remarks = Vec::new();
     for (object, at, name) in &used {

@@ -1,6 +1,7 @@
 //! Tests of sites: whose traffic is ours, what each is made of, and what happens while a plugin is not there.
 
 use super::*;
+use crate::plugins::Plugins;
 use cairn_builtin::TokenCache;
 use cairn_filter::NoCallout;
 use cairn_mesh::{
