@@ -408,3 +408,34 @@ proptest! {
         prop_assert!(store.endpoints.is_empty() && store.deferred.is_empty());
     }
 }
+
+#[test]
+fn an_authentication_and_what_stands_in_its_place_replace_each_other() {
+    let name = name("ns/a");
+    let key = ResourceKey { kind: Kind::RequestAuthentication, name: name.clone() };
+    let good = || {
+        let name = name.clone();
+        Change::RequestAuthentication(crate::RequestAuthentication {
+            name,
+            targets: Vec::new(),
+            rules: Vec::new(),
+        })
+    };
+    let broken = Unenforceable {
+        what: "RequestAuthentication ns/a".into(),
+        targets: Vec::new(),
+        namespace: "ns".into(),
+        reason: "it cannot be read".into(),
+    };
+    let mut store = Store::new();
+    for (change, counts) in [
+        (good(), (1, 0)),
+        (Change::Unenforceable(key.clone(), broken), (0, 1)),
+        (good(), (1, 0)),
+        (Change::L7Removed(key), (0, 0)),
+    ] {
+        store.apply([change]);
+        let l7 = store.current().l7();
+        assert_eq!((l7.authentications.len(), l7.unenforceable.len()), counts);
+    }
+}

@@ -261,8 +261,8 @@ fn may_be_asked(address: IpAddr) -> bool {
     const METADATA_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
     match address.to_canonical() {
         IpAddr::V4(v4) => {
-            !(v4.is_link_local() || v4.is_unspecified() || v4.is_multicast() || v4.is_broadcast())
-                && !METADATA_V4.contains(&v4)
+            let is_nobodys = v4.is_unspecified() || v4.is_multicast() || v4.is_broadcast();
+            !is_nobodys && !v4.is_link_local() && !METADATA_V4.contains(&v4)
         }
         IpAddr::V6(v6) => match v6.segments() {
             // IPv4 behind NAT64 (RFC 6052 §2.1).
