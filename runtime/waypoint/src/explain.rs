@@ -93,8 +93,8 @@ pub fn explain(view: &View<'_>, question: &Question) -> Result<Explanation, Unan
     let mut trail = Trail { view, steps: Vec::new(), unless: Vec::new() };
     let captured = source.filter(|source| source.protocol == TunnelProtocol::Hbone);
     let answer = match captured {
-        Some(source) => trail.from_mesh(source, destination, question)?,
-        None => trail.from_outside(source, destination),
+        Some(source) => trail.go_by_ztunnel(source, destination, question)?,
+        None => trail.go_straight(source, destination),
     };
     let who = question.from.as_deref().unwrap_or("outside the mesh");
     Ok(Explanation {
@@ -154,7 +154,7 @@ impl Trail<'_, '_> {
     }
 
     /// A client without a ztunnel connects straight, as plain TCP.
-    fn from_outside(&mut self, source: Option<&Arc<Workload>>, destination: SocketAddr) -> Answer {
+    fn go_straight(&mut self, source: Option<&Arc<Workload>>, destination: SocketAddr) -> Answer {
         let snapshot = self.view.snapshot;
         let said = "has no ztunnel: plain TCP straight to a pod, past any waypoint";
         self.step("client", "plan", said);
@@ -174,7 +174,7 @@ impl Trail<'_, '_> {
         self.arrive(&endpoints, None, from, None)
     }
 
-    fn from_mesh(
+    fn go_by_ztunnel(
         &mut self,
         source: &Arc<Workload>,
         destination: SocketAddr,
