@@ -14,6 +14,8 @@ mod harness;
 mod issuers;
 mod jwt;
 mod netns;
+mod observe;
+mod peers;
 mod policy;
 mod rotation;
 mod servers;
