@@ -3,6 +3,7 @@
 // All of it is tests, helpers included: what does not hold ends the test.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod acceptance;
 mod client;
 mod command;
 mod connections;
