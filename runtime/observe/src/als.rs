@@ -21,6 +21,7 @@ const METHODS: [&str; 9] = ["GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "
 
 /// One entry.
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "it is boxed as a whole, once per exchange")]
 pub(crate) enum Entry {
     Http(HttpAccessLogEntry),
     Tcp(TcpAccessLogEntry),

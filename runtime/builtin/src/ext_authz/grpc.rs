@@ -82,7 +82,7 @@ pub(super) fn of_request(exchange: &Exchange, head: &RequestHead, told: &Told<'_
         path: head.path.to_string(),
         host: text(&head.authority),
         scheme: text(&head.scheme),
-        size: size,
+        size,
         protocol: exchange.protocol.as_str().to_owned(),
         body: as_text,
         raw_body,

@@ -114,7 +114,8 @@ async fn spans_go_over_grpc_in_batches() {
 
 #[tokio::test]
 async fn what_is_not_taken_is_counted() {
-    let answers: [(&str, fn() -> Result<CalloutAnswer, CalloutError>); 4] = [
+    type Answer = fn() -> Result<CalloutAnswer, CalloutError>;
+    let answers: [(&str, Answer); 4] = [
         ("an HTTP error", || answer(503, None)),
         ("a gRPC error", || answer(200, Some("14"))),
         ("no status", || answer(200, None)),

@@ -23,7 +23,8 @@ const ISTIO: &str = "[%START_TIME%] \"%REQ(:METHOD)% %REQ(X-ENVOY-ORIGINAL-PATH?
 
 #[test]
 fn istios_default_format_writes_the_default_line() {
-    let changes: [(&str, fn(&mut HttpRecord<'_>)); 3] = [
+    type Change = fn(&mut HttpRecord<'_>);
+    let changes: [(&str, Change); 3] = [
         ("an answer", |_| ()),
         ("a failure", |record| {
             (record.upstream, record.upstream_duration, record.cluster) = (None, None, "");
