@@ -6,7 +6,7 @@ demo: ## build everything and run the demo
 	@tests/setup
 	@plugins/build
 	cargo build --package cairn
-	target/debug/cairn demo --plugins target/plugins
+	target/debug/cairn demo --plugins target/plugins --state target/demo
 
 test: ## run all tests
 	@tests/setup
