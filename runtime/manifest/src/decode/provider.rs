@@ -169,8 +169,11 @@ fn additional(e: &Entries<'_>, findings: &mut Findings) -> Vec<(Arc<str>, Arc<st
         let Some(text) = value.text(findings) else { continue };
         let is_name = !name.is_empty()
             && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.!#$%&'*+^`|~".contains(&byte));
-        if is_name && !text.contains(|c: char| c.is_ascii_control()) {
-            headers.push((name.to_ascii_lowercase().into(), text.into()));
+        if text.replace("%%", "").contains('%') {
+            let reason = "has a `%` operator, which is not supported: write `%%` for a percent sign";
+            findings.refuse("invalid-value", &value.at, reason);
+        } else if is_name && !text.contains(|c: char| c.is_ascii_control()) {
+            headers.push((name.to_ascii_lowercase().into(), text.replace("%%", "%").into()));
         } else {
             findings.refuse("invalid-value", &value.at, "is not a header");
         }
@@ -201,7 +204,7 @@ mod tests {
              failOpen: true\n    statusOnError: \"503\"\n    includeRequestBodyInCheck: {maxRequestBytes: 10, \
              allowPartialMessage: true, packAsBytes: true}\n- name: http\n  envoyExtAuthzHttp:\n    service: \
              authz.example\n    port: 8000\n    pathPrefix: /check\n    includeRequestHeadersInCheck: [X-Team, \"x-b-*\"]\n    \
-             includeAdditionalHeadersInCheck: {X-From: mesh}\n    headersToUpstreamOnAllow: [\"*-user\"]\n    \
+             includeAdditionalHeadersInCheck: {X-From: 100%% mesh}\n    headersToUpstreamOnAllow: [\"*-user\"]\n    \
              headersToDownstreamOnDeny: [set-cookie]\n    headersToDownstreamOnAllow: [x-seen]\n- name: other\n  \
              prometheus: {}\n",
         );
@@ -223,7 +226,7 @@ mod tests {
         let check = HttpCheck {
             path_prefix: "/check".into(),
             request_headers: vec![TextMatch::Exact("x-team".into()), TextMatch::Prefix("x-b-".into())],
-            additional_headers: vec![("x-from".into(), "mesh".into())],
+            additional_headers: vec![("x-from".into(), "100% mesh".into())],
             upstream_on_allow: vec![TextMatch::Suffix("-user".into())],
             downstream_on_deny: vec![TextMatch::Exact("set-cookie".into())],
             downstream_on_allow: vec![TextMatch::Exact("x-seen".into())],
@@ -279,6 +282,11 @@ mod tests {
                 "header",
                 "envoyExtAuthzHttp: {service: a, port: 1, includeAdditionalHeadersInCheck: {\"a b\": c}}",
                 "invalid-value extensionProviders[0].envoyExtAuthzHttp.includeAdditionalHeadersInCheck[\"a b\"]",
+            ),
+            (
+                "operator",
+                "envoyExtAuthzHttp: {service: a, port: 1, includeAdditionalHeadersInCheck: {x: \"100%% %PROTOCOL%\"}}",
+                "invalid-value extensionProviders[0].envoyExtAuthzHttp.includeAdditionalHeadersInCheck.x",
             ),
         ] {
             let good = "- {name: b, envoyExtAuthzGrpc: {service: a, port: 1}}";
