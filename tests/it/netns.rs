@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 const START_MAX: Duration = Duration::from_secs(60);
 
 /// How long anything else may take.
-const SOON: Duration = Duration::from_secs(10);
+const SOON: Duration = Duration::from_secs(30);
 
 /// Where `ip netns` keeps namespaces.
 const NAMESPACES: &str = "/run/netns";
