@@ -82,7 +82,7 @@ struct GrpcProvider {
 
 impl GrpcProvider {
     async fn start(at: SocketAddr) -> Result<Option<Self>> {
-        let python = root().join("target/peers/grpc/bin/python");
+        let python = root().join("target/peers/python/bin/python");
         if !python.exists() {
             println!("skipped: no gRPC for Python in target/peers; tests/peers installs it");
             return Ok(None);
