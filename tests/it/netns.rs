@@ -21,6 +21,9 @@ const START_MAX: Duration = Duration::from_secs(60);
 /// How long anything else may take.
 const SOON: Duration = Duration::from_secs(30);
 
+/// How long one attempt at it may take: several fit in what all may take.
+const TRY_MAX: Duration = Duration::from_secs(8);
+
 /// Where `ip netns` keeps namespaces.
 const NAMESPACES: &str = "/run/netns";
 
@@ -566,10 +569,10 @@ fn cairn() -> Result<PathBuf> {
 
 fn connect_in(namespace: &Path, to: SocketAddr) -> Result<TcpStream> {
     let namespace = Namespace::open(namespace)?;
-    let connected = namespace.within(|| TcpStream::connect_timeout(&to, SOON))?;
+    let connected = namespace.within(|| TcpStream::connect_timeout(&to, TRY_MAX))?;
     let connection = connected.with_context(|| format!("cannot connect to {to}"))?;
-    connection.set_read_timeout(Some(SOON))?;
-    connection.set_write_timeout(Some(SOON))?;
+    connection.set_read_timeout(Some(TRY_MAX))?;
+    connection.set_write_timeout(Some(TRY_MAX))?;
     Ok(connection)
 }
 

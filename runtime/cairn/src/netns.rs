@@ -161,6 +161,10 @@ impl Network {
              route add {address}/32 dev {outer} src {gateway}\n"
         );
         feed("ip", &["-batch", "-"], Some(&self.node()?), &wire)?;
+        // Redirection comes before the network: a connection begun without it would never be given one.
+        if pod.redirected {
+            feed("nft", &["-f", "-"], Some(&namespace), REDIRECTION)?;
+        }
         let mut inside = format!(
             "link set lo up\n\
              addr add {address}/32 dev eth0\n\
@@ -172,9 +176,6 @@ impl Network {
             inside.push_str(REPLIES);
         }
         feed("ip", &["-batch", "-"], Some(&namespace), &inside)?;
-        if pod.redirected {
-            feed("nft", &["-f", "-"], Some(&namespace), REDIRECTION)?;
-        }
         let link = self.links.join(key);
         // A link that an earlier run left would be in the way.
         let _gone = std::fs::remove_file(&link);
