@@ -6,7 +6,13 @@ use std::path::Path;
 
 type Target = fn(&[u8]);
 
-const TARGETS: [(&str, Target); 3] = [("policy", fuzz::policy), ("path", fuzz::path), ("jwt", fuzz::jwt)];
+const TARGETS: [(&str, Target); 5] = [
+    ("policy", fuzz::policy),
+    ("path", fuzz::path),
+    ("jwt", fuzz::jwt),
+    ("format", fuzz::format),
+    ("cel", fuzz::cel),
+];
 
 /// Seeds are cut at so many places, evenly.
 const CUTS: usize = 16;

@@ -1,10 +1,15 @@
 //! What each fuzz target does with its bytes, and what must hold. The seeds go through the same functions in an
 //! ordinary test, `tests/differential/seeds.rs`, so that they never rot.
 
+mod cel;
+mod exchange;
+mod format;
 mod jwt;
 mod path;
 mod policy;
 
+pub use cel::cel;
+pub use format::format;
 pub use jwt::jwt;
 pub use path::path;
 pub use policy::policy;
