@@ -1,11 +1,12 @@
-//! The guest side of proxy-wasm for plugin authors: a thin, typed layer on the official `proxy-wasm` crate.
+//! The guest side of proxy-wasm for plugin authors.
 //!
-//! A plugin is a type that implements [`Plugin`]: it is made of its configuration and handles the headers of requests
-//! and responses. [`plugin!`] exports it. The module speaks ABI 0.2.1 and nothing more, so it runs in every proxy-wasm
-//! host. Handlers see [`Request`] and [`Response`], which stand on a [`Host`]: the proxy when compiled to Wasm, memory in
-//! [`testing`], so that `cargo test` runs the logic natively.
+//! A plugin is a type that implements [`Plugin`]: it is made of its typed configuration and handles what it overrides of
+//! requests, responses, their bodies and trailers, ticks and ends. [`macro@plugin`] on the `impl` block exports just that, so a
+//! proxy skips all callbacks that the plugin has no use for. Modules speak ABI 0.2.1 and nothing more, so they run in every
+//! proxy-wasm host. [`testing`] is a proxy made of memory: `cargo test` runs the same plugin natively.
 //!
 //! ```
+//! use cairn_sdk::testing::{Proxy, TestRequest};
 //! use cairn_sdk::{Flow, Plugin, Reply, Request, Response};
 //!
 //! #[derive(serde::Deserialize)]
@@ -17,6 +18,7 @@
 //!     team: String,
 //! }
 //!
+//! #[cairn_sdk::plugin]
 //! impl Plugin for Teams {
 //!     type Config = Config;
 //!     type Exchange = ();
@@ -25,92 +27,75 @@
 //!         Ok(Self { team: config.team })
 //!     }
 //!
-//!     fn on_request(&self, request: &mut Request<'_>, _: &mut ()) -> Flow {
+//!     fn on_request(&self, request: Request, _: &mut ()) -> Flow {
 //!         if request.header("x-team").as_deref() != Some(self.team.as_bytes()) {
-//!             return Flow::Reply(Reply::text(403, "not your team"));
+//!             return Reply::text(403, "not your team").into();
 //!         }
 //!         Flow::Continue
 //!     }
 //!
-//!     fn on_response(&self, response: &mut Response<'_>, _: &mut ()) -> Flow {
-//!         response.set_header("x-team", self.team.as_bytes());
+//!     fn on_response(&self, response: Response, _: &mut ()) -> Flow {
+//!         response.set_header("x-team", &self.team);
 //!         Flow::Continue
 //!     }
 //! }
 //!
-//! cairn_sdk::plugin!(Teams);
-//!
-//! # fn main() {
-//! let plugin = cairn_sdk::testing::configure::<Teams>(r#"{"team": "blue"}"#).unwrap();
-//! let mut exchange = cairn_sdk::testing::TestExchange::new("GET", "/").with_header("x-team", "red");
-//! assert_eq!(exchange.request(&plugin), Flow::Reply(Reply::text(403, "not your team")));
-//! # }
+//! let mut proxy = Proxy::<Teams>::new(r#"{"team": "blue"}"#).unwrap();
+//! assert_eq!(proxy.send(TestRequest::get("/").header("x-team", "red")).status, 403);
+//! let outcome = proxy.send(TestRequest::get("/").header("x-team", "blue"));
+//! assert_eq!((outcome.status, outcome.header("x-team")), (200, Some("blue".to_owned())));
 //! ```
+//!
+//! Each feature has an example of its own: whole bodies at [`Plugin::on_request_body`], chunks at
+//! [`Plugin::on_request_chunk`], trailers at [`Trailers`], callouts that are awaited at [`Call`] and [`GrpcCall`], timers at
+//! [`sleep`] and [`tick_every`], shared data at [`shared`], metrics at [`Counter`], what the proxy knows at [`Properties`],
+//! replies at [`Reply`], work beside exchanges at [`spawn`].
 
+// The attribute names the crate as plugins see it.
+extern crate self as cairn_sdk;
+
+mod abi;
+mod call;
 mod config;
-#[cfg(target_arch = "wasm32")]
-#[doc(hidden)]
-pub mod guest;
-mod host;
+mod export;
+mod grpc;
+mod logger;
+mod metrics;
+mod plugin;
 mod properties;
 mod reply;
+#[doc(hidden)]
+pub mod runtime;
+pub mod shared;
+#[cfg(target_arch = "wasm32")]
+#[path = "sys/wasm.rs"]
+#[doc(hidden)]
+pub mod sys;
+#[cfg(not(target_arch = "wasm32"))]
+mod sys;
+mod task;
+#[cfg(not(target_arch = "wasm32"))]
 pub mod testing;
+mod timer;
 mod view;
 
-pub use host::{Host, Side};
+pub use abi::HostError;
+pub use cairn_sdk_macros::plugin;
+pub use call::{Answer, Call, CallError};
+pub use grpc::{GrpcCall, GrpcError};
 pub use log;
+pub use metrics::{Counter, Gauge, Histogram};
+pub use plugin::{Flow, Plugin};
 pub use properties::{Properties, Workload};
 pub use reply::Reply;
-pub use view::{Request, Response};
+pub use task::{join, spawn};
+pub use timer::{Elapsed, now, sleep, tick_every, timeout};
+pub use view::{Body, Chunk, Request, Response, Trailers};
 
-#[cfg(target_arch = "wasm32")]
-#[doc(hidden)]
-pub use proxy_wasm;
-
-/// What a handler decides.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[must_use]
-pub enum Flow {
-    /// The exchange goes on.
-    Continue,
-    /// The proxy answers this in place of the upstream.
-    Reply(Reply),
-}
-
-/// A plugin: the logic of one configuration, shared by all exchanges.
-pub trait Plugin: Sized + 'static {
-    /// The configuration, `pluginConfig` of the WasmPlugin. Give its type `deny_unknown_fields` to find typing errors.
-    type Config: serde::de::DeserializeOwned;
-
-    /// What is remembered of an exchange between its phases; `()` for nothing.
-    type Exchange: Default + 'static;
-
-    /// Makes the plugin of its configuration. An empty configuration is read as `{}`.
-    ///
-    /// # Errors
-    /// When it makes no sense. The text goes to the proxy's log and the plugin is refused.
-    fn configure(config: Self::Config) -> Result<Self, String>;
-
-    /// A request's headers are here.
-    fn on_request(&self, request: &mut Request<'_>, exchange: &mut Self::Exchange) -> Flow {
-        let _ = (request, exchange);
-        Flow::Continue
-    }
-
-    /// A response's headers are here.
-    fn on_response(&self, response: &mut Response<'_>, exchange: &mut Self::Exchange) -> Flow {
-        let _ = (response, exchange);
-        Flow::Continue
-    }
-}
-
-/// Exports a [`Plugin`] from a `cdylib`. Does nothing when not compiled to Wasm.
-#[macro_export]
-macro_rules! plugin {
-    ($plugin:ty) => {
-        #[cfg(target_arch = "wasm32")]
-        const _: () = {
-            $crate::proxy_wasm::main! {{ $crate::guest::register::<$plugin>(); }}
-        };
-    };
+/// Calls a foreign function of the proxy by name, such as Envoy's `compress`.
+///
+/// # Errors
+/// [`HostError::NotFound`] where the proxy does not have it.
+pub fn call_foreign(name: &str, argument: &[u8]) -> Result<Vec<u8>, HostError> {
+    sys::call_foreign(name, argument)
 }

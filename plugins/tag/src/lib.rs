@@ -15,7 +15,7 @@ mod template;
 
 use cairn_sdk::{Flow, Plugin, Reply, Request, Response, log};
 use serde::Deserialize;
-use template::{Template, Values};
+use template::Template;
 
 /// The configuration.
 #[derive(Debug, Deserialize)]
@@ -60,6 +60,7 @@ pub struct Tagger {
     require: Vec<Requirement>,
 }
 
+#[cairn_sdk::plugin]
 impl Plugin for Tagger {
     type Config = Config;
     type Exchange = ();
@@ -73,32 +74,29 @@ impl Plugin for Tagger {
         })
     }
 
-    fn on_request(&self, request: &mut Request<'_>, (): &mut ()) -> Flow {
+    fn on_request(&self, request: Request, (): &mut ()) -> Flow {
         for required in &self.require {
             if request.header(&required.header).is_none_or(|value| value.is_empty()) {
                 log::debug!("refused a request without {}", required.header);
-                return Flow::Reply(Reply::text(required.status, required.body.clone()));
+                return Reply::text(required.status, required.body.clone()).into();
             }
         }
-        let tags: Vec<_> =
-            self.request.iter().map(|(_, value)| value.render(&Values::request(request))).collect();
+        let known = request.properties();
+        let tags: Vec<_> = self.request.iter().map(|(_, value)| value.render(known)).collect();
         for ((header, _), value) in self.request.iter().zip(tags) {
             request.set_header(header, value);
         }
         Flow::Continue
     }
 
-    fn on_response(&self, response: &mut Response<'_>, (): &mut ()) -> Flow {
-        let tags: Vec<_> =
-            self.response.iter().map(|(_, value)| value.render(&Values::response(response))).collect();
-        for ((header, _), value) in self.response.iter().zip(tags) {
-            response.set_header(header, value);
+    fn on_response(&self, response: Response, (): &mut ()) -> Flow {
+        let known = response.properties();
+        for (header, value) in &self.response {
+            response.set_header(header, value.render(known));
         }
         Flow::Continue
     }
 }
-
-cairn_sdk::plugin!(Tagger);
 
 fn tags(side: &str, tags: Vec<Tag>) -> Result<Vec<(String, Template)>, String> {
     let parse = |(index, tag): (usize, Tag)| {
@@ -130,43 +128,46 @@ fn header_name(name: &str) -> Result<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use cairn_sdk::testing::{TestExchange, configure};
+    use cairn_sdk::testing::{Proxy, TestRequest, TestResponse};
 
-    fn from_web() -> TestExchange {
-        TestExchange::new("GET", "/items?x=1")
-            .with_property(
-                &["connection", "uri_san_peer_certificate"],
-                "spiffe://cluster.local/ns/shop/sa/web",
-            )
-            .with_property(&["filter_state", "downstream_peer", "workload"], "web")
-            .with_property(&["filter_state", "downstream_peer", "namespace"], "shop")
+    fn from_web(config: &str) -> Proxy<Tagger> {
+        let mut proxy = Proxy::new(config).unwrap();
+        proxy.property(&["connection", "uri_san_peer_certificate"], "spiffe://cluster.local/ns/shop/sa/web");
+        proxy.property(&["filter_state", "downstream_peer", "workload"], "web");
+        proxy.property(&["filter_state", "downstream_peer", "namespace"], "shop");
+        proxy
     }
 
     #[test]
     fn tags_replace_what_was_sent() {
-        let config = r#"{
+        let mut proxy = from_web(
+            r#"{
             "request": [{"header": "X-Client", "value": "{source.workload}.{source.namespace} as {source.principal}"}],
             "response": [{"header": "x-served-by", "value": "{upstream.workload}"}]
-        }"#;
-        let plugin = configure::<Tagger>(config).unwrap();
-        let mut exchange = from_web().with_header("x-client", "forged").with_header("x-client", "twice");
-        assert_eq!(exchange.request(&plugin), Flow::Continue);
-        assert_eq!(exchange.request_header("x-client"), ["web.shop as cluster.local/ns/shop/sa/web"]);
-        assert_eq!(exchange.response(&plugin, 200, &[("x-served-by", "forged")]), Flow::Continue);
-        assert_eq!(exchange.response_header("x-served-by"), ["unknown"], "no upstream was chosen");
+        }"#,
+        );
+        proxy.upstream(|_| TestResponse::new(200).header("x-served-by", "forged"));
+        let request = TestRequest::get("/items?x=1").header("x-client", "forged").header("x-client", "twice");
+        let outcome = proxy.send(request);
+        assert_eq!(outcome.header_values("x-served-by"), ["unknown"], "no upstream was chosen");
+        let tagged = outcome.upstream.unwrap().header_values("x-client");
+        assert_eq!(tagged, ["web.shop as cluster.local/ns/shop/sa/web"]);
     }
 
     #[test]
     fn requests_without_a_required_header_are_refused() {
-        let config = r#"{"require": [{"header": "x-team", "status": 403, "body": "whose?"}],
-                         "request": [{"header": "x-seen", "value": "yes"}]}"#;
-        let plugin = configure::<Tagger>(config).unwrap();
-        let refusal = Flow::Reply(Reply::text(403, "whose?"));
-        let mut exchange = from_web();
-        assert_eq!(exchange.request(&plugin), refusal);
-        assert!(exchange.request_header("x-seen").is_empty());
-        assert_eq!(from_web().with_header("x-team", "").request(&plugin), refusal);
-        assert_eq!(from_web().with_header("x-team", "blue").request(&plugin), Flow::Continue);
+        let mut proxy = from_web(
+            r#"{"require": [{"header": "x-team", "status": 403, "body": "whose?"}],
+                "request": [{"header": "x-seen", "value": "yes"}]}"#,
+        );
+        let request = || TestRequest::get("/items");
+        for refused in [request(), request().header("x-team", "")] {
+            let outcome = proxy.send(refused);
+            assert_eq!((outcome.status, outcome.text()), (403, "whose?".to_owned()));
+            assert!(outcome.upstream.is_none());
+        }
+        let upstream = proxy.send(request().header("x-team", "blue")).upstream.unwrap();
+        assert_eq!(upstream.header("x-seen").as_deref(), Some("yes"));
     }
 
     #[test]
@@ -186,9 +187,9 @@ mod tests {
             (r#"{"requests": []}"#, "requests: unknown field"),
         ];
         for (json, error) in cases {
-            let found = configure::<Tagger>(json).err().unwrap_or_default();
+            let found = Proxy::<Tagger>::new(json).err().unwrap_or_default();
             assert!(found.starts_with(&format!("configuration: {error}")), "{json}: {found}");
         }
-        assert!(configure::<Tagger>("").is_ok());
+        assert!(Proxy::<Tagger>::new("").is_ok());
     }
 }

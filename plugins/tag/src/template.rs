@@ -5,7 +5,7 @@
 //! upstream's, `request.id`, `request.method` and `request.path` the request. What the proxy does not know becomes
 //! `unknown`.
 
-use cairn_sdk::{Properties, Request, Response};
+use cairn_sdk::Properties;
 
 /// A parsed template.
 #[derive(Debug)]
@@ -50,35 +50,21 @@ const NAMES: [(&str, Name); 12] = [
     ("request.path", Name::RequestPath),
 ];
 
-/// Where the values of names come from.
-pub(crate) struct Values<'a> {
-    properties: Properties<'a>,
-}
-
-impl<'a> Values<'a> {
-    pub(crate) fn request(request: &'a Request<'_>) -> Self {
-        Self { properties: request.properties() }
-    }
-
-    pub(crate) fn response(response: &'a Response<'_>) -> Self {
-        Self { properties: response.properties() }
-    }
-
-    fn get(&self, name: Name) -> Option<String> {
-        let properties = self.properties;
-        match name {
-            Name::SourcePrincipal => properties.source_principal(),
-            Name::SourceWorkload => properties.source_workload().map(|workload| workload.workload),
-            Name::SourceNamespace => properties.source_workload().map(|workload| workload.namespace),
-            Name::SourceAddress => properties.source_address().map(|address| address.to_string()),
-            Name::UpstreamWorkload => properties.upstream_workload().map(|workload| workload.workload),
-            Name::UpstreamNamespace => properties.upstream_workload().map(|workload| workload.namespace),
-            Name::UpstreamPod => properties.upstream_workload().map(|workload| workload.name),
-            Name::Route => properties.route(),
-            Name::Cluster => properties.cluster(),
-            Name::RequestId => properties.request_id(),
-            Name::RequestMethod => properties.text(&["request", "method"]),
-            Name::RequestPath => properties.text(&["request", "path"]),
+impl Name {
+    fn value(self, properties: Properties) -> Option<String> {
+        match self {
+            Self::SourcePrincipal => properties.source_principal(),
+            Self::SourceWorkload => properties.source_workload().map(|workload| workload.workload),
+            Self::SourceNamespace => properties.source_workload().map(|workload| workload.namespace),
+            Self::SourceAddress => properties.source_address().map(|address| address.to_string()),
+            Self::UpstreamWorkload => properties.upstream_workload().map(|workload| workload.workload),
+            Self::UpstreamNamespace => properties.upstream_workload().map(|workload| workload.namespace),
+            Self::UpstreamPod => properties.upstream_workload().map(|workload| workload.name),
+            Self::Route => properties.route(),
+            Self::Cluster => properties.cluster(),
+            Self::RequestId => properties.request_id(),
+            Self::RequestMethod => properties.text(&["request", "method"]),
+            Self::RequestPath => properties.text(&["request", "path"]),
         }
     }
 }
@@ -109,12 +95,12 @@ impl Template {
     }
 
     /// The text with values in place of names.
-    pub(crate) fn render(&self, values: &Values<'_>) -> String {
+    pub(crate) fn render(&self, known: Properties) -> String {
         let mut text = String::new();
         for part in &self.parts {
             match part {
                 Part::Text(part) => text.push_str(part),
-                Part::Name(name) => text.push_str(values.get(*name).as_deref().unwrap_or("unknown")),
+                Part::Name(name) => text.push_str(name.value(known).as_deref().unwrap_or("unknown")),
             }
         }
         text
@@ -136,11 +122,28 @@ fn names() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use cairn_sdk::testing::TestExchange;
+    use cairn_sdk::testing::{Proxy, TestRequest};
+    use cairn_sdk::{Flow, Plugin, Request};
 
-    #[test]
-    fn every_name_has_a_value() {
-        let mut exchange = TestExchange::<()>::new("GET", "/");
+    /// A plugin that renders its configuration.
+    struct Render(Template);
+
+    impl Plugin for Render {
+        type Config = String;
+        type Exchange = ();
+
+        fn configure(template: String) -> Result<Self, String> {
+            Template::parse(&template).map(Self)
+        }
+
+        fn on_request(&self, request: Request, (): &mut ()) -> Flow {
+            request.set_header("x-rendered", self.0.render(request.properties()));
+            Flow::Continue
+        }
+    }
+
+    fn render(template: &str) -> String {
+        let mut proxy = Proxy::<Render>::new(&format!("{template:?}")).unwrap();
         for path in [
             &["connection", "uri_san_peer_certificate"][..],
             &["xds", "route_name"],
@@ -154,15 +157,19 @@ mod tests {
             &["filter_state", "upstream_peer", "namespace"],
             &["filter_state", "upstream_peer", "name"],
         ] {
-            exchange = exchange.with_property(path, "spiffe://some");
+            proxy.property(path, "spiffe://some");
         }
-        exchange = exchange.with_property(&["source", "address"], "127.0.0.1:80");
-        let request = Request::new(&mut exchange);
+        proxy.property(&["source", "address"], "127.0.0.1:80");
+        let outcome = proxy.send(TestRequest::get("/"));
+        outcome.upstream.and_then(|upstream| upstream.header("x-rendered")).unwrap_or_default()
+    }
+
+    #[test]
+    fn every_name_has_a_value() {
         for (name, _) in NAMES {
-            let template = Template::parse(&format!("{{{name}}}")).unwrap();
-            assert_ne!(template.render(&Values::request(&request)), "unknown", "{name}");
+            let rendered = render(&format!("{{{name}}}"));
+            assert!(!rendered.is_empty() && rendered != "unknown", "{name}");
         }
-        let braces = Template::parse("a{{b}{{{route}").unwrap();
-        assert_eq!(braces.render(&Values::request(&request)), "a{b}{spiffe://some");
+        assert_eq!(render("a{{b}{{{route}"), "a{b}{spiffe://some");
     }
 }
