@@ -17,10 +17,12 @@ pub fn initialize() {
 
 /// The plugin of each root context, and the exchanges of all.
 pub struct Runtime<P: Plugin> {
-    roots: RefCell<Vec<(u32, Option<Rc<P>>)>>,
+    roots: RefCell<Contexts<Rc<P>>>,
     /// In order of their ids, since those only grow. An exchange is taken out while its code runs.
-    exchanges: RefCell<Vec<(u32, Option<Box<Exchange<P>>>)>>,
+    exchanges: RefCell<Contexts<Box<Exchange<P>>>>,
 }
+
+type Contexts<T> = Vec<(u32, Option<T>)>;
 
 struct Exchange<P: Plugin> {
     plugin: Rc<P>,
