@@ -16,7 +16,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
 use std::future::poll_fn;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
@@ -241,7 +241,7 @@ fn keys_uri(document: &[u8]) -> Result<Uri, FetchError> {
 async fn connect(host: &str, port: u16) -> Result<tokio::net::TcpStream, FetchError> {
     let resolved = tokio::net::lookup_host((host, port)).await;
     let resolved = resolved.map_err(|source| FetchError::Resolve { host: host.to_owned(), source })?;
-    let allowed = resolved.filter(|address| may_be_asked(address.ip())).take(ADDRESSES_MAX);
+    let allowed = resolved.filter(|address| cairn_net::may_be_asked(address.ip())).take(ADDRESSES_MAX);
     let mut last = FetchError::Address(host.to_owned());
     for address in allowed {
         let address = SocketAddr::new(address.ip().to_canonical(), address.port());
@@ -251,29 +251,6 @@ async fn connect(host: &str, port: u16) -> Result<tokio::net::TcpStream, FetchEr
         }
     }
     Err(last)
-}
-
-/// Whether keys may be asked for at this address. A rule's author must not make the waypoint read what only its own
-/// machine may: link-local addresses, among them that of the cloud's metadata, and the clouds' other such addresses.
-fn may_be_asked(address: IpAddr) -> bool {
-    const METADATA_V4: [Ipv4Addr; 3] =
-        [Ipv4Addr::new(100, 100, 100, 200), Ipv4Addr::new(168, 63, 129, 16), Ipv4Addr::new(192, 0, 0, 192)];
-    const METADATA_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
-    match address.to_canonical() {
-        IpAddr::V4(v4) => {
-            let is_nobodys = v4.is_unspecified() || v4.is_multicast() || v4.is_broadcast();
-            !is_nobodys && !v4.is_link_local() && !METADATA_V4.contains(&v4)
-        }
-        IpAddr::V6(v6) => match v6.segments() {
-            // IPv4 behind NAT64 (RFC 6052 §2.1).
-            [0x64, 0xff9b, 0, 0, 0, 0, high, low] => {
-                may_be_asked(IpAddr::V4(Ipv4Addr::from(u32::from(high) << 16 | u32::from(low))))
-            }
-            _ => {
-                !(v6.is_unicast_link_local() || v6.is_unspecified() || v6.is_multicast()) && v6 != METADATA_V6
-            }
-        },
-    }
 }
 
 async fn exchange<S>(stream: S, uri: &Uri) -> Result<Bytes, FetchError>
@@ -322,32 +299,6 @@ async fn body(body: Incoming) -> Result<Bytes, FetchError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn addresses_of_the_machines_own_network_are_not_asked() {
-        for (address, may) in [
-            ("127.0.0.1", true),
-            ("10.1.2.3", true),
-            ("93.184.216.34", true),
-            ("2606:2800::1", true),
-            ("fd00::1", true),
-            ("169.254.169.254", false),
-            ("169.254.1.1", false),
-            ("::ffff:169.254.169.254", false),
-            ("64:ff9b::a9fe:a9fe", false),
-            ("64:ff9b::5db8:d822", true),
-            ("fe80::1", false),
-            ("fd00:ec2::254", false),
-            ("100.100.100.200", false),
-            ("168.63.129.16", false),
-            ("192.0.0.192", false),
-            ("0.0.0.0", false),
-            ("::", false),
-            ("224.0.0.1", false),
-        ] {
-            assert_eq!(may_be_asked(address.parse().unwrap()), may, "{address}");
-        }
-    }
 
     #[test]
     fn names_mean_services_as_in_the_cluster() {
