@@ -1,7 +1,7 @@
 //! How a filter asks another service: external authorization, keys of an issuer, calls of plugins.
 
 use bytes::Bytes;
-use http::{HeaderMap, Request, Response};
+use http::{HeaderMap, Request, Response, Version};
 use std::fmt::Debug;
 use std::future::Future;
 use std::pin::Pin;
@@ -21,6 +21,8 @@ pub struct CalloutRequest {
     pub http2: bool,
     /// What is asked. Its URI has scheme, authority and path.
     pub request: Request<Bytes>,
+    /// What follows the body. Sent over HTTP/2; HTTP/1.1 has no place for it beside a length.
+    pub trailers: HeaderMap,
     /// How long the whole answer may take.
     pub timeout: Duration,
     /// The most bytes of the answer's body.
@@ -46,9 +48,15 @@ pub enum CalloutError {
     /// It has no endpoint that can be used.
     #[error("service `{0}` has no endpoint")]
     NoEndpoint(String),
-    /// The endpoint could not be reached, or it broke off.
+    /// The endpoint could not be reached.
     #[error("the endpoint did not answer: {0}")]
     Unreachable(String),
+    /// The endpoint was reached and ended the connection or the stream before it answered.
+    #[error("the endpoint closed before it answered")]
+    Closed,
+    /// The answer began and was not whole.
+    #[error("the answer broke off: {0}")]
+    BrokenOff(String),
     /// It took too long.
     #[error("no answer within {0:?}")]
     Timeout(Duration),
@@ -65,6 +73,13 @@ pub type CalloutFuture = Pin<Box<dyn Future<Output = Result<CalloutAnswer, Callo
 pub trait Callout: Debug + Send + Sync {
     /// Asks once, without retry. The future bounds its own waiting; dropping it abandons the question.
     fn call(&self, request: CalloutRequest) -> CalloutFuture;
+
+    /// The version of HTTP that a service of the mesh speaks on this port, or `None` when there is no such service or
+    /// port. For those who must know before they ask.
+    fn version(&self, host: &str, namespace: Option<&str>, port: u16) -> Option<Version> {
+        let _ = (host, namespace, port);
+        None
+    }
 }
 
 /// A callout for where nothing can be reached: it knows no service.

@@ -5,6 +5,7 @@ use crate::record::{Ending, Record};
 use crate::upstream::Lease;
 use bytes::{Bytes, BytesMut};
 use cairn_filter::{BodyBroken, BodyFuture, BodyRead};
+use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use std::collections::VecDeque;
@@ -43,6 +44,15 @@ impl RequestBody {
     pub(crate) fn full(bytes: Bytes) -> Self {
         let frame = (!bytes.is_empty()).then(|| Frame::data(bytes));
         Self { read: frame.into_iter().collect(), incoming: None, messages: None }
+    }
+
+    /// A body made here, with trailers unless they are empty.
+    pub(crate) fn full_with_trailers(bytes: Bytes, trailers: HeaderMap) -> Self {
+        let mut body = Self::full(bytes);
+        if !trailers.is_empty() {
+            body.read.push_back(Frame::trailers(trailers));
+        }
+        body
     }
 
     /// The body, and how to follow it if there is one.

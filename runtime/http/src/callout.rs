@@ -8,7 +8,7 @@ use crate::upstream::{self, Lease};
 use crate::{Failure, SiteHandle, Worker};
 use bytes::{Bytes, BytesMut};
 use cairn_filter::{Callout, CalloutAnswer, CalloutError, CalloutFuture, CalloutRequest};
-use cairn_mesh::{ResourceName, Snapshot};
+use cairn_mesh::{AppProtocol, ResourceName, Snapshot};
 use http::header::{CONTENT_LENGTH, HOST};
 use http::{HeaderMap, HeaderValue, Request, Response, Uri, Version, request};
 use http_body::Body;
@@ -50,6 +50,18 @@ impl Callout for MeshCallout {
             tokio::time::timeout(wait, asked).await.unwrap_or(Err(CalloutError::Timeout(wait)))
         })
     }
+
+    fn version(&self, host: &str, namespace: Option<&str>, port: u16) -> Option<Version> {
+        let snapshot = self.worker.snapshot();
+        let place = Place { host: &Arc::from(host), namespace, port };
+        let key = place.service(&snapshot)?;
+        match snapshot.service(&key)?.service.port(port)?.protocol {
+            AppProtocol::Http2 | AppProtocol::Grpc => Some(Version::HTTP_2),
+            AppProtocol::Unknown | AppProtocol::Http11 | AppProtocol::Tcp | AppProtocol::Tls => {
+                Some(Version::HTTP_11)
+            }
+        }
+    }
 }
 
 /// How often a request is sent, when nothing of it left the time before: a connection that was kept may be gone.
@@ -61,8 +73,8 @@ async fn ask(
     destination: SocketAddr,
     asked: CalloutRequest,
 ) -> Result<CalloutAnswer, CalloutError> {
-    let CalloutRequest { host, namespace, port, http2, request, answer_bytes_max, .. } = asked;
-    let mut request = with_body(request, http2)?;
+    let CalloutRequest { host, namespace, port, http2, request, trailers, answer_bytes_max, .. } = asked;
+    let mut request = with_body(request, trailers, http2)?;
     let mut tried: SmallVec<[SocketAddr; 3]> = SmallVec::new();
     loop {
         let place = Place { host: &host, namespace: namespace.as_deref(), port };
@@ -72,6 +84,9 @@ async fn ask(
             Ok((response, lease)) => return answer(response, lease, answer_bytes_max).await,
             Err(upstream::Unsent { request: Some(unsent), .. }) if tried.len() < SENDS_MAX => {
                 request = unsent
+            }
+            Err(upstream::Unsent { failure: Failure::Refused | Failure::UpstreamClosed, .. }) => {
+                return Err(CalloutError::Closed);
             }
             Err(upstream::Unsent { failure, .. }) => {
                 return Err(CalloutError::Unreachable(failure.to_string()));
@@ -125,20 +140,24 @@ impl Place<'_> {
 }
 
 /// The request as the endpoint's protocol writes it.
-fn with_body(request: Request<Bytes>, http2: bool) -> Result<Request<RequestBody>, CalloutError> {
+fn with_body(
+    request: Request<Bytes>,
+    trailers: HeaderMap,
+    http2: bool,
+) -> Result<Request<RequestBody>, CalloutError> {
     let bad = |what: &str| CalloutError::Unreachable(format!("the request has no {what}"));
     let (mut parts, body) = request.into_parts();
     if http2 {
         parts.version = Version::HTTP_2;
-    } else {
-        let authority = parts.uri.authority().ok_or_else(|| bad("authority"))?;
-        let host = HeaderValue::from_str(authority.as_str()).map_err(|_| bad("authority"))?;
-        let path = parts.uri.path_and_query().cloned().ok_or_else(|| bad("path"))?;
-        parts.headers.insert(HOST, host);
-        parts.uri = Uri::from(path);
-        parts.version = Version::HTTP_11;
-        set_length(&mut parts, body.len());
+        return Ok(Request::from_parts(parts, RequestBody::full_with_trailers(body, trailers)));
     }
+    let authority = parts.uri.authority().ok_or_else(|| bad("authority"))?;
+    let host = HeaderValue::from_str(authority.as_str()).map_err(|_| bad("authority"))?;
+    let path = parts.uri.path_and_query().cloned().ok_or_else(|| bad("path"))?;
+    parts.headers.insert(HOST, host);
+    parts.uri = Uri::from(path);
+    parts.version = Version::HTTP_11;
+    set_length(&mut parts, body.len());
     Ok(Request::from_parts(parts, RequestBody::full(body)))
 }
 
@@ -157,7 +176,7 @@ async fn answer(
     let mut bytes = BytesMut::new();
     let mut trailers = HeaderMap::new();
     while let Some(frame) = poll_fn(|cx| body.as_mut().poll_frame(cx)).await {
-        let frame = frame.map_err(|error| CalloutError::Unreachable(error.to_string()))?;
+        let frame = frame.map_err(|error| CalloutError::BrokenOff(error.to_string()))?;
         match frame.into_data() {
             Ok(data) if bytes.len() + data.len() > bytes_max => return Err(CalloutError::TooLong(bytes_max)),
             Ok(data) => bytes.extend_from_slice(&data),

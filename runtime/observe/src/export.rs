@@ -233,6 +233,7 @@ fn plain(
         port: at.port,
         http2: false,
         request: request.body(body).ok()?,
+        trailers: http::HeaderMap::new(),
         timeout,
         answer_bytes_max: ANSWER_BYTES_MAX,
     })

@@ -40,6 +40,7 @@ pub(super) fn question(provider: &AuthorizationProvider, attributes: AttributeCo
         port: provider.port,
         http2: true,
         request,
+        trailers: HeaderMap::new(),
         timeout: provider.timeout,
         answer_bytes_max: ANSWER_BYTES_MAX,
     }

@@ -41,6 +41,7 @@ pub(super) fn question(
         port: provider.port,
         http2: false,
         request,
+        trailers: HeaderMap::new(),
         timeout: provider.timeout,
         answer_bytes_max: ANSWER_BYTES_MAX,
     })

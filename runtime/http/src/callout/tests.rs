@@ -23,6 +23,7 @@ fn request(host: &str, http2: bool) -> CalloutRequest {
         port: PORT,
         http2,
         request,
+        trailers: HeaderMap::new(),
         timeout: Duration::from_secs(5),
         answer_bytes_max: 1000,
     }
@@ -65,6 +66,31 @@ async fn trailers_are_kept() {
     let answer = ask_mesh(&mesh, request(HOST, true)).await.unwrap();
     assert_eq!(answer.trailers["grpc-status"], "7");
     assert_eq!(&**answer.response.body(), b"body");
+}
+
+#[tokio::test]
+async fn a_service_and_its_protocol_are_known_before_it_is_asked() {
+    let mesh = |protocol| Mesh::new(Plan { protocol, ..Plan::to(SocketAddr::from(([127, 0, 0, 1], 1))) });
+    for (protocol, version) in [
+        (AppProtocol::Unknown, Version::HTTP_11),
+        (AppProtocol::Http11, Version::HTTP_11),
+        (AppProtocol::Http2, Version::HTTP_2),
+        (AppProtocol::Grpc, Version::HTTP_2),
+    ] {
+        let mesh = mesh(protocol);
+        let destination = SocketAddr::from(([10, 96, 0, 1], PORT));
+        let callout = MeshCallout::new(Arc::clone(&mesh.worker), Arc::clone(&mesh.site), destination);
+        for (host, namespace, port, expected) in [
+            (HOST, None, PORT, Some(version)),
+            (HOST, Some("shop"), PORT, Some(version)),
+            (HOST, Some("other"), PORT, None),
+            (HOST, None, PORT + 1, None),
+            ("other.example", None, PORT, None),
+            ("127.0.0.1", None, PORT, None),
+        ] {
+            assert_eq!(callout.version(host, namespace, port), expected, "{host} {namespace:?} {port}");
+        }
+    }
 }
 
 #[tokio::test]

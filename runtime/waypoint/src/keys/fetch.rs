@@ -196,6 +196,7 @@ impl Fetcher {
             port,
             http2: false,
             request,
+            trailers: http::HeaderMap::new(),
             // The whole fetch is bounded by the issuer's timeout, which is shorter.
             timeout: Duration::from_secs(60),
             answer_bytes_max: ANSWER_BYTES_MAX,
