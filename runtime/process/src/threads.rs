@@ -8,7 +8,7 @@ use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use tokio::runtime::{Builder, Runtime};
+use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::mpsc;
 
 /// Connections handed to a worker and not yet taken up; more make the acceptor wait.
@@ -37,6 +37,7 @@ pub struct Workers {
 struct Worker {
     jobs: mpsc::Sender<Job>,
     load: Arc<AtomicUsize>,
+    runtime: Handle,
 }
 
 /// Counts a connection of a worker while it lives.
@@ -61,6 +62,11 @@ impl Workers {
     /// How many there are; workers are numbered from 0.
     pub fn count(&self) -> usize {
         self.workers.len()
+    }
+
+    /// The workers' runtimes, in order, for tasks that belong to a certain one.
+    pub fn runtimes(&self) -> Vec<Handle> {
+        self.workers.iter().map(|worker| worker.runtime.clone()).collect()
     }
 
     /// How many tasks each worker has now.
@@ -95,6 +101,7 @@ fn start_worker(index: usize) -> Result<Worker, ThreadError> {
     let name = format!("worker-{index}");
     let error = |source| ThreadError { name: format!("worker-{index}"), source };
     let runtime = runtime().map_err(error)?;
+    let handle = runtime.handle().clone();
     let (jobs, mut queue) = mpsc::channel::<Job>(HANDED_OVER_MAX);
     let work = move || {
         runtime.block_on(async move {
@@ -104,7 +111,7 @@ fn start_worker(index: usize) -> Result<Worker, ThreadError> {
         });
     };
     std::thread::Builder::new().name(name).spawn(work).map_err(error)?;
-    Ok(Worker { jobs, load: Arc::default() })
+    Ok(Worker { jobs, load: Arc::default(), runtime: handle })
 }
 
 /// A runtime for control work (xDS, certificates, operators' servers) on the thread that calls `block_on`.
