@@ -60,7 +60,11 @@ pub(crate) fn answer(done: Done) -> wasmtime::Result<u32> {
 pub(crate) enum MapKind {
     RequestHeaders,
     ResponseHeaders,
-    /// Trailers and the maps of callouts: they exist in the ABI, and hold nothing in the phases run today.
+    /// Headers of the answer to an HTTP call.
+    CallHeaders,
+    /// Trailers of the answer to an HTTP call.
+    CallTrailers,
+    /// Trailers and the maps of gRPC calls: they exist in the ABI, and hold nothing in the phases run today.
     Other,
 }
 
@@ -69,7 +73,9 @@ impl MapKind {
         match number {
             0 => Ok(Self::RequestHeaders),
             2 => Ok(Self::ResponseHeaders),
-            1 | 3..=7 => Ok(Self::Other),
+            6 => Ok(Self::CallHeaders),
+            7 => Ok(Self::CallTrailers),
+            1 | 3..=5 => Ok(Self::Other),
             _ => Err(Status::BadArgument),
         }
     }
@@ -84,6 +90,9 @@ pub(crate) enum Callback {
     Configure,
     RequestHeaders,
     ResponseHeaders,
+    Tick,
+    QueueReady,
+    HttpCallResponse,
     Log,
     Done,
     Delete,
@@ -98,6 +107,9 @@ impl Callback {
             Self::Configure => "proxy_on_configure",
             Self::RequestHeaders => "proxy_on_request_headers",
             Self::ResponseHeaders => "proxy_on_response_headers",
+            Self::Tick => "proxy_on_tick",
+            Self::QueueReady => "proxy_on_queue_ready",
+            Self::HttpCallResponse => "proxy_on_http_call_response",
             Self::Log => "proxy_on_log",
             Self::Done => "proxy_on_done",
             Self::Delete => "proxy_on_delete",

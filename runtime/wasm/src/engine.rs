@@ -5,6 +5,7 @@ use crate::host;
 use crate::load;
 use crate::metrics::Registry;
 use crate::module::{self, Module};
+use crate::places::{Places, WorkerPlace};
 use crate::plugin::{Plugin, PluginFactory};
 use crate::shared::Shared;
 use crate::state::State;
@@ -21,6 +22,9 @@ use wasmtime::{Config, Linker, OptLevel, WasmBacktraceDetails};
 pub struct EngineSettings {
     /// The number of workers, each of which gets an instance of every plugin. Default 1.
     pub workers: usize,
+    /// Where plugins of each worker keep timers and call other services from. Default none: a thread of the engine, from
+    /// where no service is known.
+    pub places: Vec<WorkerPlace>,
     /// The most memory of one instance, in bytes. Default 256 MiB.
     pub memory_max: usize,
     /// The largest module, in bytes. Default 256 MiB, as in Istio's agent.
@@ -36,6 +40,7 @@ impl Default for EngineSettings {
     fn default() -> Self {
         Self {
             workers: 1,
+            places: Vec::new(),
             memory_max: 256 << 20,
             module_bytes_max: 256 << 20,
             pause_max: Duration::from_secs(10),
@@ -49,6 +54,7 @@ pub(crate) struct Environment {
     pub(crate) settings: EngineSettings,
     pub(crate) metrics: Registry,
     pub(crate) shared: Shared,
+    pub(crate) places: Places,
     pub(crate) ticker: Ticker,
 }
 
@@ -85,8 +91,9 @@ impl Engine {
         let mut linker = Linker::new(&engine);
         host::define(&mut linker).map_err(compile_error)?;
         let ticker = Ticker::start(engine.weak()).map_err(PluginError::Thread)?;
+        let places = Places::new(settings.places.clone());
         let environment =
-            Environment { settings, metrics: Registry::default(), shared: Shared::default(), ticker };
+            Environment { settings, metrics: Registry::default(), shared: Shared::default(), places, ticker };
         Ok(Self { config, engine, linker, environment: Arc::new(environment) })
     }
 

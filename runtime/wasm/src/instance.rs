@@ -1,5 +1,7 @@
 //! One instance of a plugin: its start, and the callbacks of its streams. The only place that calls guests.
 
+mod outside;
+
 use crate::abi::{Callback, ROOT_CONTEXT, VM_CONTEXT};
 use crate::engine::EngineSettings;
 use crate::error::PluginError;
@@ -9,6 +11,7 @@ use crate::pairs;
 use crate::state::{Facts, State, Stream};
 use crate::ticker::{CALLBACK_DEADLINE, START_DEADLINE, ticks};
 use cairn_filter::{Exchange, LocalReply, RequestHead, ResponseHead};
+use outside::OutsideCallbacks;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -61,6 +64,7 @@ struct Callbacks {
     log: Option<TypedFunc<u32, ()>>,
     done: Option<TypedFunc<u32, u32>>,
     delete: Option<TypedFunc<u32, ()>>,
+    outside: OutsideCallbacks,
 }
 
 /// `proxy_on_{request,response}_headers` with and without `end_of_stream`.
@@ -153,12 +157,11 @@ impl Instance {
         if let Some(name) = missing {
             return Ok(Outcome::Incomplete(name));
         }
-        Ok(self.outcome(context, index, paused))
-    }
-
-    /// What has become of a stream that was paused in this phase.
-    pub(crate) fn resumed(&mut self, context: u32, phase: &Phase<'_>) -> Outcome {
-        self.outcome(context, phase.index(), true)
+        let outcome = self.outcome(context, index, paused);
+        if matches!(outcome, Outcome::Paused(_)) {
+            self.hold(context, exchange, &phase);
+        }
+        Ok(outcome)
     }
 
     fn outcome(&mut self, context: u32, index: usize, paused: bool) -> Outcome {
@@ -459,6 +462,7 @@ fn callbacks(store: &mut Store<State>, instance: &wasmtime::Instance) -> Callbac
         log: instance.get_typed_func(&mut *store, "proxy_on_log").ok(),
         done: instance.get_typed_func(&mut *store, "proxy_on_done").ok(),
         delete: instance.get_typed_func(&mut *store, "proxy_on_delete").ok(),
+        outside: OutsideCallbacks::resolve(store, instance),
     }
 }
 

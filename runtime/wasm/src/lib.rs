@@ -6,10 +6,11 @@
 //! wants too much memory ends with that call: the exchange at hand follows the plugin's fail strategy, and the next one
 //! meets a new instance.
 //!
-//! ABI 0.1.0, 0.2.0 and 0.2.1 are spoken. The header phases run; bodies, callouts and timers do not yet, and a plugin
-//! that asks for them is told so by a status its SDK survives.
+//! ABI 0.1.0, 0.2.0 and 0.2.1 are spoken. The header phases, HTTP calls, timers and queues run; bodies and gRPC calls do
+//! not yet, and a plugin that asks for them is told so by a status its SDK survives.
 
 mod abi;
+mod delivery;
 mod engine;
 mod error;
 mod heads;
@@ -19,16 +20,20 @@ mod load;
 mod log;
 mod metrics;
 mod module;
+mod outside;
 mod pairs;
+mod places;
 mod plugin;
 mod shared;
 mod state;
 mod ticker;
+mod upstream;
 
 pub use abi::AbiVersion;
 pub use engine::{Engine, EngineSettings};
 pub use error::PluginError;
 pub use module::Module;
+pub use places::WorkerPlace;
 
 #[cfg(test)]
 mod tests;

@@ -105,6 +105,14 @@ pub(crate) struct PluginCounters {
     pub(crate) failed_exchanges: AtomicU64,
     pub(crate) starts: AtomicU64,
     pub(crate) log_lines_dropped: AtomicU64,
+    pub(crate) calls: AtomicU64,
+}
+
+impl PluginCounters {
+    /// Counts a call of another service.
+    pub(crate) fn count_call(&self) {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 /// All metrics of all plugins of the process.
@@ -201,6 +209,7 @@ impl Registry {
         family("failed_exchanges_total", |counters| &counters.failed_exchanges);
         family("instance_starts_total", |counters| &counters.starts);
         family("log_lines_dropped_total", |counters| &counters.log_lines_dropped);
+        family("calls_total", |counters| &counters.calls);
     }
 }
 

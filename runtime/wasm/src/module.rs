@@ -66,13 +66,16 @@ fn abi_version(module: &wasmtime::Module) -> Result<AbiVersion, PluginError> {
 }
 
 /// The callbacks that are called, with the numbers of their parameters and whether they have a result.
-const CALLED: [(&str, &[usize], bool); 13] = [
+const CALLED: [(&str, &[usize], bool); 16] = [
     ("proxy_on_context_create", &[2], false),
     ("proxy_on_vm_start", &[2], true),
     ("proxy_on_configure", &[2], true),
     // ABI 0.1.0 has no `end_of_stream`; modules mix that up, so the function's own type decides.
     ("proxy_on_request_headers", &[2, 3], true),
     ("proxy_on_response_headers", &[2, 3], true),
+    ("proxy_on_tick", &[1], false),
+    ("proxy_on_queue_ready", &[2], false),
+    ("proxy_on_http_call_response", &[5], false),
     ("proxy_on_done", &[1], true),
     ("proxy_on_log", &[1], false),
     ("proxy_on_delete", &[1], false),

@@ -1,5 +1,7 @@
 //! A plugin as a filter: its instances, one per worker, what happens when one crashes, and the life of one exchange.
 
+mod outside;
+
 use crate::engine::Environment;
 use crate::error::PluginError;
 use crate::instance::{Crash, Instance, Outcome, Phase};
@@ -74,13 +76,17 @@ impl Plugin {
                 starting: false,
             }));
         }
-        Ok(Arc::new(Self {
+        let plugin = Arc::new(Self {
             module,
             facts,
             fail_strategy: plugin.fail_strategy,
             start_nanos: AtomicU64::new(start_nanos),
             workers: slots.into_boxed_slice(),
-        }))
+        });
+        for (worker, slot) in plugin.workers.iter().enumerate() {
+            plugin.run_errands(&mut slot.lock(), worker);
+        }
+        Ok(plugin)
     }
 
     fn slot(&self, worker: usize) -> Option<&Mutex<Slot>> {
@@ -114,6 +120,7 @@ impl Plugin {
         if self.start_nanos.load(Ordering::Relaxed) <= nanos(START_INLINE_MAX) {
             let started = self.start_instance();
             slot.put(started, &self.facts);
+            self.run_errands(slot, worker);
             return;
         }
         if slot.starting {
@@ -126,6 +133,7 @@ impl Plugin {
                 let mut slot = slot.lock();
                 slot.starting = false;
                 slot.put(started, &plugin.facts);
+                plugin.run_errands(&mut slot, worker);
             }
         };
         match std::thread::Builder::new().name("wasm-start".into()).spawn(start) {
@@ -318,7 +326,7 @@ impl PluginFilter {
                 return self.fail(exchange, "the plugin crashed in another exchange");
             }
             StreamState::Open { context, .. } if self.paused_until.is_some() => {
-                Ok(instance.resumed(context, &phase))
+                Ok(instance.resumed(context, exchange, phase))
             }
             StreamState::Open { context, .. } => instance.headers(context, exchange, phase, end_of_stream),
             StreamState::Closed => return Verdict::Continue,
@@ -332,7 +340,10 @@ impl PluginFilter {
             },
         };
         match outcome {
-            Ok(outcome) => self.verdict(exchange, outcome),
+            Ok(outcome) => {
+                plugin.run_errands(&mut slot, self.worker);
+                self.verdict(exchange, outcome)
+            }
             Err(crash) => {
                 plugin.crashed(&mut slot, self.worker, &crash);
                 self.fail(exchange, "the plugin crashed")
@@ -408,6 +419,7 @@ impl PluginFilter {
         if let Err(crash) = closed {
             plugin.crashed(&mut slot, self.worker, &crash);
         }
+        plugin.run_errands(&mut slot, self.worker);
     }
 }
 

@@ -47,10 +47,18 @@ struct Queues {
     queues: Vec<Queue>,
 }
 
+#[derive(Default)]
 struct Queue {
     items: VecDeque<Box<[u8]>>,
     bytes: usize,
+    /// Tells who last asked to be told of items.
+    listener: Option<Listener>,
+    /// That is under way.
+    telling: bool,
 }
+
+/// Starts to tell a plugin that there are items in a queue.
+pub(crate) type Listener = Arc<dyn Fn() + Send + Sync>;
 
 impl Shared {
     /// Copies a value into `out` and returns its version.
@@ -99,7 +107,7 @@ impl Shared {
         if queues.ids.keys().filter(|(present, _)| present == scope).count() >= QUEUES_MAX {
             return Err(SharedError::Full("too many shared queues"));
         }
-        queues.queues.push(Queue { items: VecDeque::new(), bytes: 0 });
+        queues.queues.push(Queue::default());
         let id = queues.queues.len() as u32;
         queues.ids.insert(key, id);
         Ok(id)
@@ -122,7 +130,33 @@ impl Shared {
             queue.bytes -= dropped.len();
             tracing::debug!(queue = id, "a full shared queue dropped its oldest item");
         }
+        let listener = queue.listener_to_tell();
+        drop(queues);
+        if let Some(tell) = listener {
+            tell();
+        }
         Ok(())
+    }
+
+    /// Has items of a queue told of by `listener` from now on, and by nobody else (Envoy: the last registrant).
+    pub(crate) fn listen(&self, id: u32, listener: Listener) {
+        let mut queues = self.queues.lock();
+        let Ok(queue) = queues.find(id) else { return };
+        queue.listener = Some(listener);
+        queue.telling = false;
+        let listener = if queue.items.is_empty() { None } else { queue.listener_to_tell() };
+        drop(queues);
+        if let Some(tell) = listener {
+            tell();
+        }
+    }
+
+    /// The number of items that a listener is to be told of now. Items put in later make it start again.
+    pub(crate) fn begin_telling(&self, id: u32) -> usize {
+        let mut queues = self.queues.lock();
+        let Ok(queue) = queues.find(id) else { return 0 };
+        queue.telling = false;
+        queue.items.len()
     }
 
     /// `proxy_dequeue_shared_queue`.
@@ -152,6 +186,15 @@ impl Scope {
         self.by_age.insert(self.last_cas, key.into());
         self.values.insert(key.into(), Value { bytes: bytes.into(), cas: self.last_cas });
         self.bytes += key.len() + bytes.len();
+    }
+}
+
+impl Queue {
+    /// The listener, unless it has been told already and has not looked yet.
+    fn listener_to_tell(&mut self) -> Option<Listener> {
+        let listener = self.listener.clone().filter(|_| !self.telling)?;
+        self.telling = true;
+        Some(listener)
     }
 }
 

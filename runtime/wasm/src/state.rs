@@ -1,10 +1,11 @@
 //! What the host keeps about one instance: which callback runs, what the guest may see in it, and its streams.
 
-use crate::abi::{AbiVersion, Callback, VM_CONTEXT};
+use crate::abi::{AbiVersion, Callback, MapKind, VM_CONTEXT};
 use crate::engine::Environment;
 use crate::heads::{Request, Response};
 use crate::log::LogGate;
 use crate::metrics::{Metric, PluginCounters};
+use crate::outside::Outside;
 use cairn_filter::{Connection, Exchange, LocalReply, Peer, Protocol};
 use parking_lot::Mutex;
 use std::collections::{BTreeSet, HashMap};
@@ -50,6 +51,8 @@ pub(crate) struct Stream {
     pub(crate) resumed: [bool; 2],
     /// Wakes the exchange that waits.
     pub(crate) waiting: Option<Arc<Notify>>,
+    /// What the guest may see and change of the stream while it holds it.
+    pub(crate) held: Option<Box<Held>>,
     /// The exchange is over and the guest asked for time until it calls `proxy_done`.
     pub(crate) done_pending: bool,
 }
@@ -105,9 +108,45 @@ pub(crate) struct Live {
     pub(crate) response: Response,
     /// What the guest did to headers, in words.
     pub(crate) changes: String,
+    /// It is on loan from a stream that is held, of which this map is at hand.
+    pub(crate) on_loan: Option<MapKind>,
+}
+
+/// The exchange of a stream that the guest holds, for callbacks that are about something else: its facts as they were, and
+/// its head, which goes back into the exchange when the stream goes on.
+pub(crate) struct Held {
+    pub(crate) exchange: Exchange,
+    pub(crate) request: Request,
+    pub(crate) response: Response,
+    /// Whose head it is.
+    pub(crate) map: MapKind,
+    pub(crate) changes: String,
+}
+
+/// The facts of an exchange.
+pub(crate) fn copy_of(exchange: &Exchange) -> Exchange {
+    let (connection, started) = (Arc::clone(&exchange.connection), exchange.started);
+    let mut copy = Exchange::new(connection, exchange.protocol, started, exchange.started_at);
+    copy.grpc = exchange.grpc;
+    copy.route = exchange.route.clone();
+    copy.cluster = exchange.cluster.clone();
+    copy.upstream = exchange.upstream;
+    copy.upstream_workload = exchange.upstream_workload.clone();
+    copy.status = exchange.status;
+    copy.details = exchange.details.clone();
+    copy.token = exchange.token.clone();
+    copy.allowed_by = exchange.allowed_by.clone();
+    copy
 }
 
 impl Live {
+    fn swap(&mut self, held: &mut Held) {
+        std::mem::swap(&mut self.exchange, &mut held.exchange);
+        std::mem::swap(&mut self.request, &mut held.request);
+        std::mem::swap(&mut self.response, &mut held.response);
+        std::mem::swap(&mut self.changes, &mut held.changes);
+    }
+
     fn none() -> Self {
         let nowhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
         let connection = Connection {
@@ -126,6 +165,7 @@ impl Live {
             request: Request::none(),
             response: Response::none(),
             changes: String::new(),
+            on_loan: None,
         }
     }
 }
@@ -208,6 +248,7 @@ pub(crate) struct State {
     pub(crate) spare: Vec<Vec<u8>>,
     pub(crate) metrics: Vec<Option<Arc<Metric>>>,
     pub(crate) log: LogGate,
+    pub(crate) outside: Outside,
 }
 
 /// The most buffers kept for new streams.
@@ -233,6 +274,7 @@ impl State {
             spare: Vec::new(),
             metrics: Vec::new(),
             log: LogGate::default(),
+            outside: Outside::default(),
         }
     }
 
@@ -254,6 +296,38 @@ impl State {
     /// Whether host functions speak of the exchange at hand.
     pub(crate) fn is_live(&self) -> bool {
         self.live.context != VM_CONTEXT && self.live.context == self.effective
+    }
+
+    /// Whether host functions speak of a stream that is held with this map.
+    pub(crate) fn is_at_hand(&self, map: MapKind) -> bool {
+        self.live.on_loan == Some(map) && self.is_live()
+    }
+
+    /// Makes host functions speak of another context. If that is a stream that the guest holds, its exchange is at hand until
+    /// they speak of something else.
+    pub(crate) fn speak_of(&mut self, context: u32) {
+        self.hand_back();
+        self.effective = context;
+        if self.live.context != VM_CONTEXT {
+            return;
+        }
+        let held = self.streams.get_mut(&context).and_then(|stream| stream.held.as_deref_mut());
+        if let Some(held) = held {
+            self.live.context = context;
+            self.live.on_loan = Some(held.map);
+            self.live.swap(held);
+        }
+    }
+
+    /// Gives a stream that is held its exchange back.
+    pub(crate) fn hand_back(&mut self) {
+        if self.live.on_loan.take().is_none() {
+            return;
+        }
+        let context = std::mem::replace(&mut self.live.context, VM_CONTEXT);
+        if let Some(held) = self.streams.get_mut(&context).and_then(|stream| stream.held.as_deref_mut()) {
+            self.live.swap(held);
+        }
     }
 
     /// Takes a stream away and keeps its buffers.

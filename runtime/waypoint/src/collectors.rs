@@ -1,10 +1,8 @@
 //! How collectors of telemetry are reached: as services of the mesh, else by address or DNS name.
 
-use crate::Waypoint;
-use arc_swap::ArcSwap;
-use cairn_filter::{Callout, CalloutError, CalloutFuture, CalloutRequest, Chain};
-use cairn_http::{MeshCallout, RouteTable, Site};
-use cairn_mesh::{AppProtocol, PathNormalization};
+use crate::{Waypoint, nobodys_site};
+use cairn_filter::{Callout, CalloutError, CalloutFuture, CalloutRequest};
+use cairn_http::MeshCallout;
 use std::sync::Arc;
 
 /// Asks collectors over the connections of one worker.
@@ -18,19 +16,7 @@ impl Collectors {
     pub fn new(waypoint: &Waypoint, worker: usize) -> Option<Self> {
         let engine = waypoint.engines.get(worker)?;
         // What is sent belongs to no destination: endpoints are preferred from nowhere in particular.
-        let nowhere = Site {
-            chain: Chain::default(),
-            routes: RouteTable::compile(&[], None, 0, ""),
-            service: None,
-            port: 0,
-            protocol: AppProtocol::Unknown,
-            normalization: PathNormalization::None,
-            explain_to: Arc::default(),
-            viewpoint: None,
-            observer: None,
-        };
-        let site = Arc::new(ArcSwap::from_pointee(nowhere));
-        let mesh = MeshCallout::new(Arc::clone(engine), site, waypoint.settings.hbone);
+        let mesh = MeshCallout::new(Arc::clone(engine), nobodys_site(), waypoint.settings.hbone);
         Some(Self { mesh: Arc::new(mesh) })
     }
 }

@@ -23,13 +23,13 @@ use anyhow::{Context, bail};
 use arc_swap::ArcSwap;
 use cairn_builtin::TokenCache;
 use cairn_filter::Chain;
-use cairn_http::{Balancer, MeshCallout, RouteTable, Site, Tunnels, Worker, WorkerSettings};
+use cairn_http::{Balancer, MeshCallout, RouteTable, Site, SiteHandle, Tunnels, Worker, WorkerSettings};
 use cairn_identity::{CaClient, CaSettings, CertificateSettings, Certificates};
 use cairn_mesh::{AppProtocol, PathNormalization, Snapshot};
 use cairn_net::{Drain, ListenOptions};
 use cairn_process::{Operators, Pending, Readiness, Workers};
 use cairn_telemetry::{Telemetry, TelemetrySettings};
-use cairn_wasm::{Engine, EngineSettings};
+use cairn_wasm::{Engine, EngineSettings, WorkerPlace};
 use cairn_xds::{FollowSettings, Mesh};
 use keys::Keyring;
 use plugins::{Plugins, Standing};
@@ -120,8 +120,12 @@ async fn serve(settings: Settings, workers: Workers) -> anyhow::Result<()> {
         ("metadata.NAMESPACE".to_owned(), waypoint.settings.gateway.namespace.to_string()),
         ("metadata.NAME".to_owned(), waypoint.settings.gateway.name.to_string()),
     ];
-    let wasm = Engine::new(EngineSettings { workers: waypoint.workers.count(), node, ..Default::default() })?;
-    let wasm = Arc::new(wasm);
+    let wasm = Arc::new(Engine::new(EngineSettings {
+        workers: waypoint.workers.count(),
+        places: places(&waypoint),
+        node,
+        ..Default::default()
+    })?);
     let readiness = Readiness::default();
     let (state, plugins) = (readiness.wait_for("state"), readiness.wait_for("plugins"));
     let (certificate, listening) = (readiness.wait_for("certificate"), readiness.wait_for("listener"));
@@ -180,6 +184,22 @@ fn engine(
 
 /// Fetches keys over the connections of `engine`.
 fn keyring(settings: &Settings, engine: Arc<Worker>) -> Keyring {
+    let callout = MeshCallout::new(engine, nobodys_site(), settings.hbone);
+    let cache = if settings.token_cache { TokenCache::default() } else { TokenCache::off() };
+    Keyring::new(Arc::new(callout), settings.jwks_roots.clone(), cache)
+}
+
+/// Where plugins of each worker call other services from when no exchange is at hand.
+fn places(waypoint: &Waypoint) -> Vec<WorkerPlace> {
+    let place = |(runtime, engine): (_, &Arc<Worker>)| WorkerPlace {
+        runtime,
+        callout: Arc::new(MeshCallout::new(Arc::clone(engine), nobodys_site(), waypoint.settings.hbone)),
+    };
+    waypoint.workers.runtimes().into_iter().zip(&waypoint.engines).map(place).collect()
+}
+
+/// A site for what is asked on nobody's behalf.
+fn nobodys_site() -> SiteHandle {
     let nobodys = Site {
         chain: Chain::default(),
         routes: RouteTable::compile(&[], None, 0, ""),
@@ -191,10 +211,7 @@ fn keyring(settings: &Settings, engine: Arc<Worker>) -> Keyring {
         viewpoint: None,
         observer: None,
     };
-    let site = Arc::new(ArcSwap::from_pointee(nobodys));
-    let callout = MeshCallout::new(engine, site, settings.hbone);
-    let cache = if settings.token_cache { TokenCache::default() } else { TokenCache::off() };
-    Keyring::new(Arc::new(callout), settings.jwks_roots.clone(), cache)
+    Arc::new(ArcSwap::from_pointee(nobodys))
 }
 
 fn start_operators(waypoint: &Arc<Waypoint>, wasm: &Arc<Engine>, readiness: Readiness) -> anyhow::Result<()> {

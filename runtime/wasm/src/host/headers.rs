@@ -109,16 +109,27 @@ fn map_of(state: &State, kind: MapKind) -> Map<'_> {
     match (kind, state.callback) {
         (MapKind::RequestHeaders, Callback::RequestHeaders) if state.is_live() => return Map::Request,
         (MapKind::ResponseHeaders, Callback::ResponseHeaders) if state.is_live() => return Map::Response,
+        (MapKind::RequestHeaders, _) if state.is_at_hand(kind) => return Map::Request,
+        (MapKind::ResponseHeaders, _) if state.is_at_hand(kind) => return Map::Response,
+        (MapKind::CallHeaders, Callback::HttpCallResponse) => {
+            return kept(&state.outside.delivery.headers);
+        }
+        (MapKind::CallTrailers, Callback::HttpCallResponse) => {
+            return kept(&state.outside.delivery.trailers);
+        }
         _ => {}
     }
     let Some(stream) = state.stream() else { return Map::Nowhere };
-    let kept = match kind {
-        MapKind::RequestHeaders => &stream.request,
-        MapKind::ResponseHeaders => &stream.response,
-        MapKind::Other => return Map::Absent,
-    };
-    match Pairs::parse(kept) {
-        Some(pairs) if !kept.is_empty() => Map::Kept(pairs),
+    match kind {
+        MapKind::RequestHeaders => kept(&stream.request),
+        MapKind::ResponseHeaders => kept(&stream.response),
+        MapKind::CallHeaders | MapKind::CallTrailers | MapKind::Other => Map::Absent,
+    }
+}
+
+fn kept(bytes: &[u8]) -> Map<'_> {
+    match Pairs::parse(bytes) {
+        Some(pairs) if !bytes.is_empty() => Map::Kept(pairs),
         _ => Map::Absent,
     }
 }
@@ -218,7 +229,9 @@ fn write_header(
     let written = match kind {
         MapKind::RequestHeaders => state.live.request.write(name, value, edit),
         MapKind::ResponseHeaders => state.live.response.write(name, value, edit),
-        MapKind::Other => return Err(Status::BadArgument.into()),
+        MapKind::CallHeaders | MapKind::CallTrailers | MapKind::Other => {
+            return Err(Status::BadArgument.into());
+        }
     };
     match written {
         Ok(()) => Ok(()),
@@ -247,7 +260,7 @@ fn remove(guest: &mut Guest<'_>, map: u32, name: Slice) -> Done {
     match kind {
         MapKind::RequestHeaders => state.live.request.remove(name),
         MapKind::ResponseHeaders => state.live.response.remove(name),
-        MapKind::Other => {}
+        MapKind::CallHeaders | MapKind::CallTrailers | MapKind::Other => {}
     }
     if present {
         note(state, "removed ", name);
@@ -273,7 +286,7 @@ fn set_all(guest: &mut Guest<'_>, map: u32, at: u32, length: u32) -> Done {
     match kind {
         MapKind::RequestHeaders => state.live.request.clear(),
         MapKind::ResponseHeaders => state.live.response.clear(),
-        MapKind::Other => {}
+        MapKind::CallHeaders | MapKind::CallTrailers | MapKind::Other => {}
     }
     for (name, value) in pairs.iter() {
         write_header(state, kind, name, value, Edit::Add)?;
@@ -303,8 +316,8 @@ fn buffer(state: &State, buffer: u32) -> Result<&[u8], Status> {
     match buffer {
         // Bodies and stream data: there are none in the header phases.
         0..=3 | 5 | 8 => Ok(&[]),
-        // A callout's body, outside of one.
-        4 => Err(Status::NotFound),
+        // The body of the answer to a call, while it is delivered.
+        4 => state.outside.delivery.body.as_deref().ok_or(Status::NotFound),
         // The configuration of the VM, which WasmPlugin has no field for.
         6 => Ok(&[]),
         7 if state.callback == Callback::Configure => Ok(state.facts.config.as_bytes()),

@@ -3,6 +3,7 @@
 //! Pointers are the guest's: every one is checked, and results are written only after all of them were. Statuses stay
 //! within what the official SDKs survive; where that leaves no honest one, the call traps.
 
+mod calls;
 mod headers;
 mod log;
 mod memory;
@@ -10,6 +11,7 @@ mod metrics;
 mod properties;
 mod shared;
 mod stream;
+mod timer;
 mod unoffered;
 mod wasi;
 
@@ -24,12 +26,14 @@ pub(crate) use wasi::Exit;
 
 /// Defines everything that a module may import.
 pub(crate) fn define(linker: &mut Linker<State>) -> wasmtime::Result<()> {
+    calls::define(linker)?;
     log::define(linker)?;
     headers::define(linker)?;
     metrics::define(linker)?;
     properties::define(linker)?;
     shared::define(linker)?;
     stream::define(linker)?;
+    timer::define(linker)?;
     unoffered::define(linker)?;
     wasi::define(linker)
 }

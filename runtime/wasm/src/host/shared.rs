@@ -79,7 +79,7 @@ fn register(guest: &mut Guest<'_>, name: Slice, id_at: u32) -> Done {
     check(memory, id_at, 4)?;
     let name = read(memory, name.0, name.1)?;
     let id = state.facts.environment.shared.register_queue(&state.facts.scope, name).map_err(refusal)?;
-    state.in_vain("proxy_on_queue_ready");
+    state.outside.listen(id);
     Ok(write_u32(memory, id_at, id)?)
 }
 

@@ -73,7 +73,7 @@ fn set_effective_context(state: &mut State, context: u32) -> Done {
     if !known {
         return Err(Status::BadArgument.into());
     }
-    state.effective = context;
+    state.speak_of(context);
     Ok(())
 }
 

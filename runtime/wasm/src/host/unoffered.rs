@@ -1,4 +1,4 @@
-//! What the ABI has and this host does not offer yet: callouts, timers, foreign functions. Each answers with the status
+//! What the ABI has and this host does not offer yet: gRPC calls and foreign functions. Each answers with the status
 //! for failure that SDKs hand to the plugin's code, and is logged once per plugin.
 
 use super::Guest;
@@ -8,19 +8,6 @@ use crate::state::State;
 use wasmtime::Linker;
 
 pub(super) fn define(linker: &mut Linker<State>) -> wasmtime::Result<()> {
-    linker.func_wrap("env", "proxy_set_tick_period_milliseconds", |guest: Guest<'_>, period: u32| {
-        if period != 0 {
-            guest.data().in_vain("proxy_set_tick_period_milliseconds");
-        }
-        answer(Ok(()))
-    })?;
-    linker.func_wrap(
-        "env",
-        "proxy_http_call",
-        |guest: Guest<'_>, _: u32, _: u32, _: u32, _: u32, _: u32, _: u32, _: u32, _: u32, _: u32, _: u32| {
-            refuse(&guest, "proxy_http_call", Status::InternalFailure)
-        },
-    )?;
     linker.func_wrap(
         "env",
         "proxy_grpc_call",

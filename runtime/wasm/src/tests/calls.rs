@@ -390,7 +390,6 @@ fn wasi() {
 #[test]
 fn what_is_not_offered_fails_softly() {
     let zeros = |count| "(i32.const 0)".repeat(count);
-    check("http call", "", &format!("(call $http_call {})", zeros(10)), 10, "");
     check("foreign function", "abc", &format!("(call $foreign {AT} (i32.const 3) {})", zeros(4)), 1, "");
     check(
         "foreign function, bad name",
@@ -399,7 +398,6 @@ fn what_is_not_offered_fails_softly() {
         6,
         "",
     );
-    check("timer", "", "(call $tick (i32.const 100))", 0, "");
     check("resume a TCP stream", "", "(call $continue (i32.const 3))", 0, "");
     check("resume nonsense", "", "(call $continue (i32.const 4))", 2, "");
     check("close nonsense", "", "(call $close (i32.const 4))", 2, "");

@@ -3,6 +3,7 @@
 mod calls;
 mod crashes;
 mod lifecycle;
+mod outside;
 
 use crate::{Engine, EngineSettings, PluginError};
 use cairn_filter::{

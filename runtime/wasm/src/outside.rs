@@ -1,0 +1,176 @@
+//! What an instance has under way beside its streams: calls that are not answered yet, its timer, and what it asked for
+//! during a callback, which is done once the guest has returned.
+
+use crate::delivery::Delivery;
+use cairn_filter::{Callout, CalloutRequest};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::task::AbortHandle;
+
+/// The most calls of one instance that wait for an answer.
+pub(crate) const CALLS_MAX: usize = 1000;
+/// The shortest period of a timer: a shorter one would leave a worker little time for anything else.
+const TICK_MIN: Duration = Duration::from_millis(10);
+
+/// What a guest asked for that is done once it has returned.
+pub(crate) enum Errand {
+    /// Ask another service.
+    Ask {
+        /// The call's id.
+        id: u32,
+        /// The way of the exchange at hand; `None`: the worker's own.
+        callout: Option<Arc<dyn Callout>>,
+        request: Box<CalloutRequest>,
+    },
+    /// Be told when something is put into this queue.
+    Listen(u32),
+}
+
+/// A call's kind, which stands in the low two bits of its id, as in Envoy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum CallKind {
+    Http = 0,
+}
+
+/// What is under way.
+#[derive(Default)]
+pub(crate) struct Outside {
+    errands: Vec<Errand>,
+    /// Calls without an answer, and how to give each up; `None` until it was begun.
+    calls: HashMap<u32, Option<AbortHandle>>,
+    last_call: u32,
+    tick_period: Option<Duration>,
+    tick_changed: bool,
+    tick: Option<AbortHandle>,
+    /// What the running callback brings.
+    pub(crate) delivery: Delivery,
+}
+
+impl Outside {
+    /// Whether one more call may wait for an answer.
+    pub(crate) fn has_room(&self) -> bool {
+        self.calls.len() < CALLS_MAX
+    }
+
+    /// Notes a call down and returns its id, which no other call that is under way has.
+    fn call(&mut self, kind: CallKind) -> u32 {
+        loop {
+            // The first is 4, and none is negative for SDKs that take ids for signed numbers.
+            self.last_call = (self.last_call + 1) & (i32::MAX as u32 >> 2);
+            let id = self.last_call << 2 | kind as u32;
+            if self.last_call != 0 && !self.calls.contains_key(&id) {
+                self.calls.insert(id, None);
+                return id;
+            }
+        }
+    }
+
+    /// Notes down how to give a call up. False when it was given up already.
+    pub(crate) fn begun(&mut self, id: u32, task: AbortHandle) {
+        match self.calls.get_mut(&id) {
+            Some(call) => *call = Some(task),
+            None => task.abort(),
+        }
+    }
+
+    /// Takes a call whose answer is here off the list; false when nobody waits for it.
+    pub(crate) fn answered(&mut self, id: u32) -> bool {
+        self.calls.remove(&id).is_some()
+    }
+
+    /// Has another service asked, once the guest has returned.
+    pub(crate) fn ask(
+        &mut self,
+        kind: CallKind,
+        callout: Option<Arc<dyn Callout>>,
+        request: CalloutRequest,
+    ) -> u32 {
+        let id = self.call(kind);
+        self.errands.push(Errand::Ask { id, callout, request: Box::new(request) });
+        id
+    }
+
+    /// Has the guest told of items of a queue, once it has returned.
+    pub(crate) fn listen(&mut self, queue: u32) {
+        // A guest may ask again and again; there are a few hundred queues at most.
+        if !self.errands.iter().any(|errand| matches!(errand, Errand::Listen(known) if *known == queue)) {
+            self.errands.push(Errand::Listen(queue));
+        }
+    }
+
+    /// Whether something is to be done once the guest has returned.
+    #[inline]
+    pub(crate) fn is_waiting(&self) -> bool {
+        self.tick_changed || !self.errands.is_empty()
+    }
+
+    pub(crate) fn take_errands(&mut self) -> Vec<Errand> {
+        std::mem::take(&mut self.errands)
+    }
+
+    /// Sets the timer; 0 stops it.
+    pub(crate) fn set_tick(&mut self, milliseconds: u32) {
+        let period = Duration::from_millis(milliseconds.into());
+        self.tick_period = (milliseconds > 0).then_some(period.max(TICK_MIN));
+        self.tick_changed = true;
+    }
+
+    /// The timer's period if it is to be started anew. Whatever ran before ends.
+    pub(crate) fn take_tick(&mut self) -> Option<Duration> {
+        if !std::mem::take(&mut self.tick_changed) {
+            return None;
+        }
+        if let Some(tick) = self.tick.take() {
+            tick.abort();
+        }
+        self.tick_period
+    }
+
+    /// The period of the running timer, which takes up what the guest set meanwhile.
+    pub(crate) fn next_tick(&mut self) -> Option<Duration> {
+        self.tick_changed = false;
+        self.tick_period
+    }
+
+    pub(crate) fn ticking(&mut self, task: AbortHandle) {
+        self.tick = Some(task);
+    }
+}
+
+impl Drop for Outside {
+    /// A guest that is gone gets no answers.
+    fn drop(&mut self) {
+        self.calls.values().flatten().chain(&self.tick).for_each(AbortHandle::abort);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_those_of_envoy_and_unique() {
+        let mut outside = Outside::default();
+        assert_eq!([outside.call(CallKind::Http), outside.call(CallKind::Http)], [4, 8]);
+        outside.last_call = i32::MAX as u32 >> 2;
+        assert_eq!(outside.call(CallKind::Http), 12, "0, 4 and 8 are passed over");
+        assert!(outside.answered(8) && !outside.answered(8));
+        assert_eq!(outside.calls.len(), 2);
+    }
+
+    #[test]
+    fn timers_have_a_shortest_period_and_can_be_stopped() {
+        let mut outside = Outside::default();
+        assert_eq!(outside.take_tick(), None);
+        outside.set_tick(1);
+        assert_eq!(outside.take_tick(), Some(TICK_MIN));
+        assert_eq!(outside.take_tick(), None, "taken already");
+        outside.set_tick(0);
+        assert!(outside.is_waiting());
+        assert_eq!(outside.take_tick(), None);
+        outside.set_tick(400);
+        assert_eq!(outside.next_tick(), Some(Duration::from_millis(400)));
+        assert!(!outside.is_waiting());
+    }
+}

@@ -1,0 +1,133 @@
+//! What reaches a plugin outside of exchanges: answers of other services, its timer, its queues. Each is a task on the
+//! runtime of the worker whose instance it enters; it ends with that instance.
+
+use super::{Plugin, Slot};
+use crate::instance::{Crash, Instance};
+use crate::outside::Errand;
+use cairn_filter::{Callout, CalloutRequest};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::runtime::Handle;
+
+impl Plugin {
+    /// Does what the guest asked for while it ran. To be called whenever a guest has returned.
+    #[inline]
+    pub(super) fn run_errands(self: &Arc<Self>, slot: &mut Slot, worker: usize) {
+        if slot.instance.as_ref().is_some_and(|instance| instance.has_errands()) {
+            self.run_waiting_errands(slot, worker);
+        }
+    }
+
+    fn run_waiting_errands(self: &Arc<Self>, slot: &mut Slot, worker: usize) {
+        let at = Seat { worker, generation: slot.generation };
+        let Some(instance) = slot.instance.as_deref_mut() else { return };
+        let runtime = match self.facts.environment.places.runtime(worker) {
+            Ok(runtime) => runtime,
+            Err(error) => {
+                tracing::error!(plugin = %self.facts.name, %error, "no thread for what the plugin asked for");
+                return;
+            }
+        };
+        if let Some(period) = instance.take_tick() {
+            instance.ticking(self.start_timer(&runtime, at, period));
+        }
+        for errand in instance.take_errands() {
+            match errand {
+                Errand::Ask { id, callout, request } => {
+                    let callout = callout.unwrap_or_else(|| self.facts.environment.places.callout(worker));
+                    self.ask(&runtime, at, instance, Question { id, callout, request: *request });
+                }
+                Errand::Listen(queue) => self.listen(&runtime, at, queue),
+            }
+        }
+    }
+
+    fn ask(self: &Arc<Self>, runtime: &Handle, at: Seat, instance: &mut Instance, question: Question) {
+        let Question { id, callout, request } = question;
+        let plugin = Arc::downgrade(self);
+        let asking = async move {
+            let answer = callout.call(request).await;
+            if let Some(plugin) = plugin.upgrade() {
+                plugin.enter(at, |instance| instance.http_call_response(id, answer));
+            }
+        };
+        self.facts.counters.count_call();
+        instance.call_begun(id, runtime.spawn(asking).abort_handle());
+    }
+
+    fn start_timer(
+        self: &Arc<Self>,
+        runtime: &Handle,
+        at: Seat,
+        mut period: Duration,
+    ) -> tokio::task::AbortHandle {
+        let plugin = Arc::downgrade(self);
+        let ticking = async move {
+            loop {
+                tokio::time::sleep(period).await;
+                let Some(plugin) = plugin.upgrade() else { return };
+                match plugin.enter(at, Instance::tick).flatten() {
+                    Some(next) => period = next,
+                    None => return,
+                }
+            }
+        };
+        runtime.spawn(ticking).abort_handle()
+    }
+
+    /// Has the guest told when something is put into a queue, as long as nobody else asks for the same.
+    fn listen(self: &Arc<Self>, runtime: &Handle, at: Seat, queue: u32) {
+        let (plugin, runtime) = (Arc::downgrade(self), runtime.clone());
+        let tell = move || {
+            let plugin = plugin.clone();
+            runtime.spawn(async move {
+                let Some(environment) = plugin.upgrade().map(|plugin| Arc::clone(&plugin.facts.environment))
+                else {
+                    return;
+                };
+                // One call for every item, since guests take one at a time. Items that come meanwhile are told of anew.
+                for _ in 0..environment.shared.begin_telling(queue) {
+                    let Some(plugin) = plugin.upgrade() else { return };
+                    if plugin.enter(at, |instance| instance.queue_ready(queue)).is_none() {
+                        return;
+                    }
+                    drop(plugin);
+                    tokio::task::yield_now().await;
+                }
+            });
+        };
+        self.facts.environment.shared.listen(queue, Arc::new(tell));
+    }
+
+    /// Enters an instance if it is still the one that is meant.
+    fn enter<T>(
+        self: &Arc<Self>,
+        at: Seat,
+        run: impl FnOnce(&mut Instance) -> Result<T, Crash>,
+    ) -> Option<T> {
+        let mut slot = self.slot(at.worker)?.lock();
+        if slot.generation != at.generation {
+            return None;
+        }
+        let result = run(slot.instance.as_deref_mut()?);
+        if let Err(crash) = &result {
+            self.crashed(&mut slot, at.worker, crash);
+        }
+        self.run_errands(&mut slot, at.worker);
+        result.ok()
+    }
+}
+
+/// One instance: the worker's place, and which of its successive instances.
+#[derive(Clone, Copy)]
+struct Seat {
+    worker: usize,
+    generation: u64,
+}
+
+/// A call that is to be made.
+struct Question {
+    id: u32,
+    callout: Arc<dyn Callout>,
+    request: CalloutRequest,
+}
