@@ -173,11 +173,15 @@ async fn send(
         let Unsent { failure, request: unsent } = match upstream::send(worker, active, request).await {
             Ok(answer) => {
                 record.upstream_duration = Some(sent_at.elapsed());
+                record.sent_at = Some(sent_at);
+                record.upstream_local = answer.1.local;
                 return Ok(answer);
             }
             Err(unsent) => unsent,
         };
-        let may_retry = failure.answer().retry && tried.len() < worker.settings.retries_max;
+        let is_last = tried.len() >= worker.settings.retries_max;
+        let may_retry = failure.answer().retry && !is_last;
+        record.retried_in_vain = failure.answer().retry && is_last && !tried.is_empty();
         let Some(unsent) = unsent.filter(|_| may_retry) else { return Err(failure) };
         request = unsent;
         tried.push(address);
@@ -270,6 +274,9 @@ async fn reply_here(
     is_head: bool,
 ) -> Result<Response<ResponseBody>, Reset> {
     record.exchange.details = reply.details.clone();
+    if reply.details.starts_with("ext_authz_") {
+        record.flags = "UAEX";
+    }
     let (mut head, body, grpc) = local_response(reply, record.exchange.grpc);
     record.grpc_status = grpc;
     record.exchange.status = Some(head.status);

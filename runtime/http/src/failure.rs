@@ -3,6 +3,7 @@
 
 use cairn_filter::LocalReply;
 use http::StatusCode;
+use std::borrow::Cow;
 use std::sync::Arc;
 
 /// Why an exchange did not get the upstream's answer.
@@ -31,8 +32,8 @@ pub enum Failure {
     #[error("no endpoint is ready")]
     NoEndpoint,
     /// The endpoint does not accept connections, or proves another identity.
-    #[error("the endpoint cannot be reached")]
-    Connect,
+    #[error("the endpoint cannot be reached: {0}")]
+    Connect(&'static str),
     /// The endpoint did not accept in time.
     #[error("the endpoint did not answer in time")]
     ConnectTimeout,
@@ -94,10 +95,10 @@ impl Failure {
                 "no healthy upstream",
                 false,
             ),
-            Self::Connect => (
+            Self::Connect(_) => (
                 Some(StatusCode::SERVICE_UNAVAILABLE),
                 "UF",
-                "upstream_reset_before_response_started{connection_failure}",
+                "upstream_reset_before_response_started{remote_connection_failure}",
                 "upstream connection failure",
                 true,
             ),
@@ -139,10 +140,37 @@ impl Failure {
         Answer { status, grpc_status, flags, details, text, retry }
     }
 
+    /// Why there was no connection to the endpoint, in Envoy's words; empty for other failures.
+    pub fn transport(&self) -> &'static str {
+        match self {
+            Self::Connect(reason) => reason,
+            _ => "",
+        }
+    }
+
+    /// Envoy's response code details: with the reason behind the failure's name, where there is one.
+    pub(crate) fn details(&self) -> Cow<'static, str> {
+        let name = self.answer().details;
+        match self.transport() {
+            "" => name.into(),
+            reason => format!("{}|{}}}", name.trim_end_matches('}'), reason.replace(' ', "_")).into(),
+        }
+    }
+
+    /// Its flags when it is what the last of several attempts came to (Envoy's `URX`, "retry limit exceeded").
+    pub(crate) fn flags_of_last_attempt(&self) -> &'static str {
+        match self.answer().flags {
+            "UF" => "URX,UF",
+            "UR" => "URX,UR",
+            flags => flags,
+        }
+    }
+
     /// The reply to the client, or `None` when there is nobody to answer or nothing more to say.
     pub fn reply(&self) -> Option<LocalReply> {
         let answer = self.answer();
         let mut reply = LocalReply::text(answer.status?, answer.text, answer.details);
+        reply.details = self.details();
         reply.grpc_status = Some(answer.grpc_status);
         Some(reply)
     }
@@ -177,7 +205,7 @@ mod tests {
             (Failure::BrokenRoute(reason.clone()), 500, 2, "-", false),
             (Failure::InvalidBackend(reason), 500, 2, "NC", false),
             (Failure::NoEndpoint, 503, 14, "UH", false),
-            (Failure::Connect, 503, 14, "UF", true),
+            (Failure::Connect("r"), 503, 14, "UF", true),
             (Failure::ConnectTimeout, 503, 14, "UF", true),
             (Failure::Overflow, 503, 14, "UO", false),
             (Failure::Refused, 503, 14, "UR", true),

@@ -35,8 +35,12 @@ pub(crate) struct Host {
     pub(crate) opening: tokio::sync::Mutex<()>,
 }
 
+/// An HTTP/1.1 connection, and our end of it, if it is a socket of its own.
+pub(crate) type Kept = (http1::SendRequest<RequestBody>, Option<SocketAddr>);
+
 struct Idle {
     sender: http1::SendRequest<RequestBody>,
+    local: Option<SocketAddr>,
     since: Instant,
 }
 
@@ -45,6 +49,8 @@ struct Idle {
 pub(crate) struct Shared {
     pub(crate) sender: http2::SendRequest<RequestBody>,
     pub(crate) streams: Arc<AtomicUsize>,
+    /// Our end of it, if it is a socket of its own.
+    pub(crate) local: Option<SocketAddr>,
     idle_since: Arc<Mutex<Option<Instant>>>,
 }
 
@@ -94,7 +100,7 @@ impl Host {
     }
 
     /// An idle HTTP/1.1 connection, the one used last: it is the least likely to be closed by the other end.
-    pub(crate) fn take_idle(&self) -> Option<http1::SendRequest<RequestBody>> {
+    pub(crate) fn take_idle(&self) -> Option<Kept> {
         let mut idle = self.idle.lock();
         let mut at = idle.len();
         while at > 0 {
@@ -102,14 +108,17 @@ impl Host {
             match idle.get(at) {
                 Some(candidate) if candidate.sender.is_closed() => drop(idle.remove(at)),
                 // Others are still finishing: their peer has not taken the whole request.
-                Some(candidate) if candidate.sender.is_ready() => return Some(idle.remove(at).sender),
+                Some(candidate) if candidate.sender.is_ready() => {
+                    let Idle { sender, local, .. } = idle.remove(at);
+                    return Some((sender, local));
+                }
                 _ => {}
             }
         }
         None
     }
 
-    pub(crate) fn put_idle(&self, sender: http1::SendRequest<RequestBody>, idle_max: usize) {
+    pub(crate) fn put_idle(&self, (sender, local): Kept, idle_max: usize) {
         if sender.is_closed() || idle_max == 0 {
             return;
         }
@@ -117,7 +126,7 @@ impl Host {
         if idle.len() >= idle_max {
             idle.remove(0);
         }
-        idle.push(Idle { sender, since: Instant::now() });
+        idle.push(Idle { sender, local, since: Instant::now() });
     }
 
     /// An HTTP/2 connection with room for a stream.
@@ -127,8 +136,12 @@ impl Host {
         shared.iter().find(|connection| connection.streams.load(Relaxed) < STREAMS_MAX).cloned()
     }
 
-    pub(crate) fn put_shared(&self, sender: http2::SendRequest<RequestBody>) -> Shared {
-        let connection = Shared { sender, streams: Arc::default(), idle_since: Arc::default() };
+    pub(crate) fn put_shared(
+        &self,
+        sender: http2::SendRequest<RequestBody>,
+        local: Option<SocketAddr>,
+    ) -> Shared {
+        let connection = Shared { sender, streams: Arc::default(), local, idle_since: Arc::default() };
         self.shared.lock().push(connection.clone());
         connection
     }

@@ -8,10 +8,11 @@ use crate::serve::Served;
 use crate::{Failure, decision};
 use bytes::Bytes;
 use cairn_filter::{Exchange, RequestHead, ResponseHead, Running};
-use cairn_telemetry::{HttpRecord, Observe, Trace, Wanted};
+use cairn_telemetry::{HttpRecord, Observe, Trace, Wanted, legible};
 use http::header::USER_AGENT;
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderName, HeaderValue, Method};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
@@ -53,6 +54,14 @@ pub(crate) struct Record {
     pub(crate) response_body_bytes: u64,
     pub(crate) progress: Option<Arc<Progress>>,
     pub(crate) upstream_duration: Option<Duration>,
+    /// When the request was sent that was answered.
+    pub(crate) sent_at: Option<Instant>,
+    /// Our end of the connection on which it was.
+    pub(crate) upstream_local: Option<SocketAddr>,
+    /// Why there was no such connection.
+    upstream_failure: &'static str,
+    /// It was sent as often as it may be, more than once.
+    pub(crate) retried_in_vain: bool,
     /// How often the request was sent.
     pub(crate) attempts: u32,
     messages: Messages,
@@ -75,7 +84,7 @@ pub(crate) struct Record {
 
 impl Record {
     pub(crate) fn new(exchange: Exchange, running: Running, served: Arc<Served>, head: &RequestHead) -> Self {
-        let kept = |name: HeaderName| head.headers.get(name).cloned();
+        let kept = |name: HeaderName| head.headers.get(name).map(legible);
         // "GET / HTTP/1.1" and its line end, "host: x" and its own, and the empty line.
         let line = head.method.as_str().len() + head.path.as_str().len() + head.authority.len() + 22;
         Self {
@@ -88,6 +97,10 @@ impl Record {
             response_body_bytes: 0,
             progress: None,
             upstream_duration: None,
+            sent_at: None,
+            upstream_local: None,
+            upstream_failure: "",
+            retried_in_vain: false,
             attempts: 0,
             messages: Messages::default(),
             response_messages: 0,
@@ -98,7 +111,7 @@ impl Record {
             ended: false,
             method: head.method.clone(),
             path: head.path.clone(),
-            authority: head.authority.clone(),
+            authority: legible(&head.authority),
             request_id: kept(REQUEST_ID),
             user_agent: kept(USER_AGENT),
             forwarded_for: kept(FORWARDED_FOR),
@@ -184,8 +197,9 @@ impl Record {
     /// Notes why there is no answer from upstream.
     pub(crate) fn failed(&mut self, failure: &Failure) {
         let answer = failure.answer();
-        self.flags = answer.flags;
-        self.exchange.details = answer.details.into();
+        self.flags = if self.retried_in_vain { failure.flags_of_last_attempt() } else { answer.flags };
+        self.upstream_failure = failure.transport();
+        self.exchange.details = failure.details();
     }
 
     /// Whether the client broke off its own request.
@@ -224,6 +238,11 @@ impl Record {
             started: exchange.started_at,
             duration: now.saturating_duration_since(exchange.started),
             upstream_duration: self.upstream_duration,
+            first_byte: self
+                .sent_at
+                .zip(self.upstream_duration)
+                .map(|(sent_at, answered)| sent_at.saturating_duration_since(exchange.started) + answered),
+            backend_latency: self.sent_at.map(|sent_at| now.saturating_duration_since(sent_at)),
             request_id: text(self.request_id.as_ref()),
             method: self.method.as_str(),
             path: self.path.as_str(),
@@ -254,6 +273,8 @@ impl Record {
             downstream: connection.source.address,
             local: connection.destination,
             upstream: exchange.upstream,
+            upstream_local: self.upstream_local,
+            upstream_failure: self.upstream_failure,
             upstream_workload: exchange.upstream_workload.as_ref(),
             cluster: exchange.cluster.as_deref().unwrap_or(""),
             route: exchange.route.as_deref().unwrap_or(""),
@@ -271,5 +292,5 @@ impl Drop for Record {
 }
 
 fn text(value: Option<&HeaderValue>) -> &str {
-    value.and_then(|value| value.to_str().ok()).unwrap_or("")
+    value.and_then(|value| std::str::from_utf8(value.as_bytes()).ok()).unwrap_or("")
 }

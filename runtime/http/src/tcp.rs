@@ -4,6 +4,7 @@ use crate::endpoint::{Chosen, Reach, choose};
 use crate::record::REPORT_EVERY;
 use crate::route::Target;
 use crate::stream::Upstream;
+use crate::upstream::Open;
 use crate::{Failure, Site, SiteHandle, Worker, upstream};
 use cairn_filter::{Admission, Connection, Denial};
 use cairn_net::ByteCounts;
@@ -12,6 +13,7 @@ use cairn_telemetry::{
     TcpLabels, TcpRecord,
 };
 use std::io;
+use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -37,6 +39,7 @@ where
         TcpConnection::failed(&worker.telemetry().metrics, &labels);
     };
     let mut flags = "-";
+    let (mut upstream_local, mut upstream_failure) = (None, "");
     let mut verdict = admit(&current, connection).await;
     let (chosen, outcome) = match (&verdict, open(connection, &current, worker)) {
         (Admission::Refuse(denial), _) => {
@@ -45,7 +48,8 @@ where
             (None, Err(denial.reason.clone()))
         }
         (Admission::Pass(_), opening) => match opening.await {
-            Ok((chosen, mut server)) => {
+            Ok((chosen, Open { stream: mut server, local })) => {
+                upstream_local = local;
                 let labels = observed.labels(connection, Some(&chosen), "-");
                 let mut counted = TcpConnection::open(&worker.telemetry().metrics, labels);
                 let ended = tokio::select! {
@@ -65,6 +69,7 @@ where
             }
             Err(failure) => {
                 flags = failure.answer().flags;
+                upstream_failure = failure.transport();
                 failed(flags);
                 (None, Err(failure.to_string()))
             }
@@ -96,7 +101,15 @@ where
         decision,
         policy,
     };
-    observed.finished(connection, chosen.as_ref(), worker, &record, flags);
+    let end = End { flags, upstream_local, upstream_failure };
+    observed.finished(connection, chosen.as_ref(), worker, (&record, &end));
+}
+
+/// What an observer is told of a connection's end beside its record.
+struct End {
+    flags: &'static str,
+    upstream_local: Option<SocketAddr>,
+    upstream_failure: &'static str,
 }
 
 /// How a connection is observed: as its destination's telemetry settings say when it begins.
@@ -162,13 +175,14 @@ impl Observed {
         connection: &Connection,
         chosen: Option<&Chosen>,
         worker: &Worker,
-        record: &TcpRecord<'_>,
-        flags: &'static str,
+        (record, end): (&TcpRecord<'_>, &End),
     ) {
         let Some(observer) = &self.observer else { return worker.telemetry().record_tcp(record) };
         let told = HttpRecord {
             duration: record.duration,
-            flags,
+            flags: end.flags,
+            upstream_local: end.upstream_local,
+            upstream_failure: end.upstream_failure,
             request_body_bytes: record.bytes_received,
             response_body_bytes: record.bytes_sent,
             request_bytes: record.bytes_received,
@@ -220,7 +234,7 @@ async fn until_refused(
     }
 }
 
-async fn open(connection: &Connection, site: &Site, worker: &Worker) -> Result<(Chosen, Upstream), Failure> {
+async fn open(connection: &Connection, site: &Site, worker: &Worker) -> Result<(Chosen, Open), Failure> {
     let target = match &site.service {
         Some(service) => Target::Service { key: service.key(), port: site.port },
         None => Target::Addressed,

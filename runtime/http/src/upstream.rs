@@ -1,7 +1,7 @@
 //! Sending a request to the chosen endpoint: on a connection kept open, or on a new one, plain or through a tunnel.
 
 use crate::body::RequestBody;
-use crate::host::{Active, Host, Opened, Shared};
+use crate::host::{Active, Host, Kept, Opened, Shared};
 use crate::stream::Upstream;
 use crate::{Failure, Worker};
 use cairn_hbone::{ConnectError, PoolTarget};
@@ -12,6 +12,7 @@ use http_body::Body;
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -35,6 +36,14 @@ pub(crate) struct Unsent {
 pub(crate) struct Lease {
     active: Active,
     carrier: Carrier,
+    /// Our end of it, if it is a socket of its own.
+    pub(crate) local: Option<SocketAddr>,
+}
+
+/// A byte stream to an endpoint, and our end of it, if it is a socket of its own.
+pub(crate) struct Open {
+    pub(crate) stream: Upstream,
+    pub(crate) local: Option<SocketAddr>,
 }
 
 enum Carrier {
@@ -62,7 +71,9 @@ impl Lease {
     /// The response is over: the connection may serve another request. Dropped instead, it is closed.
     pub(crate) fn put_back(self) {
         match self.carrier {
-            Carrier::Http1 { sender, idle_max } => self.active.host().put_idle(sender, idle_max),
+            Carrier::Http1 { sender, idle_max } => {
+                self.active.host().put_idle((sender, self.local), idle_max);
+            }
             Carrier::Http2(stream) => drop(stream),
         }
     }
@@ -88,17 +99,17 @@ async fn send_http1(
 ) -> Result<(Response<Incoming>, Lease), Unsent> {
     let idle_max = worker.settings.upstream_idle_max;
     loop {
-        let (mut sender, is_fresh) = match active.host().take_idle() {
-            Some(sender) => (sender, false),
+        let ((mut sender, local), is_fresh) = match active.host().take_idle() {
+            Some(kept) => (kept, false),
             None => match open_http1(worker, active.host()).await {
-                Ok(sender) => (sender, true),
+                Ok(opened) => (opened, true),
                 Err(failure) => return Err(Unsent { failure, request: Some(request) }),
             },
         };
         match sender.try_send_request(request).await {
             Ok(response) => {
                 let carrier = Carrier::Http1 { sender, idle_max };
-                return Ok((response, Lease { active, carrier }));
+                return Ok((response, Lease { active, carrier, local }));
             }
             Err(mut error) => {
                 debug!(endpoint = %active.host().address, error = %error.error(), "no response");
@@ -127,9 +138,10 @@ async fn send_http2(
     // A stream that is refused was not worked on, and a request without a body can be made again.
     let spare = request.body().is_end_stream().then(|| without_body(&request));
     let mut sender = shared.sender.clone();
+    let local = shared.local;
     let stream = Stream::new(shared);
     match sender.try_send_request(request).await {
-        Ok(response) => Ok((response, Lease { active, carrier: Carrier::Http2(stream) })),
+        Ok(response) => Ok((response, Lease { active, carrier: Carrier::Http2(stream), local })),
         Err(mut error) => {
             debug!(endpoint = %active.host().address, error = %error.error(), "no response");
             let unsent = error.take_message();
@@ -165,11 +177,13 @@ fn failure_of(error: &hyper::Error, is_unsent: bool) -> Failure {
     Failure::UpstreamClosed
 }
 
-async fn open_http1(worker: &Worker, host: &Arc<Host>) -> Result<http1::SendRequest<RequestBody>, Failure> {
+async fn open_http1(worker: &Worker, host: &Arc<Host>) -> Result<Kept, Failure> {
     let opened = Opened::new(host, worker.settings.upstream_connections_max).ok_or(Failure::Overflow)?;
-    let stream = open(worker, host).await?;
-    let (sender, connection) =
-        http1::Builder::new().handshake(TokioIo::new(stream)).await.map_err(|_| Failure::Connect)?;
+    let Open { stream, local } = open(worker, host).await?;
+    let (sender, connection) = http1::Builder::new()
+        .handshake(TokioIo::new(stream))
+        .await
+        .map_err(|_| Failure::Connect("HTTP/1.1 failed"))?;
     // It ends when its sender is dropped, which the pool does after the idle time, or when the endpoint closes.
     tokio::spawn(async move {
         let _opened = opened;
@@ -177,7 +191,7 @@ async fn open_http1(worker: &Worker, host: &Arc<Host>) -> Result<http1::SendRequ
             debug!(%error, "upstream connection ended");
         }
     });
-    Ok(sender)
+    Ok((sender, local))
 }
 
 async fn shared_http2(worker: &Worker, host: &Arc<Host>) -> Result<Shared, Failure> {
@@ -189,25 +203,25 @@ async fn shared_http2(worker: &Worker, host: &Arc<Host>) -> Result<Shared, Failu
         return Ok(shared);
     }
     let opened = Opened::new(host, worker.settings.upstream_connections_max).ok_or(Failure::Overflow)?;
-    let stream = open(worker, host).await?;
+    let Open { stream, local } = open(worker, host).await?;
     let (sender, connection) = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .handshake(TokioIo::new(stream))
         .await
-        .map_err(|_| Failure::Connect)?;
+        .map_err(|_| Failure::Connect("HTTP/2 failed"))?;
     tokio::spawn(async move {
         let _opened = opened;
         if let Err(error) = connection.await {
             debug!(%error, "upstream connection ended");
         }
     });
-    Ok(host.put_shared(sender))
+    Ok(host.put_shared(sender, local))
 }
 
 /// Opens a byte stream to an endpoint: a tunnel to exactly its identity, or plain TCP.
-pub(crate) async fn open(worker: &Worker, host: &Host) -> Result<Upstream, Failure> {
+pub(crate) async fn open(worker: &Worker, host: &Host) -> Result<Open, Failure> {
     let opened = match &host.identity {
         Some(identity) => open_tunnel(worker, host.address, identity).await,
         None => open_plain(worker, host.address).await,
@@ -218,24 +232,40 @@ pub(crate) async fn open(worker: &Worker, host: &Host) -> Result<Upstream, Failu
     opened
 }
 
-async fn open_plain(worker: &Worker, address: SocketAddr) -> Result<Upstream, Failure> {
+async fn open_plain(worker: &Worker, address: SocketAddr) -> Result<Open, Failure> {
     match cairn_net::connect(address, &worker.connect_options()).await {
-        Ok(stream) => Ok(Box::new(stream)),
-        Err(NetError::ConnectTimeout { .. }) => Err(Failure::ConnectTimeout),
-        Err(_) => Err(Failure::Connect),
+        Ok(stream) => Ok(Open { local: stream.local_addr().ok(), stream: Box::new(stream) }),
+        Err(error) => Err(failure_to_connect(&error)),
     }
 }
 
-async fn open_tunnel(worker: &Worker, address: SocketAddr, identity: &Identity) -> Result<Upstream, Failure> {
+/// Envoy's words for what the operating system says most often.
+fn failure_to_connect(error: &NetError) -> Failure {
+    let source = match error {
+        NetError::ConnectTimeout { .. } => return Failure::ConnectTimeout,
+        NetError::Connect { source, .. } => source,
+        _ => return Failure::Connect("socket error"),
+    };
+    Failure::Connect(match source.kind() {
+        ErrorKind::ConnectionRefused => "delayed connect error: Connection refused",
+        ErrorKind::HostUnreachable => "delayed connect error: No route to host",
+        ErrorKind::NetworkUnreachable => "immediate connect error: Network is unreachable",
+        ErrorKind::ConnectionReset => "delayed connect error: Connection reset by peer",
+        ErrorKind::AddrNotAvailable => "immediate connect error: Cannot assign requested address",
+        _ => "delayed connect error",
+    })
+}
+
+async fn open_tunnel(worker: &Worker, address: SocketAddr, identity: &Identity) -> Result<Open, Failure> {
     let Some(tunnels) = &worker.tunnels else {
         warn!(endpoint = %address, "an endpoint inside the mesh, and no identity to reach it with");
-        return Err(Failure::Connect);
+        return Err(Failure::Connect("no identity of our own"));
     };
     let certificate = match tunnels.certificates.current(&tunnels.identity) {
         Some(certificate) => certificate,
         None => tunnels.certificates.get(&tunnels.identity).await.map_err(|error| {
             warn!(%error, "no certificate of our own");
-            Failure::Connect
+            Failure::Connect("no certificate of our own")
         })?,
     };
     let target = PoolTarget {
@@ -246,12 +276,17 @@ async fn open_tunnel(worker: &Worker, address: SocketAddr, identity: &Identity) 
         authority: address.to_string(),
     };
     match tunnels.pool.connect(&target, HeaderMap::new()).await {
-        Ok(tunnel) => Ok(Box::new(tunnel)),
+        Ok(tunnel) => Ok(Open { stream: Box::new(tunnel), local: None }),
         Err(ConnectError::Timeout) => Err(Failure::ConnectTimeout),
         Err(ConnectError::Full) => Err(Failure::Overflow),
         Err(error) => {
             debug!(endpoint = %address, %error, "no tunnel");
-            Err(Failure::Connect)
+            Err(match &error {
+                ConnectError::Tcp(error) => failure_to_connect(error),
+                ConnectError::Tls(_) => Failure::Connect("TLS error: the peer is not who it must be"),
+                ConnectError::Refused(_) => Failure::Connect("the peer refused the tunnel"),
+                _ => Failure::Connect("no tunnel"),
+            })
         }
     }
 }

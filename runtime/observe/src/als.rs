@@ -1,7 +1,7 @@
 //! Entries of Envoy's access log service.
 
 use crate::Own;
-use crate::facts::{Facts, Header};
+use crate::facts::{Facts, Header, text_of};
 use cairn_mesh::AlsLog;
 use cairn_proto::accesslog::{
     AccessLogCommon, Address, ConnectionProperties, HttpAccessLogEntry, HttpRequestProperties,
@@ -161,7 +161,7 @@ fn request(facts: &Facts<'_>, further: &Further) -> HttpRequestProperties {
 
 fn texts(headers: Option<&HeaderMap>, names: &[HeaderName]) -> BTreeMap<String, String> {
     let Some(headers) = headers else { return BTreeMap::new() };
-    let text = |name: &HeaderName| Some((name.to_string(), headers.get(name)?.to_str().ok()?.to_owned()));
+    let text = |name: &HeaderName| Some((name.to_string(), text_of(Some(headers), name)?.to_owned()));
     names.iter().filter_map(text).collect()
 }
 

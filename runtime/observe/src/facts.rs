@@ -150,7 +150,7 @@ impl<'a> Facts<'a> {
 
 /// The first value of a header, if it is text.
 pub(crate) fn text_of<'a>(headers: Option<&'a HeaderMap>, name: &HeaderName) -> Option<&'a str> {
-    headers?.get(name)?.to_str().ok()
+    std::str::from_utf8(headers?.get(name)?.as_bytes()).ok()
 }
 
 /// A header by name: those that every record has are told apart from those it must be asked to keep.

@@ -2,6 +2,7 @@
 
 use crate::Expression;
 use crate::facts::{Facts, Header};
+use crate::json::append_json_text;
 use crate::operator::{Operator, Written};
 use cairn_telemetry::Wants;
 use serde_json::Value;
@@ -139,6 +140,24 @@ impl Format {
                 Some(all)
             }
         }
+    }
+
+    /// Appends its value as JSON, `null` where it says nothing.
+    pub(crate) fn write_json(&self, out: &mut Vec<u8>, facts: &Facts<'_>) -> Written {
+        let written = match self.segments.as_slice() {
+            [Segment::Operator { operator, bytes_max: None }] => operator.write_json(out, facts),
+            _ => match self.text(facts) {
+                Some(text) => {
+                    append_json_text(out, &text);
+                    Written::Something
+                }
+                None => Written::Nothing,
+            },
+        };
+        if written == Written::Nothing {
+            out.extend_from_slice(b"null");
+        }
+        written
     }
 
     /// Its value in JSON: a number where a single operator is one, `null` where a single operator has nothing to say.

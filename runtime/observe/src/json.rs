@@ -1,6 +1,7 @@
 //! JSON log lines: keys sorted, as Envoy sorts them, and values by format.
 
 use crate::facts::Facts;
+use crate::operator::Written;
 use crate::{Format, FormatError};
 use cairn_mesh::LogValue;
 use cairn_telemetry::Wants;
@@ -42,12 +43,30 @@ pub(crate) struct JsonFormat {
     omit_empty: bool,
 }
 
-type Entries = Vec<(Arc<str>, Node)>;
+type Entries = Vec<Entry>;
+
+#[derive(Clone, Debug)]
+struct Entry {
+    key: Arc<str>,
+    /// The key as it is written, with its colon.
+    written: Vec<u8>,
+    node: Node,
+}
+
+impl Entry {
+    fn new(key: &str, node: Node) -> Self {
+        let mut written = Vec::with_capacity(key.len() + 3);
+        append_json_text(&mut written, key);
+        written.push(b':');
+        Self { key: key.into(), written, node }
+    }
+}
 
 #[derive(Clone, Debug)]
 enum Node {
     Format(Format),
-    Literal(Value),
+    /// A value that never changes, and how it is written.
+    Literal(Value, Vec<u8>),
     List(Vec<Node>),
     Map(Entries),
 }
@@ -55,7 +74,7 @@ enum Node {
 impl JsonFormat {
     /// Istio's default keys.
     pub(crate) fn istio(omit_empty: bool) -> Result<Self, FormatError> {
-        let entry = |(key, format): (&str, &str)| Ok((key.into(), Node::Format(Format::parse(format)?)));
+        let entry = |(key, format): (&str, &str)| Ok(Entry::new(key, Node::Format(Format::parse(format)?)));
         Ok(Self { root: DEFAULT.into_iter().map(entry).collect::<Result<_, FormatError>>()?, omit_empty })
     }
 
@@ -65,16 +84,12 @@ impl JsonFormat {
     }
 
     pub(crate) fn want(&self, wants: &mut Wants) {
-        self.root.iter().for_each(|(_, node)| node.want(wants));
+        self.root.iter().for_each(|entry| entry.node.want(wants));
     }
 
     /// Appends a line, without a line feed.
     pub(crate) fn write(&self, out: &mut Vec<u8>, facts: &Facts<'_>) {
-        let value = object(&self.root, facts, self.omit_empty);
-        // Writing to a Vec cannot fail, and keys are text.
-        if let Err(error) = serde_json::to_writer(out, &value) {
-            tracing::error!(%error, "a log line is not JSON");
-        }
+        write_object(&self.root, out, facts, self.omit_empty);
     }
 
     /// The values, by key.
@@ -89,16 +104,20 @@ impl JsonFormat {
 fn map(entries: &[(Arc<str>, LogValue)]) -> Result<Entries, FormatError> {
     let mut read = Vec::with_capacity(entries.len());
     for (key, value) in entries {
-        read.push((Arc::clone(key), node(value)?));
+        read.push(Entry::new(key, node(value)?));
     }
-    read.sort_by(|a, b| a.0.cmp(&b.0));
+    read.sort_by(|a: &Entry, b| a.key.cmp(&b.key));
     Ok(read)
 }
 
 fn node(value: &LogValue) -> Result<Node, FormatError> {
     Ok(match value {
         LogValue::Text(text) => Node::Format(Format::parse(text)?),
-        LogValue::Literal(text) => Node::Literal(serde_json::from_str(text).unwrap_or_default()),
+        LogValue::Literal(text) => {
+            let value: Value = serde_json::from_str(text).unwrap_or_default();
+            let written = value.to_string().into_bytes();
+            Node::Literal(value, written)
+        }
         LogValue::List(items) => Node::List(items.iter().map(node).collect::<Result<_, _>>()?),
         LogValue::Map(entries) => Node::Map(map(entries)?),
     })
@@ -108,16 +127,36 @@ impl Node {
     fn want(&self, wants: &mut Wants) {
         match self {
             Self::Format(format) => format.want(wants),
-            Self::Literal(_) => {}
+            Self::Literal(..) => {}
             Self::List(items) => items.iter().for_each(|item| item.want(wants)),
-            Self::Map(entries) => entries.iter().for_each(|(_, node)| node.want(wants)),
+            Self::Map(entries) => entries.iter().for_each(|entry| entry.node.want(wants)),
         }
+    }
+
+    /// Appends its value; says when that is nothing, having written `null`.
+    fn write(&self, out: &mut Vec<u8>, facts: &Facts<'_>, omit_empty: bool) -> Written {
+        match self {
+            Self::Format(format) => return format.write_json(out, facts),
+            Self::Literal(value, written) => {
+                out.extend_from_slice(written);
+                if value.is_null() {
+                    return Written::Nothing;
+                }
+            }
+            Self::List(items) => {
+                out.push(b'[');
+                write_all(items, out, |out, item| item.write(out, facts, omit_empty), omit_empty);
+                out.push(b']');
+            }
+            Self::Map(entries) => write_object(entries, out, facts, omit_empty),
+        }
+        Written::Something
     }
 
     fn value(&self, facts: &Facts<'_>, omit_empty: bool) -> Value {
         match self {
             Self::Format(format) => format.json(facts),
-            Self::Literal(value) => value.clone(),
+            Self::Literal(value, _) => value.clone(),
             Self::List(items) => {
                 let values = items.iter().map(|item| item.value(facts, omit_empty));
                 values.filter(|value| !omit_empty || !value.is_null()).collect()
@@ -127,7 +166,51 @@ impl Node {
     }
 }
 
+/// Appends items with commas between them; those that are nothing are taken back if `omit_empty`.
+fn write_all<T>(
+    items: &[T],
+    out: &mut Vec<u8>,
+    mut write: impl FnMut(&mut Vec<u8>, &T) -> Written,
+    omit_empty: bool,
+) {
+    let mut is_first = true;
+    for item in items {
+        let before = out.len();
+        if !is_first {
+            out.push(b',');
+        }
+        if write(out, item) == Written::Nothing && omit_empty {
+            out.truncate(before);
+        } else {
+            is_first = false;
+        }
+    }
+}
+
+fn write_object(entries: &Entries, out: &mut Vec<u8>, facts: &Facts<'_>, omit_empty: bool) {
+    out.push(b'{');
+    let write = |out: &mut Vec<u8>, entry: &Entry| {
+        out.extend_from_slice(&entry.written);
+        entry.node.write(out, facts, omit_empty)
+    };
+    write_all(entries, out, write, omit_empty);
+    out.push(b'}');
+}
+
 fn object(entries: &Entries, facts: &Facts<'_>, omit_empty: bool) -> Value {
-    let values = entries.iter().map(|(key, node)| (key.to_string(), node.value(facts, omit_empty)));
+    let values = entries.iter().map(|entry| (entry.key.to_string(), entry.node.value(facts, omit_empty)));
     Value::Object(values.filter(|(_, value)| !omit_empty || !value.is_null()).collect())
+}
+
+/// Appends a JSON string: as it is, but for what JSON must escape.
+pub(crate) fn append_json_text(out: &mut Vec<u8>, text: &str) {
+    if text.bytes().all(|byte| byte >= b' ' && byte != b'"' && byte != b'\\') {
+        out.reserve(text.len() + 2);
+        out.push(b'"');
+        out.extend_from_slice(text.as_bytes());
+        out.push(b'"');
+    } else if let Err(error) = serde_json::to_writer(out, text) {
+        // Writing to a Vec cannot fail, and a text is always JSON.
+        tracing::error!(%error, "a log line is not JSON");
+    }
 }

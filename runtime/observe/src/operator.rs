@@ -3,6 +3,7 @@
 use crate::Expression;
 use crate::clock::TimeFormat;
 use crate::facts::{Facts, Header, PeerField, Side, text_of};
+use crate::json::append_json_text;
 use cairn_telemetry::{Wants, append_address, append_number, append_text};
 use http::HeaderMap;
 use std::io::Write;
@@ -35,6 +36,8 @@ pub(crate) enum Operator {
     Duration,
     ResponseDuration,
     UpstreamHost(Part),
+    UpstreamLocal(Part),
+    UpstreamFailure,
     UpstreamCluster,
     DownstreamLocal(Part),
     DownstreamRemote(Part),
@@ -43,7 +46,7 @@ pub(crate) enum Operator {
     TraceId,
     Hostname,
     ConnectionId,
-    /// Known, and never there inside a waypoint: names of TLS, and facts of an upstream socket that is pooled.
+    /// Known, and never there inside a waypoint: names of TLS, and why a connection that is over was ended.
     Absent,
 }
 
@@ -92,7 +95,7 @@ const STATUSES: [(&str, &str); 17] = [
 ];
 
 /// The long names of the response flags that occur here.
-const FLAGS: [(&str, &str); 8] = [
+const FLAGS: [(&str, &str); 11] = [
     ("UH", "NoHealthyUpstream"),
     ("UF", "UpstreamConnectionFailure"),
     ("UO", "UpstreamOverflow"),
@@ -101,6 +104,9 @@ const FLAGS: [(&str, &str); 8] = [
     ("UC", "UpstreamConnectionTermination"),
     ("DC", "DownstreamConnectionTermination"),
     ("NC", "NoClusterFound"),
+    ("UT", "UpstreamRequestTimeout"),
+    ("UAEX", "UnauthorizedExternalService"),
+    ("URX", "UpstreamRetryLimitExceeded"),
 ];
 
 impl Operator {
@@ -119,6 +125,10 @@ impl Operator {
             "UPSTREAM_HOST" | "UPSTREAM_REMOTE_ADDRESS" => Self::UpstreamHost(Part::Whole),
             "UPSTREAM_REMOTE_ADDRESS_WITHOUT_PORT" => Self::UpstreamHost(Part::Ip),
             "UPSTREAM_REMOTE_PORT" => Self::UpstreamHost(Part::Port),
+            "UPSTREAM_LOCAL_ADDRESS" => Self::UpstreamLocal(Part::Whole),
+            "UPSTREAM_LOCAL_ADDRESS_WITHOUT_PORT" => Self::UpstreamLocal(Part::Ip),
+            "UPSTREAM_LOCAL_PORT" => Self::UpstreamLocal(Part::Port),
+            "UPSTREAM_TRANSPORT_FAILURE_REASON" => Self::UpstreamFailure,
             "UPSTREAM_CLUSTER" | "UPSTREAM_CLUSTER_RAW" => Self::UpstreamCluster,
             "UPSTREAM_REQUEST_ATTEMPT_COUNT" => Self::Attempts,
             "DOWNSTREAM_LOCAL_ADDRESS" => Self::DownstreamLocal(Part::Whole),
@@ -140,10 +150,6 @@ impl Operator {
             "HOSTNAME" => Self::Hostname,
             "CONNECTION_ID" => Self::ConnectionId,
             "CONNECTION_TERMINATION_DETAILS"
-            | "UPSTREAM_TRANSPORT_FAILURE_REASON"
-            | "UPSTREAM_LOCAL_ADDRESS"
-            | "UPSTREAM_LOCAL_ADDRESS_WITHOUT_PORT"
-            | "UPSTREAM_LOCAL_PORT"
             | "REQUESTED_SERVER_NAME"
             | "DOWNSTREAM_TRANSPORT_FAILURE_REASON"
             | "VIRTUAL_CLUSTER_NAME" => Self::Absent,
@@ -238,6 +244,10 @@ impl Operator {
                 Some(upstream) => address(out, upstream, *part),
                 None => return Written::Nothing,
             },
+            Self::UpstreamLocal(part) => match record.upstream_local {
+                Some(local) => address(out, local, *part),
+                None => return Written::Nothing,
+            },
             Self::DownstreamLocal(part) => address(out, record.local, *part),
             Self::DownstreamRemote(part) => address(out, record.downstream, *part),
             _ => {
@@ -259,6 +269,47 @@ impl Operator {
         Written::Something
     }
 
+    /// Appends its value as JSON: numbers as they are, the rest as text.
+    pub(crate) fn write_json(&self, out: &mut Vec<u8>, facts: &Facts<'_>) -> Written {
+        if let Some(number) = self.number(facts) {
+            let Some(number) = number else { return Written::Nothing };
+            append_number(out, number);
+            return Written::Something;
+        }
+        if let Some(text) = self.borrowed(facts) {
+            append_json_text(out, text);
+            return Written::Something;
+        }
+        if self.is_plain() {
+            // Digits, letters and signs that JSON does not escape.
+            let before = out.len();
+            out.push(b'"');
+            if self.write(out, facts) == Written::Nothing {
+                out.truncate(before);
+                return Written::Nothing;
+            }
+            out.push(b'"');
+            return Written::Something;
+        }
+        match self.text(facts) {
+            Some(text) => append_json_text(out, &text),
+            None => return Written::Nothing,
+        }
+        Written::Something
+    }
+
+    /// Whether its value needs no escaping in JSON.
+    fn is_plain(&self) -> bool {
+        matches!(
+            self,
+            Self::StartTime(TimeFormat::Default)
+                | Self::UpstreamHost(_)
+                | Self::UpstreamLocal(_)
+                | Self::DownstreamLocal(_)
+                | Self::DownstreamRemote(_)
+        )
+    }
+
     /// Its value as it is, not escaped.
     pub(crate) fn text(&self, facts: &Facts<'_>) -> Option<String> {
         if let Some(number) = self.number(facts) {
@@ -274,6 +325,7 @@ impl Operator {
         match self {
             Self::StartTime(_)
             | Self::UpstreamHost(_)
+            | Self::UpstreamLocal(_)
             | Self::DownstreamLocal(_)
             | Self::DownstreamRemote(_) => {
                 let written = self.write(&mut out, facts);
@@ -292,12 +344,13 @@ impl Operator {
             Self::BytesReceived => Some(record.request_body_bytes),
             Self::BytesSent => Some(record.response_body_bytes),
             Self::Duration => Some(millis(record.duration)),
-            Self::ResponseDuration => record.upstream_duration.map(millis),
+            Self::ResponseDuration => record.first_byte.map(millis),
             Self::GrpcStatus(StatusForm::Number) => record.grpc_status.map(u64::from),
             Self::Attempts => Some(u64::from(record.attempts)),
             Self::ConnectionId => Some(record.connection_id),
             Self::DownstreamLocal(Part::Port) => Some(u64::from(record.local.port())),
             Self::DownstreamRemote(Part::Port) => Some(u64::from(record.downstream.port())),
+            Self::UpstreamLocal(Part::Port) => record.upstream_local.map(|at| u64::from(at.port())),
             Self::UpstreamHost(Part::Port) => record.upstream.map(|at| u64::from(at.port())),
             _ => return None,
         })
@@ -322,9 +375,6 @@ impl Operator {
             Self::Environment(value) => value,
             Self::Protocol => record.protocol,
             Self::ResponseFlags => record.flags,
-            Self::ResponseFlagsLong => {
-                FLAGS.iter().find(|(short, _)| *short == record.flags).map_or(record.flags, |(_, long)| long)
-            }
             Self::ResponseCodeDetails => record.details,
             Self::UpstreamCluster => record.cluster,
             Self::RouteName => record.route,
@@ -366,10 +416,22 @@ impl Operator {
                 }
                 Some(value.as_str().map_or_else(|| value.to_string(), str::to_owned))
             }
+            // Envoy puts no spaces into a log.
+            Self::UpstreamFailure if !record.upstream_failure.is_empty() => {
+                Some(record.upstream_failure.replace(' ', "_"))
+            }
+            // Several flags, or none.
+            Self::ResponseFlagsLong => {
+                Some(record.flags.split(',').map(long_flag).collect::<Vec<_>>().join(","))
+            }
             Self::TraceId => record.trace.map(|trace| format!("{:032x}", trace.trace_id)),
             _ => None,
         }
     }
+}
+
+fn long_flag(flag: &str) -> &str {
+    FLAGS.iter().find(|(short, _)| *short == flag).map_or(flag, |(_, long)| long)
 }
 
 fn either<'a>(

@@ -69,6 +69,8 @@ impl Exchange {
         HttpRecord {
             duration: Duration::from_micros(12_900),
             upstream_duration: Some(Duration::from_millis(11)),
+            first_byte: Some(Duration::from_micros(10_500)),
+            backend_latency: Some(Duration::from_micros(11_250)),
             request_id: "0a1b",
             method: "GET",
             path: "/a/b?c=d",
@@ -90,6 +92,7 @@ impl Exchange {
             trace: Some(&self.trace),
             connection_id: 42,
             upstream: Some("10.0.0.2:8080".parse().unwrap()),
+            upstream_local: Some("10.0.0.9:50000".parse().unwrap()),
             upstream_workload: Some(&self.upstream),
             cluster: "inbound-vip|80|http|cart",
             route: "shop/r/0",

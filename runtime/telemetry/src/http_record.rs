@@ -26,6 +26,10 @@ pub struct HttpRecord<'a> {
     pub duration: Duration,
     /// From sending the request to the response's head.
     pub upstream_duration: Option<Duration>,
+    /// From the request's head to the first byte of the upstream's answer.
+    pub first_byte: Option<Duration>,
+    /// From sending the request to the last byte of the upstream's answer.
+    pub backend_latency: Option<Duration>,
     /// `x-request-id`.
     pub request_id: &'a str,
     /// The method.
@@ -86,6 +90,10 @@ pub struct HttpRecord<'a> {
     pub local: SocketAddr,
     /// The chosen endpoint.
     pub upstream: Option<SocketAddr>,
+    /// Our end of the connection to it.
+    pub upstream_local: Option<SocketAddr>,
+    /// Why there was no connection to it.
+    pub upstream_failure: &'a str,
     /// The chosen endpoint's workload.
     pub upstream_workload: Option<&'a Arc<Workload>>,
     /// The chosen cluster.
@@ -107,6 +115,8 @@ impl<'a> HttpRecord<'a> {
             started,
             duration: Duration::ZERO,
             upstream_duration: None,
+            first_byte: None,
+            backend_latency: None,
             request_id: "",
             method: "",
             path: "",
@@ -137,6 +147,8 @@ impl<'a> HttpRecord<'a> {
             downstream,
             local,
             upstream: None,
+            upstream_local: None,
+            upstream_failure: "",
             upstream_workload: None,
             cluster: "",
             route: "",

@@ -25,7 +25,7 @@ pub use http_record::{HttpExplanation, HttpRecord, HttpScope};
 pub use labels::{CustomLabels, PeerLabels, Reporter, Security, TcpLabels};
 pub use line::{append_address, append_number, append_text, append_timestamp};
 pub use metrics::{Metrics, MetricsSettings};
-pub use observe::{Observe, Wanted, Wants};
+pub use observe::{Observe, Wanted, Wants, legible};
 pub use prometheus_client::metrics::counter::Counter;
 pub use prometheus_client::metrics::gauge::Gauge;
 pub use recent::{Recent, Slot};

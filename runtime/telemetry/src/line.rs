@@ -23,8 +23,10 @@ pub(crate) fn http(out: &mut Vec<u8>, record: &HttpRecord<'_>) {
     append_text(out, record.flags);
     out.push(b' ');
     append_text(out, record.details);
-    // Connection termination details, and the upstream's transport failure.
-    out.extend_from_slice(b" - \"-\" ");
+    // Connection termination details: an exchange outlives its connection only when nobody ended it.
+    out.extend_from_slice(b" - \"");
+    append_reason(out, record.upstream_failure);
+    out.extend_from_slice(b"\" ");
     append_number(out, record.request_body_bytes);
     out.push(b' ');
     append_number(out, record.response_body_bytes);
@@ -47,8 +49,12 @@ pub(crate) fn http(out: &mut Vec<u8>, record: &HttpRecord<'_>) {
     }
     out.extend_from_slice(b"\" ");
     append_text(out, record.cluster);
-    // The upstream's local address is not known: connections are pooled.
-    out.extend_from_slice(b" - ");
+    out.push(b' ');
+    match record.upstream_local {
+        Some(local) => append_address(out, local),
+        None => out.push(b'-'),
+    }
+    out.push(b' ');
     append_address(out, record.local);
     out.push(b' ');
     append_address(out, record.downstream);
@@ -112,13 +118,23 @@ fn field(out: &mut Vec<u8>, name: &str, value: &str) {
     out.push(b'"');
 }
 
-/// A text from a peer: printable ASCII as it is, everything that could end a line or a field escaped; `-` if empty.
+/// Why there was no connection: as Envoy writes it, without spaces.
+fn append_reason(out: &mut Vec<u8>, reason: &str) {
+    let before = out.len();
+    append_text(out, reason);
+    for byte in out.iter_mut().skip(before).filter(|byte| **byte == b' ') {
+        *byte = b'_';
+    }
+}
+
+/// A text from a peer: as it is, everything that could end a line or a field escaped; `-` if empty. Envoy escapes
+/// nothing, so that a quote in `user-agent` makes up the fields behind it.
 pub fn append_text(out: &mut Vec<u8>, value: &str) {
     if value.is_empty() {
         out.push(b'-');
         return;
     }
-    let plain = |byte: u8| (b' '..=b'~').contains(&byte) && byte != b'"' && byte != b'\\';
+    let plain = |byte: u8| byte >= b' ' && byte != 0x7f && byte != b'"' && byte != b'\\';
     if value.bytes().all(plain) {
         out.extend_from_slice(value.as_bytes());
         return;

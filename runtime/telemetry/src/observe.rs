@@ -1,7 +1,7 @@
 //! What one destination's telemetry settings ask for beyond the process's own log and metrics.
 
 use crate::{HttpRecord, HttpScope, MetricShape, Trace};
-use http::{HeaderMap, HeaderName};
+use http::{HeaderMap, HeaderName, HeaderValue};
 use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Duration;
@@ -71,23 +71,40 @@ impl Wanted {
     /// What is wanted of `headers`.
     pub fn of(&self, headers: &HeaderMap) -> HeaderMap {
         let names = match self {
-            Self::All => return headers.clone(),
+            Self::All => return headers.iter().map(|(name, value)| (name.clone(), legible(value))).collect(),
             Self::Names(names) => names,
         };
         let mut kept = HeaderMap::with_capacity(names.len());
         for name in names {
             for value in headers.get_all(name) {
-                kept.append(name, value.clone());
+                kept.append(name, legible(value));
             }
         }
         kept
     }
 }
 
+/// A header's value as text: as it is if it is UTF-8, else with each byte as the letter of Latin-1 that it is, as Envoy's
+/// JSON has it.
+pub fn legible(value: &HeaderValue) -> HeaderValue {
+    if std::str::from_utf8(value.as_bytes()).is_ok() {
+        return value.clone();
+    }
+    let letters: String = value.as_bytes().iter().map(|byte| char::from(*byte)).collect();
+    HeaderValue::from_bytes(letters.as_bytes()).unwrap_or_else(|_| HeaderValue::from_static(""))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use http::HeaderValue;
+
+    #[test]
+    fn every_value_of_a_header_is_text() {
+        for (value, expected) in [(&b"a"[..], "a"), ("ü".as_bytes(), "ü"), (b"a\xffb", "aÿb")] {
+            let value = HeaderValue::from_bytes(value).unwrap();
+            assert_eq!(legible(&value).as_bytes(), expected.as_bytes());
+        }
+    }
 
     #[test]
     fn only_what_is_wanted_is_kept() {

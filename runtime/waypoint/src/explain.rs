@@ -418,7 +418,8 @@ fn arrived(decision: &Decision, name: &str, through: Option<&ResourceName>) -> (
             (by, Answer::passes(format!("reaches {name}")))
         }
         Decision::Deny(reason) => {
-            let status = through.and_then(|_| Failure::Connect.answer().status).map(|status| status.as_u16());
+            let status =
+                through.and_then(|_| Failure::Connect("").answer().status).map(|status| status.as_u16());
             let text = match (status, through) {
                 (Some(status), Some(waypoint)) => {
                     format!("{status} from waypoint {waypoint}: the ztunnel of {name} refuses it: {reason}")

@@ -123,7 +123,9 @@ async fn what_ends_without_an_answer_says_why() {
             "nobody listens",
             &gone,
             request(HOST, true),
-            CalloutError::Unreachable("the endpoint cannot be reached".to_owned()),
+            CalloutError::Unreachable(
+                "the endpoint cannot be reached: delayed connect error: Connection refused".to_owned(),
+            ),
         ),
         ("too long", &Mesh::new(Plan::to(long.address)), request(HOST, false), CalloutError::TooLong(1000)),
         (

@@ -269,8 +269,8 @@ async fn an_upstream_that_fails_is_named_by_its_flag() {
         (
             "nobody listens",
             vec![closed_port().await],
-            "UF",
-            "upstream_reset_before_response_started{connection_failure}",
+            "URX,UF",
+            "upstream_reset_before_response_started{remote_connection_failure|delayed_connect_error:_Connection_refused}",
         ),
         (
             "closed before the answer",
@@ -622,7 +622,10 @@ async fn a_connection_that_cannot_be_copied_is_counted_as_failed() {
     let metrics = mesh.telemetry.metrics.encode();
     let line = metrics.lines().find(|line| line.starts_with("istio_tcp_connections_failed_total")).unwrap();
     assert!(line.contains("response_flags=\"UF\"") && line.ends_with(" 1"), "{line}");
-    assert_eq!(mesh.telemetry.connections.list()[0].error, "the endpoint cannot be reached");
+    assert_eq!(
+        mesh.telemetry.connections.list()[0].error,
+        "the endpoint cannot be reached: delayed connect error: Connection refused"
+    );
 }
 
 #[tokio::test]

@@ -24,8 +24,12 @@ const ISTIO: &str = "[%START_TIME%] \"%REQ(:METHOD)% %REQ(X-ENVOY-ORIGINAL-PATH?
 #[test]
 fn istios_default_format_writes_the_default_line() {
     type Change = fn(&mut HttpRecord<'_>);
-    let changes: [(&str, Change); 3] = [
+    let changes: [(&str, Change); 4] = [
         ("an answer", |_| ()),
+        ("no connection", |record| {
+            (record.flags, record.upstream_local) = ("URX,UF", None);
+            record.upstream_failure = "delayed connect error: Connection refused";
+        }),
         ("a failure", |record| {
             (record.upstream, record.upstream_duration, record.cluster) = (None, None, "");
             (record.status, record.flags, record.user_agent) = (503, "UH", "a\"b\n");
@@ -70,11 +74,13 @@ fn every_operator_has_its_value() {
         ("%CONNECTION_TERMINATION_DETAILS%", "-"),
         ("%UPSTREAM_TRANSPORT_FAILURE_REASON%", "-"),
         ("%BYTES_RECEIVED% %BYTES_SENT%", "3 5"),
-        ("%DURATION% %RESPONSE_DURATION%", "12 11"),
+        ("%DURATION% %RESPONSE_DURATION%", "12 10"),
         ("%UPSTREAM_HOST%", "10.0.0.2:8080"),
         ("%UPSTREAM_REMOTE_ADDRESS_WITHOUT_PORT% %UPSTREAM_REMOTE_PORT%", "10.0.0.2 8080"),
         ("%UPSTREAM_CLUSTER% %UPSTREAM_CLUSTER_RAW%", "inbound-vip|80|http|cart inbound-vip|80|http|cart"),
-        ("%UPSTREAM_LOCAL_ADDRESS%", "-"),
+        ("%UPSTREAM_LOCAL_ADDRESS% %UPSTREAM_LOCAL_PORT%", "10.0.0.9:50000 50000"),
+        ("%UPSTREAM_LOCAL_ADDRESS_WITHOUT_PORT%", "10.0.0.9"),
+        ("%RESPONSE_FLAGS_LONG%", "-"),
         ("%UPSTREAM_REQUEST_ATTEMPT_COUNT%", "1"),
         ("%DOWNSTREAM_LOCAL_ADDRESS% %DOWNSTREAM_LOCAL_PORT%", "10.96.0.1:80 80"),
         ("%DOWNSTREAM_REMOTE_ADDRESS%", "10.0.0.1:4000"),
@@ -104,6 +110,26 @@ fn every_operator_has_its_value() {
 }
 
 #[test]
+fn an_exchange_that_failed_says_how() {
+    type Change = fn(&mut HttpRecord<'_>);
+    let refused: Change = |record| {
+        (record.flags, record.upstream_local) = ("URX,UF", None);
+        record.upstream_failure = "delayed connect error: Connection refused";
+    };
+    let denied: Change = |record| record.flags = "UAEX";
+    for (format, change, expected) in [
+        ("%RESPONSE_FLAGS%", refused, "URX,UF"),
+        ("%RESPONSE_FLAGS_LONG%", refused, "UpstreamRetryLimitExceeded,UpstreamConnectionFailure"),
+        ("%RESPONSE_FLAGS_LONG%", denied, "UnauthorizedExternalService"),
+        ("%UPSTREAM_TRANSPORT_FAILURE_REASON%", refused, "delayed_connect_error:_Connection_refused"),
+        ("%UPSTREAM_LOCAL_ADDRESS%", refused, "-"),
+        ("%UPSTREAM_LOCAL_PORT%", refused, "-"),
+    ] {
+        assert_eq!(written(format, change), expected, "{format}");
+    }
+}
+
+#[test]
 fn a_grpc_status_is_a_name_or_a_number() {
     for (format, status, expected) in [
         ("%GRPC_STATUS%", Some(0), "OK"),
@@ -125,7 +151,7 @@ fn peers_cannot_forge_fields_or_lines() {
         record.user_agent = "a\" 200\n";
         record.path = "/\u{e9}";
     });
-    assert_eq!(line, "\"a\\\" 200\\x0a\" /\\xc3\\xa9");
+    assert_eq!(line, "\"a\\\" 200\\x0a\" /é");
 }
 
 #[test]
@@ -177,7 +203,7 @@ fn the_default_json_has_istios_keys() {
          \"requested_server_name\":null,\"response_code\":200,\"response_code_details\":\"via_upstream\",\
          \"response_flags\":\"-\",\"route_name\":\"shop/r/0\",\"start_time\":\"2025-12-31T23:59:59.007Z\",\
          \"upstream_cluster\":\"inbound-vip|80|http|cart\",\"upstream_host\":\"10.0.0.2:8080\",\
-         \"upstream_local_address\":null,\"upstream_service_time\":\"11\",\"upstream_transport_failure_reason\":null,\
+         \"upstream_local_address\":\"10.0.0.9:50000\",\"upstream_service_time\":\"11\",\"upstream_transport_failure_reason\":null,\
          \"user_agent\":\"curl/8\",\"x_forwarded_for\":null}"
     );
     let omitted = json(&JsonFormat::istio(true).unwrap());

@@ -64,7 +64,7 @@ fn what_is_missing_is_a_dash() {
 #[test]
 fn a_peer_cannot_forge_fields_or_lines() {
     let line = http_line(|record| record.user_agent = "a\" 200\n[x\\ é");
-    assert!(line.contains(" \"a\\\" 200\\x0a[x\\\\ \\xc3\\xa9\" "), "{line}");
+    assert!(line.contains(" \"a\\\" 200\\x0a[x\\\\ é\" "), "{line}");
 }
 
 #[test]
