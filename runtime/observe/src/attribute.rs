@@ -3,11 +3,13 @@
 use crate::facts::{Facts, Header, PeerField, Side, flag_bits, text_of};
 use cairn_telemetry::{Wanted, Wants};
 use cel::Value;
-use cel::common::types::{CelBool, CelInt, CelString};
+use cel::common::types::{CelBool, CelDuration, CelInt, CelString, CelTimestamp};
 use cel::common::value::CowVal;
+use chrono::DateTime;
 use http::{HeaderMap, HeaderName};
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::time::{Duration, UNIX_EPOCH};
 
 /// One attribute.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,6 +25,11 @@ pub(crate) enum Attribute {
     Protocol,
     RequestSize,
     RequestTotalSize,
+    RequestTime,
+    RequestDuration,
+    BackendLatency,
+    UpstreamLocal,
+    UpstreamFailure,
     TokenPrincipal,
     Claims,
     Claim(Vec<String>),
@@ -56,14 +63,18 @@ pub(crate) enum End {
     Upstream,
 }
 
+/// Under which name claims of verified tokens stand in `metadata`.
+const TOKENS: &str = "envoy.filters.http.jwt_authn";
+
 /// The first words of attributes.
-pub(crate) const ROOTS: [&str; 11] = [
+pub(crate) const ROOTS: [&str; 12] = [
     "request",
     "response",
     "connection",
     "source",
     "destination",
     "upstream",
+    "metadata",
     "node",
     "xds",
     "filter_state",
@@ -99,8 +110,18 @@ impl Attribute {
             }
             ["upstream", "address"] => Self::Address(End::Upstream),
             ["upstream", "port"] => Self::Port(End::Upstream),
-            ["upstream", "local_address" | "transport_failure_reason"]
-            | ["connection", "tls_version" | "termination_details"] => Self::Absent,
+            ["response", "backend_latency"] => Self::BackendLatency,
+            ["upstream", "local_address"] => Self::UpstreamLocal,
+            ["upstream", "transport_failure_reason"] => Self::UpstreamFailure,
+            ["metadata", "filter_metadata", TOKENS] => Self::Claims,
+            ["metadata", "filter_metadata", TOKENS, "payload"] => Self::Claims,
+            ["metadata", "filter_metadata", TOKENS, "payload", path @ ..]
+            | ["metadata", "filter_metadata", TOKENS, path @ ..] => {
+                Self::Claim(path.iter().map(|name| (*name).to_owned()).collect())
+            }
+            // What no filter sets here.
+            ["metadata"] | ["metadata", "filter_metadata", ..] => Self::Absent,
+            ["connection", "tls_version" | "termination_details"] => Self::Absent,
             ["connection", "id"] => Self::ConnectionId,
             ["connection", "mtls"] => Self::Mtls,
             ["connection", "requested_server_name"] => Self::ServerName,
@@ -144,6 +165,8 @@ impl Attribute {
             ["protocol"] => Some(Self::Protocol),
             ["size"] => Some(Self::RequestSize),
             ["total_size"] => Some(Self::RequestTotalSize),
+            ["time"] => Some(Self::RequestTime),
+            ["duration"] => Some(Self::RequestDuration),
             ["headers"] => Some(Self::RequestHeaders),
             ["headers", name] => header(name),
             ["auth", "principal"] => Some(Self::TokenPrincipal),
@@ -187,6 +210,16 @@ impl Attribute {
             Self::Protocol => text(Some(record.protocol).filter(|protocol| !protocol.is_empty())?),
             Self::RequestSize => size(record.request_body_bytes),
             Self::RequestTotalSize => size(record.request_bytes),
+            Self::RequestTime => {
+                let since = record.started.duration_since(UNIX_EPOCH).ok()?;
+                let at = DateTime::from_timestamp(since.as_secs().try_into().ok()?, since.subsec_nanos())?;
+                Some(CowVal::owned(CelTimestamp::from(at.fixed_offset())))
+            }
+            Self::RequestDuration => duration(record.duration),
+            Self::BackendLatency => duration(record.backend_latency?),
+            Self::UpstreamLocal => owned(Value::from(record.upstream_local?.to_string())),
+            // Of an endpoint that was reached there is a reason, and it is empty.
+            Self::UpstreamFailure => record.upstream.and_then(|_| text(record.upstream_failure)),
             Self::TokenPrincipal => text(Some(record.token_principal).filter(|text| !text.is_empty())?),
             Self::Claims => owned(json(&serde_json::Value::Object(record.claims?.clone()))),
             Self::Claim(path) => {
@@ -228,6 +261,10 @@ fn number<'a>(number: i64) -> CowVal<'a, 'a> {
     CowVal::owned(CelInt::from(number))
 }
 
+fn duration<'a>(duration: Duration) -> Option<CowVal<'a, 'a>> {
+    Some(CowVal::owned(CelDuration::from(chrono::Duration::from_std(duration).ok()?)))
+}
+
 fn size<'a>(size: u64) -> Option<CowVal<'a, 'a>> {
     Some(number(i64::try_from(size).unwrap_or(i64::MAX)))
 }
@@ -243,7 +280,7 @@ fn map<'a>(entries: HashMap<String, String>) -> Option<CowVal<'a, 'a>> {
 fn headers(headers: Option<&HeaderMap>) -> HashMap<String, String> {
     let mut map: HashMap<String, String> = HashMap::new();
     for (name, value) in headers.into_iter().flatten() {
-        let Ok(value) = value.to_str() else { continue };
+        let Ok(value) = std::str::from_utf8(value.as_bytes()) else { continue };
         // Envoy joins the values of a header that comes more than once.
         map.entry(name.as_str().to_owned())
             .and_modify(|all| {

@@ -2,7 +2,7 @@
 
 use cairn_telemetry::append_timestamp;
 use std::io::Write;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use time::OffsetDateTime;
 
 /// How a time is written.
@@ -143,10 +143,65 @@ fn specifier(out: &mut Vec<u8>, letter: char, date: OffsetDateTime, at: SystemTi
     drop(written);
 }
 
+/// A duration as Envoy writes it, in its largest units: `1.5ms`, `906.189us`, `1m30.25s`, `0`.
+pub(crate) fn duration_text(duration: Duration) -> String {
+    let nanos = duration.as_nanos();
+    let part = |unit: u128, digits: usize, name: &str| {
+        let (whole, rest) = (nanos / unit, nanos % unit);
+        if rest == 0 {
+            return format!("{whole}{name}");
+        }
+        let fraction = format!("{rest:0digits$}");
+        format!("{whole}.{}{name}", fraction.trim_end_matches('0'))
+    };
+    match nanos {
+        0 => "0".to_owned(),
+        1..1_000 => part(1, 0, "ns"),
+        1_000..1_000_000 => part(1_000, 3, "us"),
+        1_000_000..1_000_000_000 => part(1_000_000, 6, "ms"),
+        _ => {
+            let seconds = duration.as_secs();
+            let (hours, minutes) = (seconds / 3600, seconds / 60 % 60);
+            let mut text = String::new();
+            if hours > 0 {
+                text.push_str(&format!("{hours}h"));
+            }
+            if minutes > 0 {
+                text.push_str(&format!("{minutes}m"));
+            }
+            let fraction = format!("{:09}", duration.subsec_nanos());
+            match (seconds % 60, fraction.trim_end_matches('0')) {
+                (0, "") => {}
+                (seconds, "") => text.push_str(&format!("{seconds}s")),
+                (seconds, fraction) => text.push_str(&format!("{seconds}.{fraction}s")),
+            }
+            text
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
+
+    #[test]
+    fn durations_are_written_as_envoy_writes_them() {
+        for (nanos, expected) in [
+            (0, "0"),
+            (7, "7ns"),
+            (906_189, "906.189us"),
+            (896_120, "896.12us"),
+            (1_257_538, "1.257538ms"),
+            (34_389_034, "34.389034ms"),
+            (500_000_000, "500ms"),
+            (1_500_000_000, "1.5s"),
+            (90_000_000_000, "1m30s"),
+            (3_600_000_000_000, "1h"),
+            (3_661_000_000_001, "1h1m1.000000001s"),
+        ] {
+            assert_eq!(duration_text(Duration::from_nanos(nanos)), expected);
+        }
+    }
 
     #[test]
     fn times_are_written_as_strftime_writes_them() {

@@ -2,6 +2,7 @@
 //! evaluated over a finished exchange. An attribute's value is made only when the evaluation comes to it.
 
 use crate::attribute::{Attribute, ROOTS};
+use crate::clock::duration_text;
 use crate::facts::Facts;
 use cairn_telemetry::Wants;
 use cel::common::ast::{
@@ -11,6 +12,7 @@ use cel::common::ast::{
 use cel::common::value::CowVal;
 use cel::context::VariableResolver;
 use cel::{Context, Env, Program, Value};
+use regex::{Regex, RegexBuilder};
 use std::borrow::Cow;
 use std::sync::{Arc, LazyLock};
 
@@ -20,6 +22,10 @@ const BYTES_MAX: usize = 4096;
 const NODES_MAX: usize = 512;
 /// How deep it may be nested.
 const DEPTH_MAX: usize = 64;
+/// The most bytes that a pattern, compiled, may take.
+const PATTERN_BYTES_MAX: usize = 1 << 20;
+/// The most patterns of an expression.
+const PATTERNS_MAX: usize = 32;
 /// How deep macros that go over lists may be nested: each multiplies what an evaluation costs.
 const LOOPS_MAX: usize = 1;
 
@@ -33,6 +39,9 @@ pub enum ExpressionError {
     /// It speaks of something that there is not.
     #[error("there is no attribute `{0}`")]
     UnknownAttribute(String),
+    /// A pattern that it matches with is none.
+    #[error("`{0}` is no pattern")]
+    BadPattern(String),
     /// It is too long, too deep, or goes over lists within lists.
     #[error("costs too much: {0}")]
     TooCostly(&'static str),
@@ -43,6 +52,8 @@ pub enum ExpressionError {
 pub struct Expression {
     expr: IdedExpr,
     attributes: Vec<Found>,
+    /// The patterns that it matches with, where they do not change.
+    patterns: Arc<[Regex]>,
     /// Its value, when it is a text that never changes.
     constant: Option<Arc<str>>,
 }
@@ -78,7 +89,7 @@ impl Expression {
             Expr::Literal(LiteralValue::String(text)) => Some(text.inner().into()),
             _ => None,
         };
-        Ok(Self { expr, attributes: binder.found, constant })
+        Ok(Self { expr, attributes: binder.found, patterns: binder.patterns.into(), constant })
     }
 
     /// Asks for the headers it needs.
@@ -102,6 +113,8 @@ impl Expression {
             Value::UInt(number) => number.to_string().into(),
             Value::Float(number) => number.to_string().into(),
             Value::Bool(flag) => flag.to_string().into(),
+            Value::Duration(duration) => duration_text(duration.to_std().ok()?).into(),
+            Value::Timestamp(at) => at.format("%Y-%m-%dT%H:%M:%S%.6f%:z").to_string().into(),
             _ => return None,
         })
     }
@@ -110,6 +123,14 @@ impl Expression {
         let resolver = Resolver { found: &self.attributes, facts: *facts };
         let mut context = Context::with_env(Arc::clone(&STANDARD));
         context.set_variable_resolver(&resolver);
+        if !self.patterns.is_empty() {
+            let patterns = Arc::clone(&self.patterns);
+            let matches = move |text: Arc<String>, at: i64| {
+                let pattern = usize::try_from(at).ok().and_then(|at| patterns.get(at));
+                pattern.is_some_and(|pattern| pattern.is_match(&text))
+            };
+            context.add_function(MATCHES, matches).ok()?;
+        }
         Value::resolve(&self.expr, &context).ok()
     }
 }
@@ -150,10 +171,14 @@ impl VariableResolver for Resolver<'_> {
 /// No name of CEL begins with it.
 const MARK: char = '@';
 
+/// The function in place of `matches` where the pattern does not change: it has the pattern's number.
+const MATCHES: &str = "@matches";
+
 /// Puts a name that the resolver knows in place of each attribute.
 #[derive(Default)]
 struct Binder {
     found: Vec<Found>,
+    patterns: Vec<Regex>,
     nodes: usize,
     loops: usize,
     /// Variables of the macros around.
@@ -185,6 +210,7 @@ impl Binder {
                 operand: Box::new(self.bind(&select.operand, depth)?),
                 ..select.clone()
             }),
+            Expr::Call(call) if call.func_name == "matches" => self.bind_matches(call, depth)?,
             Expr::Call(call) => Expr::Call(CallExpr {
                 func_name: call.func_name.clone(),
                 target: match &call.target {
@@ -212,6 +238,27 @@ impl Binder {
             Expr::Literal(_) | Expr::Unspecified => expr.expr.clone(),
         };
         Ok(IdedExpr { id: expr.id, expr: bound })
+    }
+
+    /// `text.matches(pattern)` or `matches(text, pattern)`: a pattern that does not change is compiled now.
+    fn bind_matches(&mut self, call: &CallExpr, depth: usize) -> Result<Expr, ExpressionError> {
+        let mut args: Vec<&IdedExpr> = call.target.iter().map(|target| &**target).collect();
+        args.extend(&call.args);
+        let mut bound = args.iter().map(|one| self.bind(one, depth)).collect::<Result<Vec<_>, _>>()?;
+        let mut func_name = call.func_name.clone();
+        if let [_, IdedExpr { expr: pattern, .. }] = bound.as_mut_slice()
+            && let Expr::Literal(LiteralValue::String(text)) = pattern
+        {
+            if self.patterns.len() == PATTERNS_MAX {
+                return Err(ExpressionError::TooCostly("it has too many patterns"));
+            }
+            let compiled = RegexBuilder::new(text.inner()).size_limit(PATTERN_BYTES_MAX).build();
+            self.patterns.push(compiled.map_err(|_| ExpressionError::BadPattern(text.inner().to_owned()))?);
+            let at = i64::try_from(self.patterns.len() - 1).unwrap_or_default();
+            *pattern = Expr::Literal(LiteralValue::Int(at.into()));
+            func_name = MATCHES.to_owned();
+        }
+        Ok(Expr::Call(CallExpr { func_name, target: None, args: bound }))
     }
 
     fn bind_entry(&mut self, entry: &mut IdedEntryExpr, depth: usize) -> Result<(), ExpressionError> {

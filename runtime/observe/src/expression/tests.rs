@@ -23,6 +23,16 @@ fn every_attribute_has_its_value() {
         ("request.protocol", "HTTP/1.1"),
         ("request.size", "3"),
         ("request.total_size", "103"),
+        ("request.time", "2025-12-31T23:59:59.007000+00:00"),
+        ("request.time > timestamp('2025-01-01T00:00:00Z')", "true"),
+        ("request.duration", "12.9ms"),
+        ("request.duration > duration('10ms')", "true"),
+        ("request.duration > duration('1s')", "false"),
+        ("response.backend_latency", "11.25ms"),
+        ("upstream.local_address", "10.0.0.9:50000"),
+        ("upstream.transport_failure_reason", ""),
+        ("metadata.filter_metadata['envoy.filters.http.jwt_authn']['payload']['iss']", "me"),
+        ("has(metadata.filter_metadata.other.key)", "false"),
         ("request.headers['x-team']", "blue"),
         ("request.headers['X-Team']", "blue"),
         ("request.headers[':path']", "/a/b?c=d"),
@@ -88,10 +98,14 @@ fn attributes_are_worked_with() {
         ("upstream_peer.labels == ''", None),
         ("size(request.headers['x-long'])", Some("8")),
         ("request.url_path.matches('^/a/[a-z]$')", Some("true")),
+        ("request.url_path.matches('^/b') || matches(request.method, 'E')", Some("true")),
+        ("request.url_path.matches('^/' + request.headers['x-missing'])", None),
+        ("request.url_path.matches('^/' + 'a')", Some("true")),
+        ("response.code.matches('2')", None),
         // What is not there has no value, and is not looked at where it does not matter.
         ("request.headers['missing']", None),
         ("response.code == 200 || request.headers['missing'] == 'x'", Some("true")),
-        ("upstream.local_address", None),
+        ("connection.termination_details", None),
         ("response.grpc_status", None),
         // Neither have lists and maps, as labels.
         ("request.headers", None),
@@ -108,7 +122,15 @@ fn attributes_are_worked_with() {
 #[test]
 fn flags_are_envoys_bits() {
     let expression = Expression::parse("response.flags").unwrap();
-    for (flags, expected) in [("-", "0"), ("UH", "2"), ("UF", "32"), ("NR", "256"), ("DC", "16384")] {
+    for (flags, expected) in [
+        ("-", "0"),
+        ("UH", "2"),
+        ("UF", "32"),
+        ("NR", "256"),
+        ("DC", "16384"),
+        ("UAEX", "4096"),
+        ("URX,UF", "32800"),
+    ] {
         let found = Exchange::new()
             .with(|record| record.flags = flags, |facts| expression.text(facts).map(|text| text.to_string()));
         assert_eq!(found.as_deref(), Some(expected), "{flags}");
@@ -139,6 +161,8 @@ fn what_cannot_be_used_is_refused_with_its_reason() {
         ("", "is not a CEL expression"),
         ("1 +", "is not a CEL expression"),
         ("request.nope", "there is no attribute `request.nope`"),
+        ("request.path.matches('(')", "`(` is no pattern"),
+        ("request.path.matches('(a{1000}){1000}')", "is no pattern"),
         ("nobody == 1", "there is no attribute `nobody`"),
         ("upstream_peer.shoe == ''", "there is no attribute `upstream_peer.shoe`"),
         (&deep, "costs too much"),

@@ -122,6 +122,7 @@ fn an_exchange_that_failed_says_how() {
         ("%RESPONSE_FLAGS_LONG%", refused, "UpstreamRetryLimitExceeded,UpstreamConnectionFailure"),
         ("%RESPONSE_FLAGS_LONG%", denied, "UnauthorizedExternalService"),
         ("%UPSTREAM_TRANSPORT_FAILURE_REASON%", refused, "delayed_connect_error:_Connection_refused"),
+        ("%CEL(upstream.transport_failure_reason)%", refused, "delayed connect error: Connection refused"),
         ("%UPSTREAM_LOCAL_ADDRESS%", refused, "-"),
         ("%UPSTREAM_LOCAL_PORT%", refused, "-"),
     ] {
