@@ -6,6 +6,7 @@ use std::fmt::Debug;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 /// One question to another service.
@@ -68,11 +69,43 @@ pub enum CalloutError {
 /// An answer on its way.
 pub type CalloutFuture = Pin<Box<dyn Future<Output = Result<CalloutAnswer, CalloutError>> + Send>>;
 
+/// What a filter sends in the course of a stream.
+pub trait CalloutFeed: Send {
+    /// The next bytes; `None`: that was all.
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>>;
+}
+
+/// A part of an answer that comes in the course of a stream.
+#[derive(Clone, Debug)]
+pub enum CalloutPart {
+    /// Bytes of the body.
+    Data(Bytes),
+    /// What follows the body.
+    Trailers(HeaderMap),
+}
+
+/// The rest of an answer that comes in the course of a stream. Dropping it ends the stream.
+pub trait CalloutParts: Send {
+    /// The next part; `None`: that was all.
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<CalloutPart, CalloutError>>>;
+}
+
+/// The head of a streamed answer on its way, with the rest of it as its body.
+pub type CalloutOpening =
+    Pin<Box<dyn Future<Output = Result<Response<Box<dyn CalloutParts>>, CalloutError>> + Send>>;
+
 /// How filters reach other services from the worker that owns the connection. The HTTP engine implements it over its
 /// pooled upstream connections.
 pub trait Callout: Debug + Send + Sync {
     /// Asks once, without retry. The future bounds its own waiting; dropping it abandons the question.
     fn call(&self, request: CalloutRequest) -> CalloutFuture;
+
+    /// Opens a stream over HTTP/2: what `feed` gives follows the request's own body, and the answer comes in parts. The
+    /// timeout bounds the wait for the answer's head only.
+    fn open(&self, request: CalloutRequest, feed: Box<dyn CalloutFeed>) -> CalloutOpening {
+        drop(feed);
+        Box::pin(std::future::ready(Err(CalloutError::UnknownService(request.host.to_string()))))
+    }
 
     /// The version of HTTP that a service of the mesh speaks on this port, or `None` when there is no such service or
     /// port. For those who must know before they ask.

@@ -19,7 +19,10 @@ mod reply;
 mod token;
 
 pub use body::{Body, BodyBroken, BodyFuture, BodyRead, NoBody};
-pub use callout::{Callout, CalloutAnswer, CalloutError, CalloutFuture, CalloutRequest, NoCallout};
+pub use callout::{
+    Callout, CalloutAnswer, CalloutError, CalloutFeed, CalloutFuture, CalloutOpening, CalloutPart,
+    CalloutParts, CalloutRequest, NoCallout,
+};
 pub use chain::{Chain, Outcome, Running};
 pub use exchange::{Connection, Exchange, Note, Peer, Protocol};
 pub use head::{RequestHead, ResponseHead};

@@ -4,7 +4,7 @@ use crate::grpc::Messages;
 use crate::record::{Ending, Record};
 use crate::upstream::Lease;
 use bytes::{Bytes, BytesMut};
-use cairn_filter::{BodyBroken, BodyFuture, BodyRead};
+use cairn_filter::{BodyBroken, BodyFuture, BodyRead, CalloutFeed};
 use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
@@ -33,17 +33,24 @@ pub(crate) struct RequestBody {
     incoming: Option<(Incoming, Arc<Progress>)>,
     /// Where in its gRPC messages it is; `None`: it is not gRPC.
     messages: Option<Messages>,
+    /// What a filter sends of its own in the course of a stream.
+    fed: Option<Box<dyn CalloutFeed>>,
 }
 
 impl RequestBody {
     pub(crate) fn none() -> Self {
-        Self { read: VecDeque::new(), incoming: None, messages: None }
+        Self { read: VecDeque::new(), incoming: None, messages: None, fed: None }
     }
 
     /// A body made here.
     pub(crate) fn full(bytes: Bytes) -> Self {
         let frame = (!bytes.is_empty()).then(|| Frame::data(bytes));
-        Self { read: frame.into_iter().collect(), incoming: None, messages: None }
+        Self { read: frame.into_iter().collect(), incoming: None, messages: None, fed: None }
+    }
+
+    /// A body made here that `feed` continues.
+    pub(crate) fn fed(first: Bytes, feed: Box<dyn CalloutFeed>) -> Self {
+        Self { fed: Some(feed), ..Self::full(first) }
     }
 
     /// A body made here, with trailers unless they are empty.
@@ -63,7 +70,7 @@ impl RequestBody {
         let progress = Arc::new(Progress::default());
         let messages = grpc.then(Messages::default);
         let incoming = Some((incoming, Arc::clone(&progress)));
-        (Self { read: VecDeque::new(), incoming, messages }, Some(progress))
+        (Self { read: VecDeque::new(), incoming, messages, fed: None }, Some(progress))
     }
 
     fn bytes_read(&self) -> usize {
@@ -71,7 +78,10 @@ impl RequestBody {
     }
 
     fn poll_incoming(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let Self { incoming, messages, .. } = self;
+        let Self { incoming, messages, fed, .. } = self;
+        if let Some(feed) = fed {
+            return feed.poll_next(cx).map(|data| data.map(|data| Ok(Frame::data(data))));
+        }
         let Some((incoming, progress)) = incoming else { return Poll::Ready(None) };
         let frame = ready!(Pin::new(incoming).poll_frame(cx));
         match &frame {
@@ -127,13 +137,18 @@ impl Body for RequestBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.read.is_empty() && self.incoming.as_ref().is_none_or(|(incoming, _)| incoming.is_end_stream())
+        self.read.is_empty()
+            && self.fed.is_none()
+            && self.incoming.as_ref().is_none_or(|(incoming, _)| incoming.is_end_stream())
     }
 
     fn size_hint(&self) -> SizeHint {
         let read = self.bytes_read() as u64;
         let rest =
             self.incoming.as_ref().map_or_else(|| SizeHint::with_exact(0), |(body, _)| body.size_hint());
+        if self.fed.is_some() {
+            return SizeHint::new();
+        }
         let mut whole = SizeHint::new();
         if let Some(upper) = rest.upper() {
             whole.set_upper(upper.saturating_add(read));

@@ -7,7 +7,10 @@ use crate::route::Target;
 use crate::upstream::{self, Lease};
 use crate::{Failure, SiteHandle, Worker};
 use bytes::{Bytes, BytesMut};
-use cairn_filter::{Callout, CalloutAnswer, CalloutError, CalloutFuture, CalloutRequest};
+use cairn_filter::{
+    Callout, CalloutAnswer, CalloutError, CalloutFeed, CalloutFuture, CalloutOpening, CalloutPart,
+    CalloutParts, CalloutRequest,
+};
 use cairn_mesh::{AppProtocol, ResourceName, Snapshot};
 use http::header::{CONTENT_LENGTH, HOST};
 use http::{HeaderMap, HeaderValue, Request, Response, Uri, Version, request};
@@ -17,8 +20,9 @@ use smallvec::SmallVec;
 use std::fmt;
 use std::future::poll_fn;
 use std::net::{IpAddr, SocketAddr};
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 
 /// Asks services of the mesh on behalf of one connection, and addresses outside it over plain TCP.
 pub struct MeshCallout {
@@ -51,6 +55,23 @@ impl Callout for MeshCallout {
         })
     }
 
+    fn open(&self, request: CalloutRequest, feed: Box<dyn CalloutFeed>) -> CalloutOpening {
+        let (worker, site) = (Arc::clone(&self.worker), Arc::clone(&self.site));
+        let destination = self.destination;
+        Box::pin(async move {
+            let wait = request.timeout;
+            let place = Place::of(&request);
+            let (parts, body) = request.request.clone().into_parts();
+            let mut streamed = Request::from_parts(parts, RequestBody::fed(body, feed));
+            *streamed.version_mut() = Version::HTTP_2;
+            let sent = send(&worker, &site, destination, &place, streamed);
+            let sent = tokio::time::timeout(wait, sent).await;
+            let (response, lease) = sent.unwrap_or(Err(CalloutError::Timeout(wait)))?;
+            let streamed = |body| Box::new(Parts { body, lease: Some(lease) }) as Box<dyn CalloutParts>;
+            Ok(response.map(streamed))
+        })
+    }
+
     fn version(&self, host: &str, namespace: Option<&str>, port: u16) -> Option<Version> {
         let snapshot = self.worker.snapshot();
         let place = Place { host: &Arc::from(host), namespace, port };
@@ -73,15 +94,26 @@ async fn ask(
     destination: SocketAddr,
     asked: CalloutRequest,
 ) -> Result<CalloutAnswer, CalloutError> {
-    let CalloutRequest { host, namespace, port, http2, request, trailers, answer_bytes_max, .. } = asked;
-    let mut request = with_body(request, trailers, http2)?;
+    let place = Place::of(&asked);
+    let request = with_body(asked.request.clone(), asked.trailers.clone(), asked.http2)?;
+    let (response, lease) = send(worker, site, destination, &place, request).await?;
+    answer(response, lease, asked.answer_bytes_max).await
+}
+
+/// Sends a request to an endpoint of the service, and another time if nothing of it left.
+async fn send(
+    worker: &Worker,
+    site: &SiteHandle,
+    destination: SocketAddr,
+    place: &Place<'_>,
+    mut request: Request<RequestBody>,
+) -> Result<(Response<Incoming>, Lease), CalloutError> {
     let mut tried: SmallVec<[SocketAddr; 3]> = SmallVec::new();
     loop {
-        let place = Place { host: &host, namespace: namespace.as_deref(), port };
         let active = place.endpoint(worker, site, destination, &tried)?;
         tried.push(active.host().address);
         match upstream::send(worker, active, request).await {
-            Ok((response, lease)) => return answer(response, lease, answer_bytes_max).await,
+            Ok(sent) => return Ok(sent),
             Err(upstream::Unsent { request: Some(unsent), .. }) if tried.len() < SENDS_MAX => {
                 request = unsent
             }
@@ -102,7 +134,11 @@ struct Place<'a> {
     port: u16,
 }
 
-impl Place<'_> {
+impl<'a> Place<'a> {
+    fn of(request: &'a CalloutRequest) -> Self {
+        Self { host: &request.host, namespace: request.namespace.as_deref(), port: request.port }
+    }
+
     fn endpoint(
         &self,
         worker: &Worker,
@@ -185,6 +221,39 @@ async fn answer(
     }
     lease.put_back();
     Ok(CalloutAnswer { response: Response::from_parts(parts, bytes.freeze()), trailers })
+}
+
+/// The rest of a streamed answer, and the stream it comes on.
+struct Parts {
+    body: Incoming,
+    lease: Option<Lease>,
+}
+
+impl CalloutParts for Parts {
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<CalloutPart, CalloutError>>> {
+        loop {
+            let frame = match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
+                Some(Ok(frame)) => frame,
+                Some(Err(error)) => {
+                    return Poll::Ready(Some(Err(CalloutError::BrokenOff(error.to_string()))));
+                }
+                None => {
+                    if let Some(lease) = self.lease.take() {
+                        lease.put_back();
+                    }
+                    return Poll::Ready(None);
+                }
+            };
+            match frame.into_data() {
+                Ok(data) => return Poll::Ready(Some(Ok(CalloutPart::Data(data)))),
+                Err(frame) => {
+                    if let Ok(trailers) = frame.into_trailers() {
+                        return Poll::Ready(Some(Ok(CalloutPart::Trailers(trailers))));
+                    }
+                }
+            }
+        }
+    }
 }
 
 #[cfg(test)]

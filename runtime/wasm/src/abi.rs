@@ -19,6 +19,7 @@ pub(crate) enum Status {
     NotFound = 1,
     BadArgument = 2,
     SerializationFailure = 3,
+    ParseFailure = 4,
     InvalidMemoryAccess = 6,
     Empty = 7,
     CasMismatch = 8,
@@ -60,11 +61,9 @@ pub(crate) fn answer(done: Done) -> wasmtime::Result<u32> {
 pub(crate) enum MapKind {
     RequestHeaders,
     ResponseHeaders,
-    /// Headers of the answer to an HTTP call.
-    CallHeaders,
-    /// Trailers of the answer to an HTTP call.
-    CallTrailers,
-    /// Trailers and the maps of gRPC calls: they exist in the ABI, and hold nothing in the phases run today.
+    /// What a callback outside of streams brings, by its place in [`crate::delivery::Delivery`].
+    Delivered(usize),
+    /// Trailers: they exist in the ABI, and hold nothing in the phases run today.
     Other,
 }
 
@@ -73,9 +72,8 @@ impl MapKind {
         match number {
             0 => Ok(Self::RequestHeaders),
             2 => Ok(Self::ResponseHeaders),
-            6 => Ok(Self::CallHeaders),
-            7 => Ok(Self::CallTrailers),
-            1 | 3..=5 => Ok(Self::Other),
+            4..=7 => Ok(Self::Delivered(number as usize - 4)),
+            1 | 3 => Ok(Self::Other),
             _ => Err(Status::BadArgument),
         }
     }
@@ -93,6 +91,10 @@ pub(crate) enum Callback {
     Tick,
     QueueReady,
     HttpCallResponse,
+    GrpcInitial,
+    GrpcReceive,
+    GrpcTrailing,
+    GrpcClose,
     Log,
     Done,
     Delete,
@@ -110,10 +112,28 @@ impl Callback {
             Self::Tick => "proxy_on_tick",
             Self::QueueReady => "proxy_on_queue_ready",
             Self::HttpCallResponse => "proxy_on_http_call_response",
+            Self::GrpcInitial => "proxy_on_grpc_receive_initial_metadata",
+            Self::GrpcReceive => "proxy_on_grpc_receive",
+            Self::GrpcTrailing => "proxy_on_grpc_receive_trailing_metadata",
+            Self::GrpcClose => "proxy_on_grpc_close",
             Self::Log => "proxy_on_log",
             Self::Done => "proxy_on_done",
             Self::Delete => "proxy_on_delete",
         }
+    }
+}
+
+impl Callback {
+    /// Whether it brings what another service answered.
+    pub(crate) fn is_delivery(self) -> bool {
+        matches!(
+            self,
+            Self::HttpCallResponse
+                | Self::GrpcInitial
+                | Self::GrpcReceive
+                | Self::GrpcTrailing
+                | Self::GrpcClose
+        )
     }
 }
 

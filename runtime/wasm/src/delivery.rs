@@ -1,26 +1,71 @@
 //! What a callback outside of streams brings: the answer of another service, as maps and buffers that exist while the
 //! callback runs.
 
+use crate::grpc::Ended;
 use crate::pairs;
 use bytes::Bytes;
 use cairn_filter::{CalloutAnswer, CalloutError};
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue};
 use http::{Response, StatusCode};
+use std::sync::Arc;
 
 /// What the running callback brings; nothing, mostly.
-#[derive(Default)]
 pub(crate) struct Delivery {
-    /// Header map 6, serialised.
-    pub(crate) headers: Vec<u8>,
-    /// Header map 7, serialised.
-    pub(crate) trailers: Vec<u8>,
-    /// Buffer 4; `None` outside of an answer.
+    /// Header maps 4 to 7, serialised, and their entries: see the constants.
+    maps: [Vec<u8>; 4],
+    counts: [u32; 4],
+    /// Buffer 4; `None` outside of an HTTP answer.
     pub(crate) body: Option<Bytes>,
-    /// The numbers of headers and of trailers.
-    pub(crate) counts: [u32; 2],
+    /// Buffer 5.
+    pub(crate) message: Bytes,
+    /// The status and message of a gRPC call.
+    pub(crate) status: Ended,
+}
+
+impl Default for Delivery {
+    fn default() -> Self {
+        let maps = std::array::from_fn(|_| Vec::new());
+        Self { maps, counts: [0; 4], body: None, message: Bytes::new(), status: (0, Arc::from("")) }
+    }
 }
 
 impl Delivery {
+    /// The places of maps.
+    pub(crate) const GRPC_INITIAL: usize = 0;
+    pub(crate) const GRPC_TRAILING: usize = 1;
+    const CALL_HEADERS: usize = 2;
+    const CALL_TRAILERS: usize = 3;
+
+    /// A map, serialised; empty when there is none.
+    pub(crate) fn map(&self, index: usize) -> &[u8] {
+        self.maps.get(index).map_or(&[], Vec::as_slice)
+    }
+
+    /// The numbers of an HTTP answer's headers, bytes and trailers.
+    pub(crate) fn http_counts(&self) -> [u32; 3] {
+        let [_, _, headers, trailers] = self.counts;
+        [headers, self.body.as_ref().map_or(0, |body| body.len() as u32), trailers]
+    }
+
+    /// Puts a map in its place.
+    pub(crate) fn set_map(&mut self, index: usize, headers: &HeaderMap) {
+        self.set_entries(index, headers.len(), entries(headers));
+    }
+
+    fn set_entries<'a>(
+        &mut self,
+        index: usize,
+        count: usize,
+        entries: impl Iterator<Item = (&'a [u8], &'a [u8])>,
+    ) {
+        let (Some(map), Some(known)) = (self.maps.get_mut(index), self.counts.get_mut(index)) else { return };
+        *known = count as u32;
+        map.clear();
+        if count > 0 {
+            pairs::write(map, count as u32, entries);
+        }
+    }
+
     /// What became of an HTTP call. What Envoy's router answers by itself is answered here too, since plugins look for the
     /// status; an answer that broke off or is too long has nothing at all.
     pub(crate) fn of_http_call(answer: Result<CalloutAnswer, CalloutError>) -> Self {
@@ -44,20 +89,12 @@ impl Delivery {
 
     fn of_answer(answer: CalloutAnswer) -> Self {
         let (parts, body) = answer.response.into_parts();
-        let counts = [parts.headers.len() as u32 + 1, answer.trailers.len() as u32];
-        let status = (&b":status"[..], parts.status.as_str().as_bytes());
-        let mut headers = Vec::new();
-        pairs::write(&mut headers, counts[0], std::iter::once(status).chain(entries(&parts.headers)));
-        let mut trailers = Vec::new();
-        if counts[1] > 0 {
-            pairs::write(&mut trailers, counts[1], entries(&answer.trailers));
-        }
-        Self { headers, trailers, body: Some(body), counts }
-    }
-
-    /// The length of the body.
-    pub(crate) fn body_bytes(&self) -> u32 {
-        self.body.as_ref().map_or(0, |body| body.len() as u32)
+        let mut delivery = Self { body: Some(body), ..Self::default() };
+        let status = std::iter::once((&b":status"[..], parts.status.as_str().as_bytes()));
+        let headers = status.chain(entries(&parts.headers));
+        delivery.set_entries(Self::CALL_HEADERS, parts.headers.len() + 1, headers);
+        delivery.set_map(Self::CALL_TRAILERS, &answer.trailers);
+        delivery
     }
 }
 

@@ -1,5 +1,6 @@
 //! One instance of a plugin: its start, and the callbacks of its streams. The only place that calls guests.
 
+mod grpc;
 mod outside;
 
 use crate::abi::{Callback, ROOT_CONTEXT, VM_CONTEXT};

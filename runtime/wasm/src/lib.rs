@@ -6,13 +6,14 @@
 //! wants too much memory ends with that call: the exchange at hand follows the plugin's fail strategy, and the next one
 //! meets a new instance.
 //!
-//! ABI 0.1.0, 0.2.0 and 0.2.1 are spoken. The header phases, HTTP calls, timers and queues run; bodies and gRPC calls do
+//! ABI 0.1.0, 0.2.0 and 0.2.1 are spoken. The header phases, calls of other services, timers and queues run; bodies do
 //! not yet, and a plugin that asks for them is told so by a status its SDK survives.
 
 mod abi;
 mod delivery;
 mod engine;
 mod error;
+mod grpc;
 mod heads;
 mod host;
 mod instance;

@@ -66,7 +66,7 @@ fn abi_version(module: &wasmtime::Module) -> Result<AbiVersion, PluginError> {
 }
 
 /// The callbacks that are called, with the numbers of their parameters and whether they have a result.
-const CALLED: [(&str, &[usize], bool); 16] = [
+const CALLED: [(&str, &[usize], bool); 21] = [
     ("proxy_on_context_create", &[2], false),
     ("proxy_on_vm_start", &[2], true),
     ("proxy_on_configure", &[2], true),
@@ -76,6 +76,11 @@ const CALLED: [(&str, &[usize], bool); 16] = [
     ("proxy_on_tick", &[1], false),
     ("proxy_on_queue_ready", &[2], false),
     ("proxy_on_http_call_response", &[5], false),
+    ("proxy_on_grpc_receive_initial_metadata", &[3], false),
+    ("proxy_on_grpc_receive", &[3], false),
+    ("proxy_on_grpc_receive_trailing_metadata", &[3], false),
+    ("proxy_on_grpc_trailing_metadata", &[3], false),
+    ("proxy_on_grpc_close", &[3], false),
     ("proxy_on_done", &[1], true),
     ("proxy_on_log", &[1], false),
     ("proxy_on_delete", &[1], false),

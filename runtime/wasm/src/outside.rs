@@ -1,7 +1,10 @@
 //! What an instance has under way beside its streams: calls that are not answered yet, its timer, and what it asked for
 //! during a callback, which is done once the guest has returned.
 
+use crate::abi::Status;
 use crate::delivery::Delivery;
+use crate::grpc::{self, Feed, FeedSender};
+use bytes::Bytes;
 use cairn_filter::{Callout, CalloutRequest};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -23,6 +26,15 @@ pub(crate) enum Errand {
         callout: Option<Arc<dyn Callout>>,
         request: Box<CalloutRequest>,
     },
+    /// Open a stream to another service.
+    Open {
+        /// The call's id.
+        id: u32,
+        /// As above.
+        callout: Option<Arc<dyn Callout>>,
+        request: Box<CalloutRequest>,
+        feed: Feed,
+    },
     /// Be told when something is put into this queue.
     Listen(u32),
 }
@@ -31,14 +43,36 @@ pub(crate) enum Errand {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum CallKind {
     Http = 0,
+    GrpcCall = 1,
+    GrpcStream = 2,
+}
+
+impl CallKind {
+    /// The kind of the call with this id.
+    pub(crate) fn of(id: u32) -> Self {
+        match id & 3 {
+            1 => Self::GrpcCall,
+            2 => Self::GrpcStream,
+            _ => Self::Http,
+        }
+    }
+}
+
+/// A call without an answer.
+#[derive(Default)]
+struct Call {
+    /// Gives it up; `None` until it was begun.
+    task: Option<AbortHandle>,
+    /// Where the guest's messages go; `None` when it is no stream, or sends no more.
+    feed: Option<FeedSender>,
 }
 
 /// What is under way.
 #[derive(Default)]
 pub(crate) struct Outside {
     errands: Vec<Errand>,
-    /// Calls without an answer, and how to give each up; `None` until it was begun.
-    calls: HashMap<u32, Option<AbortHandle>>,
+    /// Calls without an answer.
+    calls: HashMap<u32, Call>,
     last_call: u32,
     tick_period: Option<Duration>,
     tick_changed: bool,
@@ -60,7 +94,7 @@ impl Outside {
             self.last_call = (self.last_call + 1) & (i32::MAX as u32 >> 2);
             let id = self.last_call << 2 | kind as u32;
             if self.last_call != 0 && !self.calls.contains_key(&id) {
-                self.calls.insert(id, None);
+                self.calls.insert(id, Call::default());
                 return id;
             }
         }
@@ -69,9 +103,60 @@ impl Outside {
     /// Notes down how to give a call up. False when it was given up already.
     pub(crate) fn begun(&mut self, id: u32, task: AbortHandle) {
         match self.calls.get_mut(&id) {
-            Some(call) => *call = Some(task),
+            Some(call) => call.task = Some(task),
             None => task.abort(),
         }
+    }
+
+    /// Opens a stream, once the guest has returned. What the guest sends before goes first.
+    pub(crate) fn open_stream(&mut self, callout: Option<Arc<dyn Callout>>, request: CalloutRequest) -> u32 {
+        let id = self.call(CallKind::GrpcStream);
+        let (sender, feed) = grpc::feed();
+        if let Some(call) = self.calls.get_mut(&id) {
+            call.feed = Some(sender);
+        }
+        self.errands.push(Errand::Open { id, callout, request: Box::new(request), feed });
+        id
+    }
+
+    /// Sends a frame in a stream, perhaps the last one.
+    pub(crate) fn send(&mut self, id: u32, frame: Bytes, end: bool) -> Result<(), Status> {
+        let call = self.grpc_call(id)?;
+        let feed = call.feed.as_ref().ok_or(Status::BadArgument)?;
+        if !feed.send(frame) {
+            return Err(Status::BadArgument);
+        }
+        if end {
+            call.feed = None;
+        }
+        Ok(())
+    }
+
+    /// Ends what the guest sends in a stream; a single call, which has nothing more to send, is given up, as in Envoy.
+    pub(crate) fn close_stream(&mut self, id: u32) -> Result<(), Status> {
+        match CallKind::of(id) {
+            CallKind::GrpcStream => self.grpc_call(id).map(|call| call.feed = None),
+            CallKind::Http | CallKind::GrpcCall => self.cancel_grpc(id),
+        }
+    }
+
+    /// Gives a gRPC call up; the guest hears no more of it.
+    pub(crate) fn cancel_grpc(&mut self, id: u32) -> Result<(), Status> {
+        self.grpc_call(id)?;
+        if let Some(task) = self.calls.remove(&id).and_then(|call| call.task) {
+            task.abort();
+        }
+        Ok(())
+    }
+
+    fn grpc_call(&mut self, id: u32) -> Result<&mut Call, Status> {
+        let call = self.calls.get_mut(&id).filter(|_| CallKind::of(id) != CallKind::Http);
+        call.ok_or(Status::NotFound)
+    }
+
+    /// Whether the guest waits for this call.
+    pub(crate) fn is_under_way(&self, id: u32) -> bool {
+        self.calls.contains_key(&id)
     }
 
     /// Takes a call whose answer is here off the list; false when nobody waits for it.
@@ -141,7 +226,8 @@ impl Outside {
 impl Drop for Outside {
     /// A guest that is gone gets no answers.
     fn drop(&mut self) {
-        self.calls.values().flatten().chain(&self.tick).for_each(AbortHandle::abort);
+        let calls = self.calls.values().filter_map(|call| call.task.as_ref());
+        calls.chain(&self.tick).for_each(AbortHandle::abort);
     }
 }
 

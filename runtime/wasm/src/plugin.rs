@@ -1,5 +1,6 @@
 //! A plugin as a filter: its instances, one per worker, what happens when one crashes, and the life of one exchange.
 
+mod grpc;
 mod outside;
 
 use crate::engine::Environment;

@@ -83,10 +83,10 @@ fn http_call(guest: &mut Guest<'_>, call: &HttpCall) -> Done {
 }
 
 /// How the guest's calls travel: `None` is the worker's own way, which is not known here.
-type Way = Option<Arc<dyn Callout>>;
+pub(super) type Way = Option<Arc<dyn Callout>>;
 
 /// The service behind a name, and the way to it.
-fn find(state: &State, function: &str, name: &[u8]) -> Result<(Way, Upstream), Status> {
+pub(super) fn find(state: &State, function: &str, name: &[u8]) -> Result<(Way, Upstream), Status> {
     let way = state.exchange().map(|exchange| Arc::clone(&exchange.connection.callout));
     let found = std::str::from_utf8(name).ok().and_then(|name| match &way {
         Some(callout) => upstream::find(&**callout, name, &state.facts.scope),
@@ -110,7 +110,7 @@ fn ask(state: &mut State, kind: CallKind, callout: Way, request: CalloutRequest)
     Ok(state.outside.ask(kind, callout, request))
 }
 
-fn timeout(milliseconds: u32) -> Duration {
+pub(super) fn timeout(milliseconds: u32) -> Duration {
     match milliseconds {
         0 => TIMEOUT_MAX,
         _ => Duration::from_millis(milliseconds.into()).min(TIMEOUT_MAX),
@@ -139,7 +139,7 @@ fn path(path: &[u8]) -> Result<uri::PathAndQuery, Status> {
 
 /// All headers of a serialised map but pseudo-headers and those that belong to one connection or say a length, which the
 /// engine writes itself.
-fn plain_headers(map: &[u8]) -> Result<HeaderMap, Status> {
+pub(super) fn plain_headers(map: &[u8]) -> Result<HeaderMap, Status> {
     let pairs = Pairs::parse(map).ok_or(Status::BadArgument)?;
     let mut headers = HeaderMap::new();
     for (name, value) in pairs.iter().filter(|(name, _)| !name.starts_with(b":")) {

@@ -111,11 +111,8 @@ fn map_of(state: &State, kind: MapKind) -> Map<'_> {
         (MapKind::ResponseHeaders, Callback::ResponseHeaders) if state.is_live() => return Map::Response,
         (MapKind::RequestHeaders, _) if state.is_at_hand(kind) => return Map::Request,
         (MapKind::ResponseHeaders, _) if state.is_at_hand(kind) => return Map::Response,
-        (MapKind::CallHeaders, Callback::HttpCallResponse) => {
-            return kept(&state.outside.delivery.headers);
-        }
-        (MapKind::CallTrailers, Callback::HttpCallResponse) => {
-            return kept(&state.outside.delivery.trailers);
+        (MapKind::Delivered(index), callback) if callback.is_delivery() => {
+            return kept(state.outside.delivery.map(index));
         }
         _ => {}
     }
@@ -123,7 +120,7 @@ fn map_of(state: &State, kind: MapKind) -> Map<'_> {
     match kind {
         MapKind::RequestHeaders => kept(&stream.request),
         MapKind::ResponseHeaders => kept(&stream.response),
-        MapKind::CallHeaders | MapKind::CallTrailers | MapKind::Other => Map::Absent,
+        MapKind::Delivered(_) | MapKind::Other => Map::Absent,
     }
 }
 
@@ -229,7 +226,7 @@ fn write_header(
     let written = match kind {
         MapKind::RequestHeaders => state.live.request.write(name, value, edit),
         MapKind::ResponseHeaders => state.live.response.write(name, value, edit),
-        MapKind::CallHeaders | MapKind::CallTrailers | MapKind::Other => {
+        MapKind::Delivered(_) | MapKind::Other => {
             return Err(Status::BadArgument.into());
         }
     };
@@ -260,7 +257,7 @@ fn remove(guest: &mut Guest<'_>, map: u32, name: Slice) -> Done {
     match kind {
         MapKind::RequestHeaders => state.live.request.remove(name),
         MapKind::ResponseHeaders => state.live.response.remove(name),
-        MapKind::CallHeaders | MapKind::CallTrailers | MapKind::Other => {}
+        MapKind::Delivered(_) | MapKind::Other => {}
     }
     if present {
         note(state, "removed ", name);
@@ -286,7 +283,7 @@ fn set_all(guest: &mut Guest<'_>, map: u32, at: u32, length: u32) -> Done {
     match kind {
         MapKind::RequestHeaders => state.live.request.clear(),
         MapKind::ResponseHeaders => state.live.response.clear(),
-        MapKind::CallHeaders | MapKind::CallTrailers | MapKind::Other => {}
+        MapKind::Delivered(_) | MapKind::Other => {}
     }
     for (name, value) in pairs.iter() {
         write_header(state, kind, name, value, Edit::Add)?;
@@ -315,7 +312,8 @@ fn note(state: &mut State, verb: &str, name: &[u8]) {
 fn buffer(state: &State, buffer: u32) -> Result<&[u8], Status> {
     match buffer {
         // Bodies and stream data: there are none in the header phases.
-        0..=3 | 5 | 8 => Ok(&[]),
+        0..=3 | 8 => Ok(&[]),
+        5 => Ok(&state.outside.delivery.message),
         // The body of the answer to a call, while it is delivered.
         4 => state.outside.delivery.body.as_deref().ok_or(Status::NotFound),
         // The configuration of the VM, which WasmPlugin has no field for.

@@ -4,6 +4,7 @@
 //! within what the official SDKs survive; where that leaves no honest one, the call traps.
 
 mod calls;
+mod grpc;
 mod headers;
 mod log;
 mod memory;
@@ -27,6 +28,7 @@ pub(crate) use wasi::Exit;
 /// Defines everything that a module may import.
 pub(crate) fn define(linker: &mut Linker<State>) -> wasmtime::Result<()> {
     calls::define(linker)?;
+    grpc::define(linker)?;
     log::define(linker)?;
     headers::define(linker)?;
     metrics::define(linker)?;

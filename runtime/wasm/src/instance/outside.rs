@@ -1,6 +1,7 @@
 //! Entering a guest outside of its streams: answers of other services, the timer, queues. They arrive at the root
 //! context, from which the guest may speak of a stream (`proxy_set_effective_context`).
 
+use super::grpc::GrpcCallbacks;
 use super::{Crash, Instance, Outcome, Phase, call};
 use crate::abi::{Callback, MapKind, ROOT_CONTEXT};
 use crate::delivery::Delivery;
@@ -20,6 +21,7 @@ pub(super) struct OutsideCallbacks {
     tick: Option<TypedFunc<u32, ()>>,
     queue_ready: Option<TypedFunc<(u32, u32), ()>>,
     http_call_response: Option<TypedFunc<Answered, ()>>,
+    pub(super) grpc: GrpcCallbacks,
 }
 
 impl OutsideCallbacks {
@@ -28,6 +30,7 @@ impl OutsideCallbacks {
             tick: instance.get_typed_func(&mut *store, "proxy_on_tick").ok(),
             queue_ready: instance.get_typed_func(&mut *store, "proxy_on_queue_ready").ok(),
             http_call_response: instance.get_typed_func(&mut *store, "proxy_on_http_call_response").ok(),
+            grpc: GrpcCallbacks::resolve(store, instance),
         }
     }
 }
@@ -84,14 +87,15 @@ impl Instance {
         }
         let Some(function) = &self.callbacks.outside.http_call_response else { return Ok(()) };
         let delivery = Delivery::of_http_call(answer);
-        let parameters = (ROOT_CONTEXT, id, delivery.counts[0], delivery.body_bytes(), delivery.counts[1]);
+        let [headers, bytes, trailers] = delivery.http_counts();
         outside.delivery = delivery;
+        let parameters = (ROOT_CONTEXT, id, headers, bytes, trailers);
         call(&mut self.store, function, parameters, Callback::HttpCallResponse, ROOT_CONTEXT)?;
         self.returned()
     }
 
     /// Tidies up behind a callback outside of streams.
-    fn returned(&mut self) -> Result<(), Crash> {
+    pub(super) fn returned(&mut self) -> Result<(), Crash> {
         let state = self.store.data_mut();
         state.outside.delivery = Delivery::default();
         state.hand_back();

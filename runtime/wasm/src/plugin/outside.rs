@@ -1,9 +1,10 @@
 //! What reaches a plugin outside of exchanges: answers of other services, its timer, its queues. Each is a task on the
 //! runtime of the worker whose instance it enters; it ends with that instance.
 
+use super::grpc::{self, Opening};
 use super::{Plugin, Slot};
 use crate::instance::{Crash, Instance};
-use crate::outside::Errand;
+use crate::outside::{CallKind, Errand};
 use cairn_filter::{Callout, CalloutRequest};
 use std::sync::Arc;
 use std::time::Duration;
@@ -37,6 +38,12 @@ impl Plugin {
                     let callout = callout.unwrap_or_else(|| self.facts.environment.places.callout(worker));
                     self.ask(&runtime, at, instance, Question { id, callout, request: *request });
                 }
+                Errand::Open { id, callout, request, feed } => {
+                    let callout = callout.unwrap_or_else(|| self.facts.environment.places.callout(worker));
+                    self.facts.counters.count_call();
+                    let opening = Opening { id, callout, request: *request, feed };
+                    instance.call_begun(id, grpc::open(self, &runtime, at, opening));
+                }
                 Errand::Listen(queue) => self.listen(&runtime, at, queue),
             }
         }
@@ -48,7 +55,10 @@ impl Plugin {
         let asking = async move {
             let answer = callout.call(request).await;
             if let Some(plugin) = plugin.upgrade() {
-                plugin.enter(at, |instance| instance.http_call_response(id, answer));
+                plugin.enter(at, |instance| match CallKind::of(id) {
+                    CallKind::Http => instance.http_call_response(id, answer),
+                    CallKind::GrpcCall | CallKind::GrpcStream => instance.grpc_answer(id, answer),
+                });
             }
         };
         self.facts.counters.count_call();
@@ -100,7 +110,7 @@ impl Plugin {
     }
 
     /// Enters an instance if it is still the one that is meant.
-    fn enter<T>(
+    pub(super) fn enter<T>(
         self: &Arc<Self>,
         at: Seat,
         run: impl FnOnce(&mut Instance) -> Result<T, Crash>,
@@ -120,7 +130,7 @@ impl Plugin {
 
 /// One instance: the worker's place, and which of its successive instances.
 #[derive(Clone, Copy)]
-struct Seat {
+pub(super) struct Seat {
     worker: usize,
     generation: u64,
 }

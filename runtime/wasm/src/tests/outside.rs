@@ -1,20 +1,29 @@
 //! What reaches a guest outside of its streams: answers of other services, its timer, its queues.
 
 use super::*;
-use cairn_filter::{Callout, CalloutAnswer, CalloutError, CalloutFuture, CalloutRequest};
+use bytes::Bytes;
+use cairn_filter::{
+    Callout, CalloutAnswer, CalloutError, CalloutFeed, CalloutFuture, CalloutOpening, CalloutPart,
+    CalloutParts, CalloutRequest,
+};
 use http::Response;
 use parking_lot::Mutex;
+use std::future::{Future, poll_fn};
+use std::pin::pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use tokio::sync::oneshot;
+use std::task::{Context, Poll};
+use tokio::sync::{mpsc, oneshot};
 
 type Answer = Result<CalloutAnswer, CalloutError>;
 
 /// A mesh of two services. What is asked waits here until the test answers.
 #[derive(Debug, Default)]
 pub(super) struct Mesh {
-    asked: Mutex<Vec<(CalloutRequest, Option<oneshot::Sender<Answer>>)>>,
+    pub(super) asked: Mutex<Vec<(CalloutRequest, Option<oneshot::Sender<Answer>>)>>,
     /// How many questions were given up.
     given_up: Arc<AtomicUsize>,
+    /// Streams that were opened.
+    pub(super) streams: Mutex<Vec<Opened>>,
 }
 
 /// Counts a question that nobody waits for any more.
@@ -38,6 +47,24 @@ impl Callout for Mesh {
         })
     }
 
+    fn open(&self, request: CalloutRequest, feed: Box<dyn CalloutFeed>) -> CalloutOpening {
+        let (head, answered) = oneshot::channel::<Response<()>>();
+        let (sender, parts) = mpsc::unbounded_channel();
+        let sent = Arc::new(Mutex::new(request.request.into_body().to_vec()));
+        let opened = Opened { sent: Arc::clone(&sent), head: Mutex::new(Some(head)), parts: sender };
+        self.streams.lock().push(opened);
+        let mut rest = Parts { parts, feed, sent };
+        Box::pin(async move {
+            let mut answered = pin!(answered);
+            let head = poll_fn(|cx| {
+                rest.collect(cx);
+                answered.as_mut().poll(cx)
+            });
+            let head = head.await.map_err(|_| CalloutError::Closed)?;
+            Ok(head.map(|()| Box::new(rest) as Box<dyn CalloutParts>))
+        })
+    }
+
     fn version(&self, host: &str, _: Option<&str>, port: u16) -> Option<Version> {
         match (host, port) {
             ("auth.shop.svc.cluster.local", 80) => Some(Version::HTTP_11),
@@ -47,13 +74,72 @@ impl Callout for Mesh {
     }
 }
 
+/// A stream that a guest opened.
+#[derive(Debug)]
+pub(super) struct Opened {
+    sent: Arc<Mutex<Vec<u8>>>,
+    head: Mutex<Option<oneshot::Sender<Response<()>>>>,
+    parts: mpsc::UnboundedSender<CalloutPart>,
+}
+
+impl Opened {
+    /// What the guest sent, once it is this long.
+    pub(super) fn sent(&self, length: usize) -> Bytes {
+        until("messages sent", || self.sent.lock().len() >= length);
+        Bytes::copy_from_slice(&self.sent.lock())
+    }
+
+    pub(super) fn head(&self, headers: &[(&'static str, &'static str)]) {
+        let mut response = Response::new(());
+        for (name, value) in headers {
+            match *name {
+                ":status" => *response.status_mut() = value.parse().unwrap(),
+                name => {
+                    response.headers_mut().insert(name, HeaderValue::from_static(value));
+                }
+            }
+        }
+        self.head.lock().take().unwrap().send(response).expect("the guest waits");
+    }
+
+    pub(super) fn part(&self, part: CalloutPart) {
+        self.parts.send(part).expect("the guest listens");
+    }
+
+    pub(super) fn is_given_up(&self) -> bool {
+        self.parts.is_closed()
+    }
+}
+
+/// The guest's side of a stream: what the test says, while what the guest sends is kept.
+struct Parts {
+    parts: mpsc::UnboundedReceiver<CalloutPart>,
+    feed: Box<dyn CalloutFeed>,
+    sent: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Parts {
+    fn collect(&mut self, cx: &mut Context<'_>) {
+        while let Poll::Ready(Some(data)) = self.feed.poll_next(cx) {
+            self.sent.lock().extend_from_slice(&data);
+        }
+    }
+}
+
+impl CalloutParts for Parts {
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<CalloutPart, CalloutError>>> {
+        self.collect(cx);
+        self.parts.poll_recv(cx).map(|part| part.map(Ok))
+    }
+}
+
 impl Mesh {
     /// Waits until `count` questions were asked.
-    fn wait(&self, count: usize) {
+    pub(super) fn wait(&self, count: usize) {
         until("questions asked", || self.asked.lock().len() >= count);
     }
 
-    fn answer(&self, index: usize, answer: Answer) {
+    pub(super) fn answer(&self, index: usize, answer: Answer) {
         let sender = self.asked.lock()[index].1.take().expect("answered once");
         // The asker may be gone.
         let _ = sender.send(answer);
@@ -69,7 +155,7 @@ pub(super) fn until(what: &str, mut happened: impl FnMut() -> bool) {
     }
 }
 
-fn answer(status: u16, body: &'static str) -> Answer {
+pub(super) fn answer(status: u16, body: &'static str) -> Answer {
     let response = Response::builder().status(status).header("x-auth", "who").body(body.into()).unwrap();
     let mut trailers = HeaderMap::new();
     trailers.insert("x-trailer", HeaderValue::from_static("t"));
@@ -77,14 +163,14 @@ fn answer(status: u16, body: &'static str) -> Answer {
 }
 
 /// A plugin whose worker can ask `Mesh`, and so can its exchanges.
-struct Asking {
-    host: Host,
-    mesh: Arc<Mesh>,
+pub(super) struct Asking {
+    pub(super) host: Host,
+    pub(super) mesh: Arc<Mesh>,
     _runtime: tokio::runtime::Runtime,
 }
 
 impl Asking {
-    fn new(guest: &str) -> Self {
+    pub(super) fn new(guest: &str) -> Self {
         let mesh = Arc::new(Mesh::default());
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_time().build().unwrap();
@@ -102,7 +188,7 @@ impl Asking {
         Self { host: Host { engine, factory }, mesh, _runtime: runtime }
     }
 
-    fn start(&self) -> Run {
+    pub(super) fn start(&self) -> Run {
         let mut run = self.host.start();
         let connection = Arc::get_mut(&mut run.exchange.connection).unwrap();
         connection.callout = Arc::clone(&self.mesh) as Arc<dyn Callout>;
@@ -116,11 +202,11 @@ impl Asking {
 }
 
 /// Bytes as a string of the text format.
-fn escaped(bytes: &[u8]) -> String {
+pub(super) fn escaped(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("\\{byte:02x}")).collect()
 }
 
-fn map(pairs: &[(&str, &str)]) -> Vec<u8> {
+pub(super) fn map(pairs: &[(&str, &str)]) -> Vec<u8> {
     let mut bytes = Vec::new();
     let pairs = pairs.iter().map(|(name, value)| (name.as_bytes(), value.as_bytes()));
     crate::pairs::write(&mut bytes, pairs.len() as u32, pairs);
@@ -189,7 +275,7 @@ impl Call {
 }
 
 /// Counts in the metric `answers`.
-const COUNT: &str = r#"(func $count
+pub(super) const COUNT: &str = r#"(func $count
      (drop (call $define (i32.const 0) (i32.const 4096) (i32.const 7) (i32.const 3100)))
      (drop (call $increment (i32.load (i32.const 3100)) (i64.const 1))))"#;
 
@@ -204,7 +290,7 @@ const TELL: &str = r#"
     (drop (call $continue (i32.const 0)))
     (call $count)"#;
 
-fn block_on(verdict: Verdict) {
+pub(super) fn block_on(verdict: Verdict) {
     let Verdict::Wait(future) = verdict else { panic!("{}", word(&verdict)) };
     tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(future);
 }

@@ -1,0 +1,99 @@
+//! gRPC calls of a plugin on their way: a task for each, on the runtime of the worker whose instance it tells.
+
+use super::Plugin;
+use super::outside::Seat;
+use crate::grpc::{self, Deframer, Ended, Feed, GrpcEvent};
+use cairn_filter::{Callout, CalloutPart, CalloutRequest};
+use http::HeaderMap;
+use std::future::poll_fn;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+use tokio::runtime::Handle;
+use tokio::task::AbortHandle;
+
+/// How long a stream may be silent before it is given up.
+const SILENCE_MAX: Duration = Duration::from_secs(3600);
+
+/// A stream that is to be opened.
+pub(super) struct Opening {
+    pub(super) id: u32,
+    pub(super) callout: Arc<dyn Callout>,
+    pub(super) request: CalloutRequest,
+    pub(super) feed: Feed,
+}
+
+/// Opens a stream, and tells the guest what happens in it until it ends.
+pub(super) fn open(plugin: &Arc<Plugin>, runtime: &Handle, at: Seat, opening: Opening) -> AbortHandle {
+    let teller = Teller { plugin: Arc::downgrade(plugin), at, id: opening.id };
+    let follow = async move {
+        // `None`: the guest does not want to know any more.
+        if let Some(ended) = teller.follow(opening).await {
+            teller.tell(GrpcEvent::Closed(ended));
+        }
+    };
+    runtime.spawn(follow).abort_handle()
+}
+
+/// Tells one guest of one stream.
+struct Teller {
+    plugin: Weak<Plugin>,
+    at: Seat,
+    id: u32,
+}
+
+impl Teller {
+    /// True while the guest wants to know more.
+    fn tell(&self, event: GrpcEvent) -> bool {
+        let Some(plugin) = self.plugin.upgrade() else { return false };
+        plugin.enter(self.at, |instance| instance.grpc_event(self.id, event)).unwrap_or(false)
+    }
+
+    async fn follow(&self, opening: Opening) -> Option<Ended> {
+        let Opening { callout, request, feed, .. } = opening;
+        let answer = match callout.open(request, Box::new(feed)).await {
+            Ok(answer) => answer,
+            Err(error) => return Some(grpc::of_error(&error)),
+        };
+        let (head, mut parts) = answer.into_parts();
+        let trailers_only = head.headers.contains_key("grpc-status");
+        let initial = if trailers_only { HeaderMap::new() } else { head.headers.clone() };
+        if !self.tell(GrpcEvent::Initial(initial)) {
+            return None;
+        }
+        if let Some(ended) = grpc::of_head(head.status, &head.headers) {
+            if trailers_only && !self.tell(GrpcEvent::Trailing(head.headers)) {
+                return None;
+            }
+            return Some(ended);
+        }
+        let mut messages = Deframer::default();
+        loop {
+            let part = tokio::time::timeout(SILENCE_MAX, poll_fn(|cx| parts.poll_next(cx))).await;
+            match part {
+                Ok(Some(Ok(CalloutPart::Data(data)))) => match self.tell_messages(&mut messages, &data) {
+                    Ok(true) => {}
+                    Ok(false) => return None,
+                    Err(ended) => return Some(ended),
+                },
+                Ok(Some(Ok(CalloutPart::Trailers(trailers)))) => {
+                    let ended = grpc::of_trailers(&trailers).unwrap_or_else(grpc::without_status);
+                    return self.tell(GrpcEvent::Trailing(trailers)).then_some(ended);
+                }
+                Ok(Some(Err(error))) => return Some(grpc::of_error(&error)),
+                Ok(None) => return Some(grpc::without_status()),
+                Err(_) => return Some(grpc::of_error(&cairn_filter::CalloutError::Timeout(SILENCE_MAX))),
+            }
+        }
+    }
+
+    /// False when the guest does not want to know any more.
+    fn tell_messages(&self, messages: &mut Deframer, data: &[u8]) -> Result<bool, Ended> {
+        messages.push(data);
+        while let Some(message) = messages.next()? {
+            if !self.tell(GrpcEvent::Message(message)) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
