@@ -190,7 +190,7 @@ impl Filter for Asking {
         }
     }
 
-    fn request_body(&mut self, exchange: &mut Exchange, head: &mut RequestHead, body: &BodyRead) -> Verdict {
+    fn request_read(&mut self, exchange: &mut Exchange, head: &mut RequestHead, body: &BodyRead) -> Verdict {
         if self.answer.is_some() {
             return self.answered(exchange, head);
         }

@@ -12,23 +12,28 @@ mod body;
 mod callout;
 mod chain;
 mod exchange;
+mod flow;
 mod head;
 mod order;
 mod rehearsal;
 mod reply;
+mod running;
 mod token;
 
-pub use body::{Body, BodyBroken, BodyFuture, BodyRead, NoBody};
+pub use body::{
+    Body, BodyBroken, BodyRead, Chunk, HeldHead, Hold, NoBody, Part, Piece, Side, Until, WhenFull,
+};
 pub use callout::{
     Callout, CalloutAnswer, CalloutError, CalloutFeed, CalloutFuture, CalloutOpening, CalloutPart,
     CalloutParts, CalloutRequest, NoCallout,
 };
-pub use chain::{Chain, Outcome, Running};
+pub use chain::Chain;
 pub use exchange::{Connection, Exchange, Note, Peer, Protocol};
 pub use head::{RequestHead, ResponseHead};
 pub use order::{Position, Slot, sort_factories};
 pub use rehearsal::{Considered, Judgement, Rehearsal, Rehearsed};
 pub use reply::{Denial, LocalReply};
+pub use running::{Outcome, Running};
 pub use token::Token;
 
 use std::future::Future;
@@ -45,6 +50,14 @@ bitflags::bitflags! {
         const RESPONSE_HEADERS = 2;
         /// [`Filter::finish`].
         const FINISH = 4;
+        /// [`Filter::body`] and [`Filter::trailers`] of the request.
+        const REQUEST_BODY = 8;
+        /// [`Filter::trailers`] of the request.
+        const REQUEST_TRAILERS = 16;
+        /// [`Filter::body`] and [`Filter::trailers`] of the response.
+        const RESPONSE_BODY = 32;
+        /// [`Filter::trailers`] of the response.
+        const RESPONSE_TRAILERS = 64;
     }
 }
 
@@ -52,18 +65,22 @@ bitflags::bitflags! {
 pub enum Verdict {
     /// Go on with the next filter.
     Continue,
-    /// Answer the downstream now. In the request phase the upstream is not called; in the response phase the
-    /// upstream's answer is replaced.
+    /// Answer the downstream now. In the phases of the request, the upstream's answer is not waited for; in those of
+    /// the response, it is replaced. Once the head of a response is on its way, this is a [`Verdict::Reset`].
     Reply(Box<LocalReply>),
     /// End the exchange without an answer (HTTP/2: a stream reset; HTTP/1.1: the connection closes).
     Reset,
-    /// Hold the exchange until the future resolves; the chain then calls the same phase of the same filter again,
-    /// which finds out from its own state what came of it. The future must bound its own waiting.
-    Wait(Pin<Box<dyn Future<Output = ()> + Send>>),
-    /// In the request phase: hold the exchange until the request's body is here, or more than `bytes_max` of it, and
-    /// call [`Filter::request_body`] with it. What is read still goes upstream.
+    /// Hold the exchange, and read nothing more, until the future resolves; the chain then calls the same phase of the
+    /// same filter again, which finds out from its own state what came of it. The future must bound its own waiting.
+    Wait(Until),
+    /// In a head's phase: hold the head, and show this filter the body; the head goes on when the filter lets some of
+    /// the body pass, or when it is asked in [`Filter::resumed`] and lets go. Where there is no body, this is a wait.
+    /// In a body's phase or that of its trailers: hold what was shown, and call again with all of it when more comes.
+    Hold(Hold),
+    /// In the phase of a request's head: hold the exchange until the request's body is here, or more than `bytes_max`
+    /// of it, and call [`Filter::request_read`] with it. What is read still goes on as it came.
     ReadBody {
-        /// The most bytes that the filter is given; one more frame may be kept.
+        /// The most bytes that the filter is given; one more piece may be kept.
         bytes_max: usize,
     },
 }
@@ -132,7 +149,7 @@ pub trait Filter: Send {
     }
 
     /// The request's body is here, as far as [`Verdict::ReadBody`] asked for it; no byte has gone upstream.
-    fn request_body(&mut self, exchange: &mut Exchange, head: &mut RequestHead, body: &BodyRead) -> Verdict {
+    fn request_read(&mut self, exchange: &mut Exchange, head: &mut RequestHead, body: &BodyRead) -> Verdict {
         let _ = (exchange, head, body);
         Verdict::Continue
     }
@@ -145,6 +162,25 @@ pub trait Filter: Send {
         end_of_stream: bool,
     ) -> Verdict {
         let _ = (exchange, head, end_of_stream);
+        Verdict::Continue
+    }
+
+    /// More of a body is here, or its end.
+    fn body(&mut self, exchange: &mut Exchange, part: Part<'_>) -> Verdict {
+        let _ = (exchange, part);
+        Verdict::Continue
+    }
+
+    /// A body ended with trailers. What the filter held of the body goes on with them.
+    fn trailers(&mut self, exchange: &mut Exchange, part: Part<'_>) -> Verdict {
+        let _ = (exchange, part);
+        Verdict::Continue
+    }
+
+    /// What a filter waits for that holds ([`Hold::until`]) is here. If it lets pass, what it held goes on without
+    /// being shown again.
+    fn resumed(&mut self, exchange: &mut Exchange, part: Part<'_>) -> Verdict {
+        let _ = (exchange, part);
         Verdict::Continue
     }
 

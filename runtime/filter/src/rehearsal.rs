@@ -64,7 +64,7 @@ impl Chain {
                         Verdict::Continue => Judgement::Passed,
                         Verdict::Reply(reply) => Judgement::Replied(reply),
                         Verdict::Reset => Judgement::Ended,
-                        Verdict::Wait(_) => {
+                        Verdict::Wait(_) | Verdict::Hold(_) => {
                             Judgement::Withheld("it waits for an answer from elsewhere".to_owned())
                         }
                         Verdict::ReadBody { .. } => {

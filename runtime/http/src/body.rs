@@ -1,15 +1,13 @@
-//! Bodies in passing: frames go on as they come, and are counted.
+//! A request's body in passing: what the client sends goes on as it comes, and is counted.
 
 use crate::grpc::Messages;
-use crate::record::{Ending, Record};
-use crate::upstream::Lease;
-use bytes::{Bytes, BytesMut};
-use cairn_filter::{BodyBroken, BodyFuture, BodyRead, CalloutFeed};
+use crate::pipe::Reader;
+use bytes::Bytes;
+use cairn_filter::{BodyBroken, CalloutFeed, Piece};
 use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use std::collections::VecDeque;
-use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -25,32 +23,55 @@ pub(crate) struct Progress {
     pub(crate) broken: AtomicBool,
 }
 
+/// Why a body breaks off.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BodyError {
+    /// Whoever sends it broke off.
+    #[error("the sender broke off")]
+    Sender(#[source] hyper::Error),
+    /// It was ended here.
+    #[error("the exchange was ended")]
+    Ended,
+}
+
 /// A request's body on its way upstream.
 pub(crate) struct RequestBody {
     /// What was read before it was sent on.
     read: VecDeque<Frame<Bytes>>,
-    /// What comes after that; `None`: nothing does.
-    incoming: Option<(Incoming, Arc<Progress>)>,
+    rest: Rest,
     /// Where in its gRPC messages it is; `None`: it is not gRPC.
     messages: Option<Messages>,
+}
+
+/// What comes after that.
+enum Rest {
+    Nothing,
+    /// What the client sends.
+    Client {
+        incoming: Incoming,
+        progress: Arc<Progress>,
+        http2: bool,
+    },
+    /// What filters let pass.
+    Filtered(Reader),
     /// What a filter sends of its own in the course of a stream.
-    fed: Option<Box<dyn CalloutFeed>>,
+    Fed(Box<dyn CalloutFeed>),
 }
 
 impl RequestBody {
     pub(crate) fn none() -> Self {
-        Self { read: VecDeque::new(), incoming: None, messages: None, fed: None }
+        Self { read: VecDeque::new(), rest: Rest::Nothing, messages: None }
     }
 
     /// A body made here.
     pub(crate) fn full(bytes: Bytes) -> Self {
         let frame = (!bytes.is_empty()).then(|| Frame::data(bytes));
-        Self { read: frame.into_iter().collect(), incoming: None, messages: None, fed: None }
+        Self { read: frame.into_iter().collect(), ..Self::none() }
     }
 
     /// A body made here that `feed` continues.
     pub(crate) fn fed(first: Bytes, feed: Box<dyn CalloutFeed>) -> Self {
-        Self { fed: Some(feed), ..Self::full(first) }
+        Self { rest: Rest::Fed(feed), ..Self::full(first) }
     }
 
     /// A body made here, with trailers unless they are empty.
@@ -62,188 +83,154 @@ impl RequestBody {
         body
     }
 
-    /// The body, and how to follow it if there is one.
-    pub(crate) fn new(incoming: Incoming, grpc: bool) -> (Self, Option<Arc<Progress>>) {
+    /// What filters let pass: a first piece, if they were waited for, and what comes after it.
+    pub(crate) fn filtered(first: Option<Piece>, rest: Reader) -> Self {
+        let read = first.and_then(frame_of).into_iter().collect();
+        Self { read, rest: Rest::Filtered(rest), messages: None }
+    }
+
+    /// The body of a client that speaks HTTP/2 or an earlier version, and how to follow it if there is one.
+    pub(crate) fn new(incoming: Incoming, grpc: bool, http2: bool) -> (Self, Option<Arc<Progress>>) {
         if incoming.is_end_stream() {
             return (Self::none(), None);
         }
         let progress = Arc::new(Progress::default());
         let messages = grpc.then(Messages::default);
-        let incoming = Some((incoming, Arc::clone(&progress)));
-        (Self { read: VecDeque::new(), incoming, messages, fed: None }, Some(progress))
+        let rest = Rest::Client { incoming, progress: Arc::clone(&progress), http2 };
+        (Self { read: VecDeque::new(), rest, messages }, Some(progress))
+    }
+
+    /// Puts back what was read of it.
+    pub(crate) fn put_back(&mut self, pieces: impl Iterator<Item = Piece>) {
+        self.read.extend(pieces.filter_map(frame_of));
     }
 
     fn bytes_read(&self) -> usize {
         self.read.iter().filter_map(Frame::data_ref).map(Bytes::len).sum()
     }
 
-    fn poll_incoming(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let Self { incoming, messages, fed, .. } = self;
-        if let Some(feed) = fed {
-            return feed.poll_next(cx).map(|data| data.map(|data| Ok(Frame::data(data))));
-        }
-        let Some((incoming, progress)) = incoming else { return Poll::Ready(None) };
+    fn poll_rest(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let (incoming, progress) = match &mut self.rest {
+            Rest::Nothing => return Poll::Ready(None),
+            Rest::Client { incoming, progress, .. } => (incoming, progress),
+            Rest::Fed(feed) => return feed.poll_next(cx).map(|data| data.map(|data| Ok(Frame::data(data)))),
+            Rest::Filtered(reader) => loop {
+                match ready!(reader.poll(cx)) {
+                    None => return Poll::Ready(None),
+                    Some(Err(_cut)) => return Poll::Ready(Some(Err(BodyError::Ended))),
+                    Some(Ok(piece)) => match frame_of(piece) {
+                        Some(frame) => return Poll::Ready(Some(Ok(frame))),
+                        None => continue,
+                    },
+                }
+            },
+        };
         let frame = ready!(Pin::new(incoming).poll_frame(cx));
         match &frame {
             Some(Ok(frame)) => {
                 let length = frame.data_ref().map_or(0, Bytes::len);
                 progress.bytes.fetch_add(length as u64, Relaxed);
-                if let (Some(messages), Some(data)) = (messages, frame.data_ref()) {
+                if let (Some(messages), Some(data)) = (&mut self.messages, frame.data_ref()) {
                     progress.messages.fetch_add(messages.pass(data), Relaxed);
                 }
             }
             Some(Err(_)) => progress.broken.store(true, Relaxed),
             None => {}
         }
-        Poll::Ready(frame)
+        Poll::Ready(frame.map(|frame| frame.map_err(BodyError::Sender)))
     }
 }
 
+/// A piece as the connection writes it; `None`: nothing but the end.
+pub(crate) fn frame_of(piece: Piece) -> Option<Frame<Bytes>> {
+    match piece {
+        Piece::Data { bytes, .. } => (!bytes.is_empty()).then(|| Frame::data(bytes)),
+        Piece::Trailers(trailers) => Some(Frame::trailers(trailers)),
+    }
+}
+
+/// A frame as filters see it, where it is not known whether another follows.
+pub(crate) fn piece_of(frame: Frame<Bytes>) -> Option<Piece> {
+    match frame.into_data() {
+        Ok(bytes) => Some(Piece::Data { bytes, end_of_stream: false }),
+        Err(frame) => frame.into_trailers().ok().map(Piece::Trailers),
+    }
+}
+
+/// The body as filters are shown it. With HTTP/2 the last bytes say that they are the last; before it, the end comes by
+/// itself (as in Envoy, which is what plugins were written against).
 impl cairn_filter::Body for RequestBody {
-    fn read(&mut self, bytes_max: usize) -> BodyFuture<'_> {
-        Box::pin(async move {
-            // What is read stays here, to be sent on.
-            while self.bytes_read() <= bytes_max {
-                match poll_fn(|cx| self.poll_incoming(cx)).await {
-                    Some(Ok(frame)) => self.read.push_back(frame),
-                    Some(Err(_)) => return Err(BodyBroken),
-                    None => {
-                        self.incoming = None;
-                        break;
-                    }
+    fn poll_piece(&mut self, cx: &mut Context<'_>) -> Poll<Result<Piece, BodyBroken>> {
+        loop {
+            let frame = match ready!(self.poll_rest(cx)) {
+                Some(Ok(frame)) => frame,
+                Some(Err(_)) => return Poll::Ready(Err(BodyBroken)),
+                None => {
+                    self.rest = Rest::Nothing;
+                    return Poll::Ready(Ok(Piece::end()));
                 }
+            };
+            let is_over = match &self.rest {
+                Rest::Client { incoming, http2, .. } => *http2 && incoming.is_end_stream(),
+                Rest::Nothing | Rest::Filtered(_) | Rest::Fed(_) => false,
+            };
+            match piece_of(frame) {
+                Some(Piece::Data { bytes, .. }) if is_over => {
+                    self.rest = Rest::Nothing;
+                    return Poll::Ready(Ok(Piece::Data { bytes, end_of_stream: true }));
+                }
+                Some(Piece::Data { bytes, .. }) if bytes.is_empty() => {}
+                Some(piece) => {
+                    if piece.is_last() {
+                        self.rest = Rest::Nothing;
+                    }
+                    return Poll::Ready(Ok(piece));
+                }
+                None => {}
             }
-            let is_whole = self.bytes_read() <= bytes_max;
-            let mut bytes = BytesMut::new();
-            self.read.iter().filter_map(Frame::data_ref).for_each(|data| bytes.extend_from_slice(data));
-            bytes.truncate(bytes_max);
-            Ok(BodyRead { bytes: bytes.freeze(), is_whole })
-        })
+        }
     }
 }
 
 impl Body for RequestBody {
     type Data = Bytes;
-    type Error = hyper::Error;
+    type Error = BodyError;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         match self.read.pop_front() {
             Some(frame) => Poll::Ready(Some(Ok(frame))),
-            None => self.poll_incoming(cx),
+            None => self.poll_rest(cx),
         }
     }
 
     fn is_end_stream(&self) -> bool {
         self.read.is_empty()
-            && self.fed.is_none()
-            && self.incoming.as_ref().is_none_or(|(incoming, _)| incoming.is_end_stream())
+            && match &self.rest {
+                Rest::Nothing => true,
+                Rest::Client { incoming, .. } => incoming.is_end_stream(),
+                Rest::Filtered(reader) => reader.is_over(),
+                Rest::Fed(_) => false,
+            }
     }
 
     fn size_hint(&self) -> SizeHint {
         let read = self.bytes_read() as u64;
-        let rest =
-            self.incoming.as_ref().map_or_else(|| SizeHint::with_exact(0), |(body, _)| body.size_hint());
-        if self.fed.is_some() {
-            return SizeHint::new();
-        }
+        let rest = match &self.rest {
+            Rest::Nothing => SizeHint::with_exact(0),
+            Rest::Client { incoming, .. } => incoming.size_hint(),
+            Rest::Fed(_) => SizeHint::default(),
+            Rest::Filtered(reader) => {
+                reader.left().map_or_else(SizeHint::default, |left| SizeHint::with_exact(left as u64))
+            }
+        };
         let mut whole = SizeHint::new();
         if let Some(upper) = rest.upper() {
             whole.set_upper(upper.saturating_add(read));
         }
         whole.set_lower(rest.lower().saturating_add(read));
         whole
-    }
-}
-
-/// A response's body on its way to the client. It holds the exchange's record, which is finished when the body is
-/// over or dropped, and the upstream connection, which goes back to the pool when the body is over.
-pub(crate) struct ResponseBody {
-    content: Content,
-    record: Option<Box<Record>>,
-    lease: Option<Lease>,
-}
-
-enum Content {
-    Full(Bytes),
-    Upstream(Incoming),
-}
-
-impl ResponseBody {
-    pub(crate) fn full(bytes: Bytes, record: Option<Box<Record>>) -> Self {
-        Self { content: Content::Full(bytes), record, lease: None }
-    }
-
-    pub(crate) fn upstream(incoming: Incoming, record: Box<Record>, lease: Lease) -> Self {
-        Self { content: Content::Upstream(incoming), record: Some(record), lease: Some(lease) }
-    }
-
-    fn is_over(&self) -> bool {
-        match &self.content {
-            Content::Full(bytes) => bytes.is_empty(),
-            Content::Upstream(incoming) => incoming.is_end_stream(),
-        }
-    }
-
-    fn finish(&mut self, ending: Ending) {
-        if let Some(mut record) = self.record.take() {
-            record.end(ending);
-        }
-        if let Some(lease) = self.lease.take().filter(|_| ending == Ending::Complete) {
-            lease.put_back();
-        }
-    }
-}
-
-impl Body for ResponseBody {
-    type Data = Bytes;
-    type Error = hyper::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let this = &mut *self;
-        let frame = match &mut this.content {
-            Content::Full(bytes) if bytes.is_empty() => None,
-            Content::Full(bytes) => Some(Ok(Frame::data(std::mem::take(bytes)))),
-            Content::Upstream(incoming) => ready!(Pin::new(incoming).poll_frame(cx)),
-        };
-        match &frame {
-            None => this.finish(Ending::Complete),
-            Some(Err(_)) => this.finish(Ending::UpstreamCut),
-            Some(Ok(frame)) => {
-                if let Some(record) = &mut this.record {
-                    if let Some(data) = frame.data_ref() {
-                        record.passed(data);
-                    }
-                    if let Some(trailers) = frame.trailers_ref() {
-                        record.trailed(trailers);
-                    }
-                }
-            }
-        }
-        Poll::Ready(frame)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.is_over()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        match &self.content {
-            Content::Full(bytes) => SizeHint::with_exact(bytes.len() as u64),
-            Content::Upstream(incoming) => incoming.size_hint(),
-        }
-    }
-}
-
-impl Drop for ResponseBody {
-    fn drop(&mut self) {
-        // Who reads a body of known length does not ask for its end.
-        let ending = if self.is_over() { Ending::Complete } else { Ending::ClientGone };
-        self.finish(ending);
     }
 }

@@ -1,7 +1,8 @@
 //! The life of one exchange, from top to bottom: pin the configuration, find the route, run the request filters, pick
 //! an endpoint, send, retry, run the response filters in reverse, and hand the response on with its record.
 
-use crate::body::{RequestBody, ResponseBody};
+use crate::body::RequestBody;
+use crate::download::{Filtered, Made, ResponseBody, Source};
 use crate::endpoint::{Chosen, Reach, choose};
 use crate::head::{
     Wish, request_head, set_own_response_headers, set_service_time, strip_hop, upstream_parts, wish,
@@ -12,15 +13,18 @@ use crate::rewrite::redirect_reply;
 use crate::route::{Backend, Found, Rule};
 use crate::serve::Served;
 use crate::upgrade::{self, Upgrade};
+use crate::upload::{Length, Stopped, Upload, alongside, declare};
 use crate::upstream::{self, Lease, Unsent};
 use crate::{Failure, Site, decision};
-use bytes::Bytes;
-use cairn_filter::{Chain, Exchange, LocalReply, Outcome, Protocol, RequestHead, ResponseHead};
+use bytes::{Bytes, BytesMut};
+use cairn_filter::{Chain, Exchange, LocalReply, Outcome, Piece, Protocol, RequestHead, ResponseHead, Side};
 use cairn_mesh::AppProtocol;
 use http::{HeaderMap, Method, Request, Response, StatusCode, Version};
 use hyper::body::Incoming;
 use smallvec::SmallVec;
+use std::future::poll_fn;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -46,6 +50,21 @@ struct Answered {
     lease: Lease,
     rule: Arc<Rule>,
     backend: usize,
+    /// What filters have not seen of the request's body yet.
+    upload: Option<Upload>,
+}
+
+impl From<Stopped> for Turn {
+    /// What ended an exchange whose response has not begun.
+    fn from(stopped: Stopped) -> Self {
+        match stopped {
+            Stopped::Length => Self::Fail(Failure::LengthChanged),
+            Stopped::By(Outcome::Reply(reply)) => Self::Reply(reply),
+            Stopped::By(Outcome::TooLarge) => Self::Fail(Failure::RequestTooLarge),
+            Stopped::By(Outcome::BodyBroken) => Self::Fail(Failure::ClientGone),
+            Stopped::By(Outcome::Reset | Outcome::Continue) => Self::Reset,
+        }
+    }
 }
 
 /// Runs one exchange.
@@ -67,7 +86,8 @@ pub(crate) async fn run(
     let found = site.routes.find(&head, None);
     exchange.route = found.as_ref().map(|found| Arc::clone(&found.rule.name));
     let chain = if well_formed.is_ok() { &site.chain } else { &Chain::default() };
-    let running = chain.start(&exchange);
+    let mut running = chain.start(&exchange);
+    running.hold_at_most(served.worker.settings.body_held_max);
     served.exchange_began();
     let trace = site.observer.as_ref().and_then(|observer| observer.trace(&mut head.headers));
     let mut record = Box::new(Record::new(exchange, running, Arc::clone(&served), &head));
@@ -90,6 +110,12 @@ pub(crate) async fn run(
     }
 }
 
+impl From<Failure> for Turn {
+    fn from(failure: Failure) -> Self {
+        Self::Fail(failure)
+    }
+}
+
 /// The request phase, and the upstream.
 async fn go(
     site: &Site,
@@ -99,7 +125,8 @@ async fn go(
     body: Incoming,
     upgrade: Option<&Upgrade>,
 ) -> Turn {
-    let (mut body, progress) = RequestBody::new(body, record.exchange.grpc);
+    let http2 = head.version == Version::HTTP_2;
+    let (mut body, progress) = RequestBody::new(body, record.exchange.grpc, http2);
     record.progress = progress;
     let before = (head.method.clone(), head.path.clone(), head.authority.clone());
     let end_of_stream = record.progress.is_none();
@@ -108,9 +135,7 @@ async fn go(
     record.keep_request(&head);
     match outcome {
         Outcome::Continue => {}
-        Outcome::Reply(reply) => return Turn::Reply(reply),
-        Outcome::Reset => return Turn::Reset,
-        Outcome::ClientGone => return Turn::Fail(Failure::ClientGone),
+        ended => return Turn::from(Stopped::By(ended)),
     }
     let is_touched = site.routes.depends_on_filters()
         || (&head.method, &head.path, &head.authority) != (&before.0, &before.1, &before.2);
@@ -140,9 +165,20 @@ async fn go(
     if let Some(upgrade) = upgrade {
         upgrade.ask(&mut head.headers);
     }
-    match send(site, record, backend, head, body, upgrade.is_some()).await {
-        Ok((response, lease)) => Turn::Upstream(Box::new(Answered { response, lease, rule, backend: index })),
-        Err(failure) => Turn::Fail(failure),
+    let (body, mut upload) = if !end_of_stream && record.running.wants_body(Side::Request) {
+        match Upload::begin(body, record, &mut head).await {
+            Ok(begun) => begun,
+            Err(stopped) => return Turn::from(stopped),
+        }
+    } else {
+        body.put_back(record.running.take_read());
+        (body, None)
+    };
+    match send(site, record, backend, head, body, upgrade.is_some(), &mut upload).await {
+        Ok((response, lease)) => {
+            Turn::Upstream(Box::new(Answered { response, lease, rule, backend: index, upload }))
+        }
+        Err(turn) => turn,
     }
 }
 
@@ -154,7 +190,8 @@ async fn send(
     head: RequestHead,
     body: RequestBody,
     is_upgrade: bool,
-) -> Result<(Response<Incoming>, Lease), Failure> {
+    upload: &mut Option<Upload>,
+) -> Result<(Response<Incoming>, Lease), Turn> {
     let served = Arc::clone(&record.served);
     let worker = &*served.worker;
     let mut tried: SmallVec<[SocketAddr; 3]> = SmallVec::new();
@@ -170,7 +207,13 @@ async fn send(
         record.exchange.upstream_workload = Some(workload);
         record.attempts += 1;
         let sent_at = Instant::now();
-        let Unsent { failure, request: unsent } = match upstream::send(worker, active, request).await {
+        let mut sending = pin!(upstream::send(worker, active, request));
+        let sent = if upload.is_none() {
+            sending.await
+        } else {
+            alongside(upload, record, |cx, _| sending.as_mut().poll(cx)).await?
+        };
+        let Unsent { failure, request: unsent } = match sent {
             Ok(answer) => {
                 record.upstream_duration = Some(sent_at.elapsed());
                 record.sent_at = Some(sent_at);
@@ -182,7 +225,7 @@ async fn send(
         let is_last = tried.len() >= worker.settings.retries_max;
         let may_retry = failure.answer().retry && !is_last;
         record.retried_in_vain = failure.answer().retry && is_last && !tried.is_empty();
-        let Some(unsent) = unsent.filter(|_| may_retry) else { return Err(failure) };
+        let Some(unsent) = unsent.filter(|_| may_retry) else { return Err(failure.into()) };
         request = unsent;
         tried.push(address);
         chosen = choose(&reach, &backend.target, &tried)?;
@@ -210,7 +253,7 @@ async fn respond(
     answered: Answered,
     upgrade: Option<Upgrade>,
 ) -> Result<Response<ResponseBody>, Reset> {
-    let Answered { response, lease, rule, backend } = answered;
+    let Answered { response, lease, rule, backend, mut upload } = answered;
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
         return match upgrade {
             Some(upgrade) => Ok(upgrade::switch(record, response, lease, upgrade)),
@@ -234,18 +277,102 @@ async fn respond(
     record.exchange.status = Some(head.status);
     record.exchange.details = "via_upstream".into();
     let end_of_stream = http_body::Body::is_end_stream(&incoming);
-    let Record { running, exchange, .. } = &mut *record;
-    match running.response_headers(exchange, &mut head, end_of_stream).await {
-        Outcome::Continue => {
-            set_own_response_headers(&mut head.headers, record.served.worker.settings.server.as_ref());
-            record.answered(&mut head);
-            Ok(response_of(head, |record| ResponseBody::upstream(incoming, record, lease), record))
-        }
-        Outcome::Reply(reply) => Ok(answer_with(record, *reply, false)),
-        Outcome::Reset | Outcome::ClientGone => {
+    let mut source = Source::new(incoming, version == Version::HTTP_2);
+    let outcome = alongside(&mut upload, &mut record, |cx, record| {
+        let Record { running, exchange, .. } = record;
+        running.poll_response_headers(cx, exchange, &mut head, end_of_stream, &mut source)
+    });
+    match outcome.await {
+        Ok(Outcome::Continue) => {}
+        Ok(ended) => return respond_otherwise(record, Stopped::By(ended)),
+        Err(stopped) => return stopped_by_request(record, stopped),
+    }
+    if end_of_stream || !record.running.wants_body(Side::Response) {
+        set_own_response_headers(&mut head.headers, record.served.worker.settings.server.as_ref());
+        record.answered(&mut head);
+        let body = |record| ResponseBody::upstream(source.incoming, record, lease);
+        return Ok(response_of(head, |record| with_upload(body(record), upload), record));
+    }
+    let (filtered, upload) = match begin_download(&mut record, &mut head, source, upload).await {
+        Ok(begun) => begun,
+        Err(Either::Request(stopped)) => return stopped_by_request(record, stopped),
+        Err(Either::Response(stopped)) => return respond_otherwise(record, stopped),
+    };
+    set_own_response_headers(&mut head.headers, record.served.worker.settings.server.as_ref());
+    record.answered(&mut head);
+    let body = |record| with_upload(ResponseBody::filtered(filtered, record, lease), upload);
+    Ok(response_of(head, body, record))
+}
+
+fn with_upload(body: ResponseBody, upload: Option<Upload>) -> ResponseBody {
+    match upload {
+        Some(upload) => body.with_upload(upload),
+        None => body,
+    }
+}
+
+/// Whose body ended an exchange.
+enum Either {
+    Request(Stopped),
+    Response(Stopped),
+}
+
+/// Begins to show the response's body to the filters. Where the head says how long it is, it does not go before the
+/// filters let the first piece of the body pass: what they have changed by then, the head can still tell.
+async fn begin_download(
+    record: &mut Record,
+    head: &mut ResponseHead,
+    mut source: Source,
+    mut upload: Option<Upload>,
+) -> Result<(Filtered, Option<Upload>), Either> {
+    if !head.headers.contains_key(http::header::CONTENT_LENGTH) {
+        return Ok((Filtered::new(source, Length::default()), upload));
+    }
+    let first = alongside(&mut upload, record, |cx, record| {
+        let Record { running, exchange, .. } = record;
+        running.poll_response_body(cx, exchange, &mut source)
+    });
+    let first = first.await.map_err(Either::Request)?;
+    let first = first.map_err(|outcome| Either::Response(Stopped::By(outcome)))?;
+    let is_changed = record.running.is_body_changed(Side::Response);
+    let length = Length { declared: declare(&mut head.headers, &first, is_changed), sent: 0 };
+    let mut filtered = Filtered::new(source, length);
+    filtered.begins_with(first).map_err(Either::Response)?;
+    Ok((filtered, upload))
+}
+
+/// What becomes of an upstream's response, whose head is still here, that filters did not let pass.
+fn respond_otherwise(mut record: Box<Record>, stopped: Stopped) -> Result<Response<ResponseBody>, Reset> {
+    match stopped {
+        Stopped::Length => answer_failure(record, &Failure::LengthChanged),
+        Stopped::By(Outcome::Reply(reply)) => Ok(answer_with(record, *reply, false)),
+        Stopped::By(Outcome::TooLarge) => answer_failure(record, &Failure::ResponseTooLarge),
+        Stopped::By(Outcome::BodyBroken) => answer_failure(record, &Failure::UpstreamClosed),
+        Stopped::By(Outcome::Reset | Outcome::Continue) => {
             record.end(Ending::FilterReset);
             Err(Reset)
         }
+    }
+}
+
+/// What ended the request while its response was about to begin.
+fn stopped_by_request(mut record: Box<Record>, stopped: Stopped) -> Result<Response<ResponseBody>, Reset> {
+    match Turn::from(stopped) {
+        Turn::Reply(reply) => Ok(answer_with(record, *reply, false)),
+        Turn::Fail(failure) => answer_failure(record, &failure),
+        Turn::Reset | Turn::Upstream(_) => {
+            record.end(Ending::FilterReset);
+            Err(Reset)
+        }
+    }
+}
+
+/// The answer to a failure in the place of a response that filters have seen.
+fn answer_failure(mut record: Box<Record>, failure: &Failure) -> Result<Response<ResponseBody>, Reset> {
+    record.failed(failure);
+    match failure.reply() {
+        Some(reply) => Ok(answer_with(record, reply, false)),
+        None => Err(Reset),
     }
 }
 
@@ -280,13 +407,43 @@ async fn reply_here(
     let (mut head, body, grpc) = local_response(reply, record.exchange.grpc);
     record.grpc_status = grpc;
     record.exchange.status = Some(head.status);
-    let Record { running, exchange, .. } = &mut *record;
-    match running.response_headers(exchange, &mut head, body.is_empty()).await {
-        Outcome::Continue => Ok(finish_reply(record, head, body, is_head)),
-        Outcome::Reply(reply) => Ok(answer_with(record, *reply, is_head)),
-        Outcome::Reset | Outcome::ClientGone => {
+    // The body of an answer to HEAD is not read, so there is none.
+    let body = if is_head { Bytes::new() } else { body };
+    match show_reply(&mut record, &mut head, body).await {
+        Ok(body) => Ok(finish_reply(record, head, body)),
+        Err(Outcome::Reply(reply)) => Ok(answer_with(record, *reply, is_head)),
+        Err(Outcome::TooLarge) => answer_failure(record, &Failure::ResponseTooLarge),
+        Err(Outcome::Reset | Outcome::BodyBroken | Outcome::Continue) => {
             record.end(Ending::FilterReset);
             Err(Reset)
+        }
+    }
+}
+
+/// Runs the response phase over an answer made here; the body that comes of it.
+async fn show_reply(record: &mut Record, head: &mut ResponseHead, body: Bytes) -> Result<Bytes, Outcome> {
+    let end_of_stream = body.is_empty();
+    let Record { running, exchange, .. } = record;
+    let mut source = Made(body);
+    match running.response_headers(exchange, head, end_of_stream, &mut source).await {
+        Outcome::Continue => {}
+        ended => return Err(ended),
+    }
+    if end_of_stream || !running.wants_body(Side::Response) {
+        return Ok(source.0);
+    }
+    let mut whole = BytesMut::new();
+    loop {
+        match poll_fn(|cx| running.poll_response_body(cx, exchange, &mut source)).await? {
+            Piece::Data { bytes, end_of_stream: true } if whole.is_empty() => return Ok(bytes),
+            Piece::Data { bytes, end_of_stream } => {
+                whole.extend_from_slice(&bytes);
+                if end_of_stream {
+                    return Ok(whole.freeze());
+                }
+            }
+            // An answer made here has no place for trailers.
+            Piece::Trailers(_) => return Ok(whole.freeze()),
         }
     }
 }
@@ -296,19 +453,12 @@ fn answer_with(mut record: Box<Record>, reply: LocalReply, is_head: bool) -> Res
     record.exchange.details = reply.details.clone();
     let (head, body, grpc) = local_response(reply, record.exchange.grpc);
     record.grpc_status = grpc;
-    finish_reply(record, head, body, is_head)
+    finish_reply(record, head, if is_head { Bytes::new() } else { body })
 }
 
-fn finish_reply(
-    mut record: Box<Record>,
-    mut head: ResponseHead,
-    body: Bytes,
-    is_head: bool,
-) -> Response<ResponseBody> {
+fn finish_reply(mut record: Box<Record>, mut head: ResponseHead, body: Bytes) -> Response<ResponseBody> {
     set_own_response_headers(&mut head.headers, record.served.worker.settings.server.as_ref());
     record.answered(&mut head);
-    // The body of an answer to HEAD is not read, so it must not wait to be.
-    let body = if is_head { Bytes::new() } else { body };
     response_of(head, |record| ResponseBody::full(body, Some(record)), record)
 }
 
@@ -340,6 +490,9 @@ fn protocol(version: Version) -> Protocol {
     }
 }
 
+#[cfg(test)]
+#[path = "exchange/bodies.rs"]
+mod bodies;
 #[cfg(test)]
 #[path = "exchange/harness.rs"]
 pub(crate) mod harness;

@@ -55,6 +55,15 @@ pub enum Failure {
     /// A filter ended the exchange.
     #[error("a filter ended the exchange")]
     FilterReset,
+    /// A filter holds more of the request than may be held.
+    #[error("the request's body is longer than filters may hold")]
+    RequestTooLarge,
+    /// A filter holds more of the response than may be held.
+    #[error("the response's body is longer than filters may hold")]
+    ResponseTooLarge,
+    /// A filter made a body longer or shorter than its head says, which is gone.
+    #[error("a filter changed the length of a body whose head is gone")]
+    LengthChanged,
 }
 
 /// What follows from a failure.
@@ -135,6 +144,23 @@ impl Failure {
             }
             Self::ClientGone => (None, "DC", "downstream_remote_disconnect", "", false),
             Self::FilterReset => (None, "-", "filter_reset", "", false),
+            Self::RequestTooLarge => (
+                Some(StatusCode::PAYLOAD_TOO_LARGE),
+                "-",
+                "request_payload_too_large",
+                "Payload Too Large",
+                false,
+            ),
+            Self::ResponseTooLarge => (
+                Some(StatusCode::INTERNAL_SERVER_ERROR),
+                "-",
+                "response_payload_too_large",
+                "Internal Server Error",
+                false,
+            ),
+            Self::LengthChanged => {
+                (Some(StatusCode::INTERNAL_SERVER_ERROR), "-", "filter_changed_length_after_head", "", false)
+            }
         };
         let grpc_status = status.map_or(GRPC_UNKNOWN, grpc_status_of);
         Answer { status, grpc_status, flags, details, text, retry }
@@ -213,6 +239,9 @@ mod tests {
             (Failure::UpstreamCut, 0, 2, "UC", false),
             (Failure::ClientGone, 0, 2, "DC", false),
             (Failure::FilterReset, 0, 2, "-", false),
+            (Failure::RequestTooLarge, 413, 2, "-", false),
+            (Failure::ResponseTooLarge, 500, 2, "-", false),
+            (Failure::LengthChanged, 500, 2, "-", false),
         ] {
             let answer = failure.answer();
             let found = (answer.status.map_or(0, |status| status.as_u16()), answer.grpc_status, answer.flags);

@@ -7,6 +7,7 @@
 mod body;
 mod callout;
 mod decision;
+mod download;
 mod endpoint;
 mod exchange;
 mod explain;
@@ -15,6 +16,7 @@ mod grpc;
 mod head;
 mod host;
 mod matcher;
+mod pipe;
 mod record;
 mod reply;
 mod rewrite;
@@ -25,6 +27,7 @@ mod sniff;
 mod stream;
 mod tcp;
 mod upgrade;
+mod upload;
 mod upstream;
 mod worker;
 

@@ -26,6 +26,10 @@ pub(crate) enum Ending {
     UpstreamCut,
     /// A filter ended it.
     FilterReset,
+    /// A filter held more of the response than may be held.
+    TooLarge,
+    /// A filter made a body longer or shorter than its head says, which is gone.
+    LengthChanged,
     /// The client went away: what is assumed of an exchange that was dropped.
     ClientGone,
 }
@@ -216,6 +220,8 @@ impl Record {
             Ending::Complete => {}
             Ending::UpstreamCut => self.failed(&Failure::UpstreamCut),
             Ending::FilterReset => self.failed(&Failure::FilterReset),
+            Ending::TooLarge => self.failed(&Failure::ResponseTooLarge),
+            Ending::LengthChanged => self.failed(&Failure::LengthChanged),
             Ending::ClientGone => self.failed(&Failure::ClientGone),
         }
         self.running.finish(&mut self.exchange);

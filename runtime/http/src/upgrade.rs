@@ -1,6 +1,6 @@
 //! WebSockets: once both ends have agreed to switch, bytes are copied both ways.
 
-use crate::body::ResponseBody;
+use crate::download::ResponseBody;
 use crate::record::{Ending, Record};
 use crate::upstream::Lease;
 use bytes::Bytes;

@@ -46,6 +46,8 @@ pub struct WorkerSettings {
     /// How long the first bytes of an undeclared protocol are awaited before it is taken for one in which the server
     /// speaks first. Default: 500 ms.
     pub sniff_wait: Duration,
+    /// The most bytes of one body that one filter holds. Default: 1 MiB (Envoy's `per_connection_buffer_limit_bytes`).
+    pub body_held_max: usize,
     /// The `server` header put on every response; `None` leaves the upstream's. Default: `istio-envoy`, which is what
     /// clients and dashboards of a mesh know.
     pub server: Option<HeaderValue>,
@@ -63,6 +65,7 @@ impl Default for WorkerSettings {
             upstream_connections_max: 4096,
             downstream_idle: Duration::from_secs(3600),
             sniff_wait: Duration::from_millis(500),
+            body_held_max: 1 << 20,
             server: Some(HeaderValue::from_static("istio-envoy")),
         }
     }

@@ -673,7 +673,9 @@ fn run(factory: &dyn Factory, exchange: &mut Exchange) -> Option<LocalReply> {
     match filter.request_headers(exchange, &mut get("/").head, true) {
         Verdict::Continue => None,
         Verdict::Reply(reply) => Some(*reply),
-        Verdict::Reset | Verdict::Wait(_) | Verdict::ReadBody { .. } => panic!("it decides at once"),
+        Verdict::Reset | Verdict::Wait(_) | Verdict::Hold(_) | Verdict::ReadBody { .. } => {
+            panic!("it decides at once")
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use super::*;
 use ::http::{HeaderMap, HeaderName, HeaderValue, Method, Response, Version};
 use bytes::{BufMut, Bytes, BytesMut};
 use cairn_filter::{
-    Body, BodyFuture, Callout, CalloutFuture, Chain, NoBody, Outcome, Peer, Protocol, Running,
+    Body, BodyBroken, Callout, CalloutFuture, Chain, NoBody, Outcome, Peer, Piece, Protocol, Running,
 };
 use cairn_mesh::{
     CheckBody, Condition, HttpCheck, Identity, MeshSettings, Operation, PathMatch, PolicyAction, PolicyRule,
@@ -15,6 +15,7 @@ use cairn_proto::ext_authz::{
     OkHttpResponse, Status, check_response::HttpResponse,
 };
 use prost::Message;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant, SystemTime};
 
 /// A provider that gives one answer, and keeps what it was asked.
@@ -169,27 +170,30 @@ impl Run {
 }
 
 async fn run(factory: Arc<dyn Factory>, answer: Result<CalloutAnswer, CalloutError>) -> Run {
-    run_with(factory, answer, head("/ask?a=b"), &mut NoBody).await
+    run_with(factory, answer, head("/ask?a=b"), None).await
 }
 
 async fn run_with(
     factory: Arc<dyn Factory>,
     answer: Result<CalloutAnswer, CalloutError>,
     mut head: RequestHead,
-    body: &mut dyn Body,
+    body: Option<&mut dyn Body>,
 ) -> Run {
     let scripted = Arc::new(Scripted { answer, asked: Mutex::default() });
     let connection = connection(Arc::clone(&scripted));
     let mut exchange = Exchange::new(connection, Protocol::Http11, Instant::now(), SystemTime::UNIX_EPOCH);
     let mut running: Running = Chain::new(vec![factory]).start(&exchange);
-    let ends = body.read(0).await.unwrap().is_whole;
+    let ends = body.is_none();
+    let mut none = NoBody;
+    let body = body.unwrap_or(&mut none);
     let reply = match running.request_headers(&mut exchange, &mut head, ends, body).await {
         Outcome::Continue => None,
         Outcome::Reply(reply) => Some(*reply),
-        Outcome::Reset | Outcome::ClientGone => panic!("it answers or lets pass"),
+        Outcome::Reset | Outcome::TooLarge | Outcome::BodyBroken => panic!("it answers or lets pass"),
     };
     let mut response = ResponseHead { status: StatusCode::OK, headers: HeaderMap::new() };
-    assert!(matches!(running.response_headers(&mut exchange, &mut response, true).await, Outcome::Continue));
+    let outcome = running.response_headers(&mut exchange, &mut response, true, &mut NoBody).await;
+    assert!(matches!(outcome, Outcome::Continue));
     let asked = std::mem::take(&mut *scripted.asked.lock().unwrap());
     Run { exchange, head, reply, response: response.headers, asked }
 }
@@ -198,16 +202,15 @@ async fn run_with(
 struct Ten;
 
 impl Body for Ten {
-    fn read(&mut self, bytes_max: usize) -> BodyFuture<'_> {
-        let bytes = Bytes::from_static(b"0123456789").slice(..bytes_max.min(10));
-        Box::pin(std::future::ready(Ok(BodyRead { bytes, is_whole: bytes_max >= 10 })))
+    fn poll_piece(&mut self, _: &mut Context<'_>) -> Poll<Result<Piece, BodyBroken>> {
+        Poll::Ready(Ok(Piece::Data { bytes: Bytes::from_static(b"0123456789"), end_of_stream: true }))
     }
 }
 
 #[tokio::test]
 async fn only_what_matches_is_asked_about() {
     for (path, asked) in [("/ask", 1), ("/ask/more", 1), ("/health", 0)] {
-        let run = run_with(factory(Some(over_http())), answer(200, &[], ""), head(path), &mut NoBody).await;
+        let run = run_with(factory(Some(over_http())), answer(200, &[], ""), head(path), None).await;
         assert_eq!((run.asked.len(), run.status()), (asked, 0), "{path}");
     }
 }
@@ -437,7 +440,7 @@ async fn a_body_is_told_as_far_as_is_allowed() {
         {
             let body = Some(CheckBody { bytes_max, allow_partial, as_bytes: false });
             let asked = AuthorizationProvider { body, ..asked };
-            let run = run_with(factory(Some(asked.clone())), answered, head("/ask"), &mut Ten).await;
+            let run = run_with(factory(Some(asked.clone())), answered, head("/ask"), Some(&mut Ten)).await;
             assert_eq!(run.status(), status, "{bytes_max} {allow_partial}");
             let found = run.asked.first().map(|asked| match asked.http2 {
                 false => {
@@ -456,7 +459,7 @@ async fn a_body_is_told_as_far_as_is_allowed() {
     let body = Some(CheckBody { bytes_max: 10, allow_partial: false, as_bytes: true });
     let asked = AuthorizationProvider { body, ..over_grpc() };
     let answered = grpc_answer(&CheckResponse::default());
-    let run = run_with(factory(Some(asked)), answered, head("/ask"), &mut Ten).await;
+    let run = run_with(factory(Some(asked)), answered, head("/ask"), Some(&mut Ten)).await;
     let http = run.message().attributes.unwrap().request.unwrap().http.unwrap();
     assert_eq!((&*http.raw_body, &*http.body), (&b"0123456789"[..], ""));
 }
@@ -469,7 +472,7 @@ async fn a_provider_that_cannot_be_used_refuses_what_would_ask_it() {
         denied.reply.unwrap().details,
         "rbac_access_denied_matched_policy[istio-ext-authz-p-ns[shop]-policy[custom]-rule[0]-deny-due-to-bad-CUSTOM-action]"
     );
-    let other = run_with(factory(None), unreachable(), head("/health"), &mut NoBody).await;
+    let other = run_with(factory(None), unreachable(), head("/health"), None).await;
     assert_eq!(other.status(), 0);
 }
 

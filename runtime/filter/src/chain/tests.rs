@@ -3,13 +3,15 @@
 use super::*;
 use crate::exchange::NOTES_MAX;
 use crate::{
-    AdmissionFuture, BodyBroken, BodyFuture, Connection, Denial, LocalReply, NoBody, Peer, Protocol,
+    AdmissionFuture, Body, BodyBroken, BodyRead, Denial, Filter, LocalReply, NoBody, Outcome, Peer, Piece,
+    Protocol, RequestHead, ResponseHead, Verdict,
 };
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Version};
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Mutex;
+use std::task::{Context, Poll};
 use std::time::{Instant, SystemTime};
 
 /// What a filter does in a phase.
@@ -157,10 +159,10 @@ async fn run(factories: Vec<Scripted>) -> (Vec<String>, &'static str) {
             "reply"
         }
         Outcome::Reset => "reset",
-        Outcome::ClientGone => "gone",
+        Outcome::TooLarge | Outcome::BodyBroken => "neither",
     };
     if outcome != "reset" {
-        running.response_headers(&mut exchange, &mut response(), true).await;
+        running.response_headers(&mut exchange, &mut response(), true, &mut NoBody).await;
     }
     running.finish(&mut exchange);
     running.finish(&mut exchange);
@@ -238,10 +240,10 @@ async fn a_reply_in_the_response_phase_goes_to_the_filters_before_it() {
     let chain = Chain::new(vec![Arc::new(scripted("a", &log)), Arc::new(b), Arc::new(scripted("c", &log))]);
     let mut exchange = exchange();
     let mut running = chain.start(&exchange);
-    let first = running.response_headers(&mut exchange, &mut response(), true).await;
+    let first = running.response_headers(&mut exchange, &mut response(), true, &mut NoBody).await;
     assert!(matches!(first, Outcome::Reply(reply) if reply.status == StatusCode::FORBIDDEN));
     assert_eq!(asked(&log.lock().unwrap()), ["c response", "b response"]);
-    let again = running.response_headers(&mut exchange, &mut response(), true).await;
+    let again = running.response_headers(&mut exchange, &mut response(), true, &mut NoBody).await;
     assert!(matches!(again, Outcome::Continue));
     assert_eq!(asked(&log.lock().unwrap()), ["c response", "b response", "a response"]);
     running.finish(&mut exchange);
@@ -304,7 +306,7 @@ impl Filter for Reader {
         Verdict::ReadBody { bytes_max: 2 }
     }
 
-    fn request_body(&mut self, _: &mut Exchange, _: &mut RequestHead, body: &BodyRead) -> Verdict {
+    fn request_read(&mut self, _: &mut Exchange, _: &mut RequestHead, body: &BodyRead) -> Verdict {
         let mut log = self.0.lock().unwrap();
         log.push(format!("{} {}", String::from_utf8_lossy(&body.bytes), body.is_whole));
         if log.len() == 1 { Verdict::ReadBody { bytes_max: 4 } } else { Verdict::Continue }
@@ -314,17 +316,18 @@ impl Filter for Reader {
 /// A body of three bytes, or one that the client breaks off.
 struct Three {
     broken: bool,
+    waited: bool,
 }
 
 impl Body for Three {
-    fn read(&mut self, bytes_max: usize) -> BodyFuture<'_> {
-        let bytes = Bytes::from_static(b"abc").slice(..bytes_max.min(3));
-        let read = BodyRead { bytes, is_whole: bytes_max >= 3 };
-        let read = if self.broken { Err(BodyBroken) } else { Ok(read) };
-        Box::pin(async move {
-            tokio::task::yield_now().await;
-            read
-        })
+    fn poll_piece(&mut self, cx: &mut Context<'_>) -> Poll<Result<Piece, BodyBroken>> {
+        // Pending once, so that the chain really suspends.
+        if !std::mem::replace(&mut self.waited, true) {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        let piece = Piece::Data { bytes: Bytes::from_static(b"abc"), end_of_stream: true };
+        Poll::Ready(if self.broken { Err(BodyBroken) } else { Ok(piece) })
     }
 }
 
@@ -338,14 +341,16 @@ async fn a_filter_reads_as_much_of_the_body_as_it_asks_for() {
         let chain = Chain::new(vec![Arc::new(Reader(Arc::clone(&log))), after]);
         let mut exchange = exchange();
         let mut running = chain.start(&exchange);
-        let found =
-            running.request_headers(&mut exchange, &mut request(), false, &mut Three { broken }).await;
+        let mut body = Three { broken, waited: false };
+        let found = running.request_headers(&mut exchange, &mut request(), false, &mut body).await;
         let found = match found {
             Outcome::Continue => "continue",
-            Outcome::ClientGone => "gone",
-            Outcome::Reply(_) | Outcome::Reset => "neither",
+            Outcome::BodyBroken => "gone",
+            Outcome::Reply(_) | Outcome::Reset | Outcome::TooLarge => "neither",
         };
         assert_eq!(found, outcome);
+        let read: Vec<Piece> = running.take_read().collect();
+        assert_eq!(read.len(), usize::from(!broken), "what was read is kept");
         assert_eq!(*log.lock().unwrap(), said);
     }
 }

@@ -4,7 +4,7 @@ use crate::{RouteTable, Site, SiteHandle, Worker, WorkerSettings, serve};
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use cairn_filter::{
-    Chain, Connection, Exchange, Factory, Filter, LocalReply, Peer, Phases, RequestHead, ResponseHead,
+    Chain, Connection, Exchange, Factory, Filter, LocalReply, Part, Peer, Phases, RequestHead, ResponseHead,
     Verdict,
 };
 use cairn_mesh::{
@@ -259,6 +259,7 @@ pub(crate) async fn text_of(response: Response<Incoming>) -> (http::response::Pa
 
 type OnRequest = Arc<dyn Fn(&mut RequestHead) -> Verdict + Send + Sync>;
 type OnResponse = Arc<dyn Fn(&mut ResponseHead) -> Verdict + Send + Sync>;
+type OnBody = Arc<dyn Fn(Part<'_>) -> Verdict + Send + Sync>;
 
 /// A filter made of closures. It notes what it sees, and tells when it is finished.
 #[derive(Clone)]
@@ -266,6 +267,7 @@ pub(crate) struct Scripted {
     name: Arc<str>,
     on_request: OnRequest,
     on_response: OnResponse,
+    on_body: Option<OnBody>,
     finished: Option<mpsc::UnboundedSender<u16>>,
 }
 
@@ -275,6 +277,7 @@ impl Scripted {
             name: name.into(),
             on_request: Arc::new(|_| Verdict::Continue),
             on_response: Arc::new(|_| Verdict::Continue),
+            on_body: None,
             finished: None,
         }
     }
@@ -292,6 +295,12 @@ impl Scripted {
         on_response: impl Fn(&mut ResponseHead) -> Verdict + Send + Sync + 'static,
     ) -> Self {
         self.on_response = Arc::new(on_response);
+        self
+    }
+
+    /// What it does with bodies and their trailers, on both sides, and when it is resumed.
+    pub(crate) fn on_body(mut self, on_body: impl Fn(Part<'_>) -> Verdict + Send + Sync + 'static) -> Self {
+        self.on_body = Some(Arc::new(on_body));
         self
     }
 
@@ -315,7 +324,8 @@ impl Factory for Scripted {
     }
 
     fn phases(&self) -> Phases {
-        Phases::all()
+        let heads = Phases::REQUEST_HEADERS | Phases::RESPONSE_HEADERS | Phases::FINISH;
+        if self.on_body.is_some() { Phases::all() } else { heads }
     }
 
     fn start(&self, _: &Exchange) -> Option<Box<dyn Filter>> {
@@ -332,6 +342,18 @@ impl Filter for Scripted {
     fn response_headers(&mut self, exchange: &mut Exchange, head: &mut ResponseHead, _: bool) -> Verdict {
         exchange.note(&self.name, "response");
         (self.on_response)(head)
+    }
+
+    fn body(&mut self, _: &mut Exchange, part: Part<'_>) -> Verdict {
+        self.on_body.as_ref().map_or(Verdict::Continue, |on_body| on_body(part))
+    }
+
+    fn trailers(&mut self, exchange: &mut Exchange, part: Part<'_>) -> Verdict {
+        self.body(exchange, part)
+    }
+
+    fn resumed(&mut self, exchange: &mut Exchange, part: Part<'_>) -> Verdict {
+        self.body(exchange, part)
     }
 
     fn finish(&mut self, exchange: &mut Exchange) {

@@ -251,6 +251,7 @@ fn word(verdict: &Verdict) -> String {
         Verdict::Continue => "continue".to_owned(),
         Verdict::Reset => "reset".to_owned(),
         Verdict::Wait(_) => "wait".to_owned(),
+        Verdict::Hold(_) => "hold".to_owned(),
         Verdict::ReadBody { .. } => "read body".to_owned(),
         Verdict::Reply(reply) => format!("reply {} {}", reply.status.as_u16(), reply.details),
     }
