@@ -49,12 +49,13 @@
 //! Each feature has an example of its own: whole bodies at [`Plugin::on_request_body`], chunks at
 //! [`Plugin::on_request_chunk`], trailers at [`Trailers`], callouts that are awaited at [`Call`] and [`GrpcCall`], timers at
 //! [`sleep`] and [`tick_every`], shared data at [`shared`], metrics at [`Counter`], what the proxy knows at [`Properties`],
-//! replies at [`Reply`], work beside exchanges at [`spawn`].
+//! replies at [`Reply`], work beside exchanges at [`spawn`], memory with bounds at [`Cache`].
 
 // The attribute names the crate as plugins see it.
 extern crate self as cairn_sdk;
 
 mod abi;
+mod cache;
 mod call;
 mod config;
 mod export;
@@ -77,9 +78,11 @@ mod task;
 #[cfg(not(target_arch = "wasm32"))]
 pub mod testing;
 mod timer;
+mod uri;
 mod view;
 
 pub use abi::HostError;
+pub use cache::Cache;
 pub use cairn_sdk_macros::plugin;
 pub use call::{Answer, Call, CallError};
 pub use grpc::{GrpcCall, GrpcError};
@@ -90,7 +93,13 @@ pub use properties::{Properties, Workload};
 pub use reply::Reply;
 pub use task::{join, spawn};
 pub use timer::{Elapsed, now, sleep, tick_every, timeout};
+pub use uri::{HeaderName, HeaderText, form_decode, percent_decode};
 pub use view::{Body, Chunk, Request, Response, Trailers};
+
+/// A random number, good for shares and samples and for no secret.
+pub fn random() -> u64 {
+    sys::random()
+}
 
 /// Calls a foreign function of the proxy by name, such as Envoy's `compress`.
 ///

@@ -16,6 +16,10 @@ pub(crate) fn now() -> u64 {
     with(0, |world| world.now())
 }
 
+pub(crate) fn random() -> u64 {
+    with(0, |world| world.random())
+}
+
 pub(crate) fn set_tick_period(milliseconds: u32) -> Result<(), HostError> {
     with(outside(), |world| {
         world.may("proxy_set_tick_period_milliseconds")?;

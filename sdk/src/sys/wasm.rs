@@ -165,6 +165,11 @@ pub(crate) fn now() -> u64 {
     time
 }
 
+/// Each hasher of the standard library has keys of its own, made of the host's randomness.
+pub(crate) fn random() -> u64 {
+    std::hash::BuildHasher::hash_one(&std::collections::hash_map::RandomState::new(), 0)
+}
+
 pub(crate) fn set_tick_period(milliseconds: u32) -> Result<(), HostError> {
     HostError::check(proxy_set_tick_period_milliseconds(milliseconds))
 }

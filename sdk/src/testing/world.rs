@@ -62,6 +62,7 @@ pub(crate) struct World {
     metrics: Vec<(MetricKind, String, i64)>,
     pub(crate) logs: VecDeque<(u32, String)>,
     refused: BTreeMap<String, u32>,
+    random: u64,
 }
 
 /// The most lines of the log that are kept.
@@ -109,6 +110,7 @@ impl World {
             metrics: Vec::new(),
             logs: VecDeque::new(),
             refused: BTreeMap::new(),
+            random: 0,
         }
     }
 
@@ -130,6 +132,14 @@ impl World {
 
     pub(crate) fn now(&self) -> u64 {
         self.now
+    }
+
+    /// The same numbers in every run, spread evenly (splitmix64, Steele et al. 2014).
+    pub(crate) fn random(&mut self) -> u64 {
+        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.random ^ (self.random >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
     }
 
     pub(crate) fn set_now(&mut self, now: u64) {
