@@ -6,7 +6,7 @@ use http::StatusCode;
 use std::borrow::Cow;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 /// Who is at the other end of a tunnel.
 #[derive(Clone, Debug)]
@@ -69,6 +69,27 @@ pub struct Note {
     pub text: Cow<'static, str>,
 }
 
+/// What was measured of an exchange that is over.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Measures {
+    /// Bytes of the request's body.
+    pub request_body_bytes: u64,
+    /// Bytes of the request, about as HTTP/1.1 writes them.
+    pub request_bytes: u64,
+    /// Bytes of the response's body.
+    pub response_body_bytes: u64,
+    /// Bytes of the response, about as HTTP/1.1 writes them.
+    pub response_bytes: u64,
+    /// How often the request was sent.
+    pub attempts: u32,
+    /// From the request's way upstream to the response's head.
+    pub upstream_duration: Option<Duration>,
+    /// Envoy's response flags, joined by commas; `-` for none.
+    pub flags: &'static str,
+    /// The gRPC status of the answer, if it had one.
+    pub grpc_status: Option<u8>,
+}
+
 /// The most notes kept of one exchange; further ones are dropped.
 pub const NOTES_MAX: usize = 16;
 
@@ -93,6 +114,8 @@ pub struct Exchange {
     pub upstream: Option<SocketAddr>,
     /// The chosen endpoint's workload, once known.
     pub upstream_workload: Option<Arc<Workload>>,
+    /// What was measured of it, once it is over.
+    pub measures: Option<Measures>,
     /// The answer's status, once known.
     pub status: Option<StatusCode>,
     /// Envoy's `%RESPONSE_CODE_DETAILS%`, once known.
@@ -120,6 +143,7 @@ impl Exchange {
             cluster: None,
             upstream: None,
             upstream_workload: None,
+            measures: None,
             status: None,
             details: Cow::Borrowed(""),
             token: None,

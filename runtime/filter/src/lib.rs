@@ -28,7 +28,7 @@ pub use callout::{
     CalloutParts, CalloutRequest, NoCallout,
 };
 pub use chain::Chain;
-pub use exchange::{Connection, Exchange, Note, Peer, Protocol};
+pub use exchange::{Connection, Exchange, Measures, Note, Peer, Protocol};
 pub use head::{RequestHead, ResponseHead};
 pub use order::{Position, Slot, sort_factories};
 pub use rehearsal::{Considered, Judgement, Rehearsal, Rehearsed};

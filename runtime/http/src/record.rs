@@ -7,7 +7,7 @@ use crate::reply::{GRPC_STATUS, grpc_status};
 use crate::serve::Served;
 use crate::{Failure, decision};
 use bytes::Bytes;
-use cairn_filter::{Exchange, RequestHead, ResponseHead, Running};
+use cairn_filter::{Exchange, Measures, RequestHead, ResponseHead, Running};
 use cairn_telemetry::{HttpRecord, Observe, Trace, Wanted, legible};
 use http::header::USER_AGENT;
 use http::uri::PathAndQuery;
@@ -224,9 +224,24 @@ impl Record {
             Ending::LengthChanged => self.failed(&Failure::LengthChanged),
             Ending::ClientGone => self.failed(&Failure::ClientGone),
         }
+        self.exchange.measures = Some(self.measures());
         self.running.finish(&mut self.exchange);
         self.served.exchange_ended();
         self.tell();
+    }
+
+    fn measures(&self) -> Measures {
+        let body_bytes = self.progress.as_ref().map_or(0, |progress| progress.bytes.load(Relaxed));
+        Measures {
+            request_body_bytes: body_bytes,
+            request_bytes: self.request_head_bytes + body_bytes,
+            response_body_bytes: self.response_body_bytes,
+            response_bytes: self.response_head_bytes + self.response_body_bytes,
+            attempts: self.attempts,
+            upstream_duration: self.upstream_duration,
+            flags: self.flags,
+            grpc_status: self.grpc_status,
+        }
     }
 
     fn tell(&self) {

@@ -3,6 +3,7 @@
 use crate::abi::{AbiVersion, Callback, MapKind, VM_CONTEXT};
 use crate::engine::Environment;
 use crate::heads::{Request, Response};
+use crate::host::{Declared, Expressions};
 use crate::log::LogGate;
 use crate::metrics::{Metric, PluginCounters};
 use crate::outside::Outside;
@@ -133,6 +134,7 @@ pub(crate) fn copy_of(exchange: &Exchange) -> Exchange {
     copy.upstream = exchange.upstream;
     copy.upstream_workload = exchange.upstream_workload.clone();
     copy.status = exchange.status;
+    copy.measures = exchange.measures;
     copy.details = exchange.details.clone();
     copy.token = exchange.token.clone();
     copy.allowed_by = exchange.allowed_by.clone();
@@ -249,6 +251,9 @@ pub(crate) struct State {
     pub(crate) metrics: Vec<Option<Arc<Metric>>>,
     pub(crate) log: LogGate,
     pub(crate) outside: Outside,
+    /// What the guest declared of its properties.
+    pub(crate) declared: Declared,
+    pub(crate) expressions: Expressions,
 }
 
 /// The most buffers kept for new streams.
@@ -275,6 +280,8 @@ impl State {
             metrics: Vec::new(),
             log: LogGate::default(),
             outside: Outside::default(),
+            declared: Declared::default(),
+            expressions: Expressions::default(),
         }
     }
 

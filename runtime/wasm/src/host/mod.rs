@@ -4,6 +4,7 @@
 //! within what the official SDKs survive; where that leaves no honest one, the call traps.
 
 mod calls;
+mod foreign;
 mod grpc;
 mod headers;
 mod log;
@@ -13,7 +14,6 @@ mod properties;
 mod shared;
 mod stream;
 mod timer;
-mod unoffered;
 mod wasi;
 
 use crate::state::State;
@@ -22,12 +22,14 @@ use wasmtime::{Caller, Linker};
 /// The caller of a host function.
 type Guest<'a> = Caller<'a, State>;
 
+pub(crate) use foreign::{Declared, Expressions};
 pub(crate) use stream::define_resultless;
 pub(crate) use wasi::Exit;
 
 /// Defines everything that a module may import.
 pub(crate) fn define(linker: &mut Linker<State>) -> wasmtime::Result<()> {
     calls::define(linker)?;
+    foreign::define(linker)?;
     grpc::define(linker)?;
     log::define(linker)?;
     headers::define(linker)?;
@@ -36,6 +38,5 @@ pub(crate) fn define(linker: &mut Linker<State>) -> wasmtime::Result<()> {
     shared::define(linker)?;
     stream::define(linker)?;
     timer::define(linker)?;
-    unoffered::define(linker)?;
     wasi::define(linker)
 }

@@ -2,6 +2,7 @@
 
 mod calls;
 mod crashes;
+mod foreign;
 mod grpc;
 mod lifecycle;
 mod outside;
@@ -220,7 +221,11 @@ fn exchange() -> Exchange {
         local: None,
         callout: Arc::new(cairn_filter::NoCallout),
     };
-    Exchange::new(Arc::new(connection), Protocol::Http11, Instant::now(), SystemTime::now())
+    let claims = serde_json::from_str(r#"{"iss": "issuer", "sub": "me"}"#).unwrap();
+    let mut exchange =
+        Exchange::new(Arc::new(connection), Protocol::Http11, Instant::now(), SystemTime::now());
+    exchange.token = Some(Arc::new(cairn_filter::Token::new(claims)));
+    exchange
 }
 
 fn request() -> RequestHead {
