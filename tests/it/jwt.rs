@@ -16,8 +16,16 @@ const TWO: &str = "test-issuer-2@istio.io";
 static TOKENS: LazyLock<Result<Mesh>> = LazyLock::new(|| {
     let issuers = issuers();
     let set = |jwk: Value| format!("'{}'", json!({ "keys": [jwk] }));
+    let keys_one = set(issuers.one.jwk());
+    let dots =
+        include_str!("manifests/claims.yaml").replace("KEYS_ONE", &keys_one).replace("SERVICE", "dots");
+    let brackets = dots
+        .replace("claims.nested.nested-2.key1", "claims[nested][nested-2][key1]")
+        .replace("claims.nested.key1", "claims[nested][key1]")
+        .replace("claims.sub", "claims[sub]")
+        .replace("dots", "brackets");
     let manifest = include_str!("manifests/jwt.yaml")
-        .replace("KEYS_ONE", &set(issuers.one.jwk()))
+        .replace("KEYS_ONE", &keys_one)
         .replace("KEYS_TWO", &set(issuers.two.jwk()))
         .replace("HTTPS/", &format!("https://localhost:{}/", issuers.https))
         .replace("HTTP/", &format!("http://{}/", issuers.http));
@@ -25,7 +33,8 @@ static TOKENS: LazyLock<Result<Mesh>> = LazyLock::new(|| {
     std::fs::write(root.path(), &issuers.root)?;
     let (_file, root) = root.keep()?;
     let environment = [("CAIRN_JWKS_ROOTS", root.as_os_str())];
-    Mesh::start_with(&[("jwt.yaml", &manifest)], &[], &environment)
+    let manifests = [("jwt.yaml", &*manifest), ("dots.yaml", &dots), ("brackets.yaml", &brackets)];
+    Mesh::start_with(&manifests, &[], &environment)
 });
 
 fn mesh() -> Result<&'static Mesh> {
@@ -57,7 +66,10 @@ fn token(name: &str) -> String {
         "permission" => json!({ "permission": "read write", "scope": "write read" }),
         "nested-1" => json!({ "nested": nested }),
         "nested-2" => json!({ "nested": { "key2": "valueC", "nested-2": { "key2": "valueC" } } }),
-        "collision" => json!({ "test-issuer-1@istio.io/simple": "valueC" }),
+        "collision" => json!({
+            "test-issuer-1@istio.io/simple": "valueC",
+            "test-issuer-1@istio.io/nested": { "key1": "valueC" },
+        }),
         other => panic!("{other}"),
     };
     let mut whole = json!({ "iss": ONE, "sub": "sub-1", "exp": 4_000_000_000_u64 });
@@ -299,6 +311,43 @@ async fn routes_ask_for_claims() -> Result<()> {
     {
         let answer = ask(&mut client, "/", &token(name), &[("x-jwt-nested-key", sent)]).await?;
         assert_eq!(answer.status, status, "{name}: {}", answer.body);
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn virtual_services_ask_for_claims() -> Result<()> {
+    for service in ["dots", "brackets"] {
+        let rows = [
+            ("/exact", "nested-1", 200),
+            ("/prefix", "nested-1", 200),
+            ("/regex", "nested-1", 200),
+            ("/exact-and-prefix", "nested-1", 200),
+            ("/without-another", "nested-1", 200),
+            ("/without-its-own", "nested-1", 404),
+            ("/without-its-own", "none", 200),
+            ("/with-and-without", "nested-1", 200),
+            ("/prefix-wrong", "nested-1", 404),
+            ("/sub-wrong", "nested-1", 404),
+            ("/exact", "expired", 401),
+            ("/without-another", "expired", 401),
+            ("/exact", "none", 404),
+            ("/prefix", "none", 404),
+            ("/exact", "nested-2", 404),
+            ("/simple", "collision", 200),
+            ("/simple", "nested-1", 404),
+            ("/simple-wrong", "collision", 404),
+            ("/nested", "collision", 200),
+            ("/nested-wrong", "collision", 404),
+            ("/delayed", "none", 500),
+            ("/elsewhere", "nested-1", 404),
+        ];
+        check(service, &rows).await?;
+        check(&format!("{service}-open"), &[("/exact", "nested-1", 404)]).await?;
+        let mut client = client(service).await?;
+        let same_text = [("request.auth.claims.nested.key1", "valueA"), ("nested.key1", "valueA")];
+        let answer = ask(&mut client, "/exact", "", &same_text).await?;
+        assert_eq!(answer.status, 404, "{service}: a header is no claim: {}", answer.body);
     }
     Ok(())
 }

@@ -437,7 +437,9 @@ fn to_wire(object: &Object, gateways: Vec<ResourceName>) -> cairn_xds::Object {
 /// The version under which a kind is served: the older ones have the same schema.
 fn served_version(object: &Object) -> &str {
     match &*object.group {
-        "security.istio.io" | "telemetry.istio.io" | "gateway.networking.k8s.io" => "v1",
+        "security.istio.io" | "telemetry.istio.io" | "networking.istio.io" | "gateway.networking.k8s.io" => {
+            "v1"
+        }
         "extensions.istio.io" => "v1alpha1",
         _ => &object.version,
     }

@@ -14,9 +14,9 @@ use std::sync::Arc;
 pub(crate) struct Matcher {
     path: PathMatcher,
     method: Option<Method>,
-    headers: Vec<(HeaderName, ValueMatcher)>,
+    headers: Vec<NameMatcher<HeaderName>>,
     claims: Vec<ClaimMatcher>,
-    query: Vec<(Arc<str>, ValueMatcher)>,
+    query: Vec<NameMatcher<Arc<str>>>,
 }
 
 /// Why an alternative cannot be compiled.
@@ -39,9 +39,9 @@ impl Matcher {
         let header = |rule: &NameMatch| {
             let name = HeaderName::from_bytes(rule.name.as_bytes())
                 .map_err(|_| MatcherError::HeaderName(Arc::clone(&rule.name)))?;
-            Ok((name, ValueMatcher::compile(&rule.value)?))
+            NameMatcher::compile(name, rule)
         };
-        let query = |rule: &NameMatch| Ok((Arc::clone(&rule.name), ValueMatcher::compile(&rule.value)?));
+        let query = |rule: &NameMatch| NameMatcher::compile(Arc::clone(&rule.name), rule);
         Ok(Self {
             path,
             method: method.transpose()?,
@@ -76,14 +76,14 @@ impl Matcher {
             return Some(format!("method: {} is not {method}", head.method));
         }
         // Values may be secrets, so they are not told.
-        if let Some((name, _)) = self.headers.iter().find(|header| !header_matches(header, head)) {
-            return Some(format!("header {name}: absent, or not the value asked for"));
+        if let Some(missed) = self.headers.iter().find(|header| !header_matches(header, head)) {
+            return Some(missed.miss("header"));
         }
         if self.claims.iter().any(|claim| !claim.matches(token)) {
             return Some("claims: those asked for are not verified".to_owned());
         }
-        let (name, _) = self.query.iter().find(|parameter| !parameter_matches(parameter, head))?;
-        Some(format!("query parameter {name}: absent, or not the value asked for"))
+        let missed = self.query.iter().find(|parameter| !parameter_matches(parameter, head))?;
+        Some(missed.miss("query parameter"))
     }
 
     fn method_matches(&self, head: &RequestHead) -> bool {
@@ -94,7 +94,7 @@ impl Matcher {
     pub(crate) fn prefix(&self) -> Option<&Arc<str>> {
         match &self.path {
             PathMatcher::Prefix(prefix) => Some(prefix),
-            PathMatcher::Exact(_) | PathMatcher::Regex(_) => None,
+            PathMatcher::Exact(_) | PathMatcher::TextPrefix(_) | PathMatcher::Regex(_) => None,
         }
     }
 
@@ -104,12 +104,42 @@ impl Matcher {
     }
 }
 
-fn header_matches((name, value): &(HeaderName, ValueMatcher), head: &RequestHead) -> bool {
-    header(head, name).is_some_and(|text| value.matches(&text))
+/// A header or query parameter and its value.
+#[derive(Clone, Debug)]
+struct NameMatcher<N> {
+    name: N,
+    value: ValueMatcher,
+    inverted: bool,
 }
 
-fn parameter_matches((name, value): &(Arc<str>, ValueMatcher), head: &RequestHead) -> bool {
-    parameter(head.path.query().unwrap_or(""), name).is_some_and(|text| value.matches(text))
+impl<N: fmt::Display> NameMatcher<N> {
+    fn compile(name: N, rule: &NameMatch) -> Result<Self, MatcherError> {
+        Ok(Self { name, value: ValueMatcher::compile(&rule.value)?, inverted: rule.inverted })
+    }
+
+    /// Where the value must be another, one that is missing is empty, as in Envoy.
+    fn matches(&self, text: Option<&str>) -> bool {
+        match (self.inverted, text, &self.value) {
+            (false, text, _) => text.is_some_and(|text| self.value.matches(text)),
+            (true, text, ValueMatcher::Present) => text.is_none(),
+            (true, text, _) => !self.value.matches(text.unwrap_or_default()),
+        }
+    }
+
+    /// Values may be secrets, so they are not told.
+    fn miss(&self, what: &str) -> String {
+        let reason =
+            if self.inverted { "has the value excluded" } else { "absent, or not the value asked for" };
+        format!("{what} {}: {reason}", self.name)
+    }
+}
+
+fn header_matches(asked: &NameMatcher<HeaderName>, head: &RequestHead) -> bool {
+    asked.matches(header(head, &asked.name).as_deref())
+}
+
+fn parameter_matches(asked: &NameMatcher<Arc<str>>, head: &RequestHead) -> bool {
+    asked.matches(parameter(head.path.query().unwrap_or(""), &asked.name))
 }
 
 #[derive(Clone, Debug)]
@@ -117,6 +147,7 @@ enum PathMatcher {
     Exact(Arc<str>),
     /// Without a trailing `/`: the root is the empty text.
     Prefix(Arc<str>),
+    TextPrefix(Arc<str>),
     Regex(Regex),
 }
 
@@ -125,6 +156,7 @@ impl PathMatcher {
         Ok(match rule {
             PathRule::Exact(path) => Self::Exact(Arc::clone(path)),
             PathRule::Prefix(prefix) => Self::Prefix(prefix.trim_end_matches('/').into()),
+            PathRule::TextPrefix(prefix) => Self::TextPrefix(Arc::clone(prefix)),
             PathRule::Regex(expression) => Self::Regex(full_match(expression)?),
         })
     }
@@ -135,6 +167,7 @@ impl PathMatcher {
             Self::Prefix(prefix) => {
                 path.strip_prefix(&**prefix).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
             }
+            Self::TextPrefix(prefix) => path.starts_with(&**prefix),
             Self::Regex(regex) => regex.is_match(path),
         }
     }
@@ -171,6 +204,7 @@ impl fmt::Display for PathMatcher {
         match self {
             Self::Exact(path) => f.write_str(path),
             Self::Prefix(prefix) => write!(f, "{prefix}/…"),
+            Self::TextPrefix(prefix) => write!(f, "{prefix}…"),
             Self::Regex(regex) => write!(f, "like {regex}"),
         }
     }
@@ -178,6 +212,7 @@ impl fmt::Display for PathMatcher {
 
 #[derive(Clone, Debug)]
 enum ValueMatcher {
+    Present,
     Exact(Arc<str>),
     Prefix(Arc<str>),
     Regex(Regex),
@@ -186,6 +221,7 @@ enum ValueMatcher {
 impl ValueMatcher {
     fn compile(value: &ValueMatch) -> Result<Self, MatcherError> {
         Ok(match value {
+            ValueMatch::Present => Self::Present,
             ValueMatch::Exact(text) => Self::Exact(Arc::clone(text)),
             ValueMatch::Prefix(text) => Self::Prefix(Arc::clone(text)),
             ValueMatch::Regex(expression) => Self::Regex(full_match(expression)?),
@@ -194,6 +230,7 @@ impl ValueMatcher {
 
     fn matches(&self, text: &str) -> bool {
         match self {
+            Self::Present => true,
             Self::Exact(exact) => **exact == *text,
             Self::Prefix(prefix) => text.starts_with(&**prefix),
             Self::Regex(regex) => regex.is_match(text),

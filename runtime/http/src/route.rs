@@ -5,7 +5,7 @@ use crate::matcher::Matcher;
 use crate::rewrite::{HeaderOps, HostAndPath, backend_ops};
 use cairn_filter::{Considered, RequestHead, Token};
 use cairn_mesh::{
-    BackendKind, HttpRoute, Precedence, Redirect, ResourceName, RouteFilter, RouteRule, Service,
+    BackendKind, HttpRoute, Precedence, Redirect, ResourceName, RouteFilter, RouteForm, RouteRule, Service,
 };
 use std::sync::Arc;
 
@@ -91,13 +91,17 @@ impl RouteTable {
         }
         let mut routes: Vec<&HttpRoute> = routes.iter().map(|route| &**route).collect();
         routes.sort_by_key(|route| route.precedence());
+        let is_as_written = routes.iter().all(|route| route.form == RouteForm::VirtualService);
         let mut entries: Vec<(Precedence, Entry)> = Vec::new();
         for route in routes {
             for (index, rule) in route.rules.iter().enumerate() {
                 compile_rule(route, index, rule, own, cluster_domain, &mut entries);
             }
         }
-        entries.sort_by_key(|(precedence, _)| *precedence);
+        // Those of VirtualServices are tried as written; forms are never mixed.
+        if !is_as_written {
+            entries.sort_by_key(|(precedence, _)| *precedence);
+        }
         let entries: Vec<Entry> = entries.into_iter().map(|(_, entry)| entry).collect();
         let depends_on_filters = entries.iter().any(|entry| entry.matcher.depends_on_filters());
         Self { entries, implicit: None, depends_on_filters }
@@ -266,6 +270,10 @@ fn target_of(kind: &BackendKind, own: Option<(&Service, u16)>, cluster_domain: &
     let (service, port) = match kind {
         BackendKind::Invalid(reason) => return (Target::Invalid(Arc::clone(reason)), "".into()),
         BackendKind::Service { service, port } => (service, *port),
+        BackendKind::SamePort(service) => match own {
+            Some((_, port)) => (service, port),
+            None => return (Target::Invalid("a pod has no port of its service".into()), "".into()),
+        },
     };
     let hostname: Arc<str> = if service.name.contains('.') {
         Arc::clone(&service.name)

@@ -11,6 +11,7 @@ mod settings;
 pub(crate) mod target;
 mod telemetry;
 mod telemetry_settings;
+pub(crate) mod virtual_service;
 
 pub use settings::written_mesh_config;
 
@@ -39,6 +40,7 @@ pub fn resource_key(group: &str, kind: &str, name: &ResourceName) -> Option<Reso
     let kind = match (group, kind) {
         ("gateway.networking.k8s.io", "Gateway") => Kind::Gateway,
         ("gateway.networking.k8s.io", "HTTPRoute") => Kind::HttpRoute,
+        ("networking.istio.io", "VirtualService") => Kind::VirtualService,
         ("security.istio.io", "AuthorizationPolicy") => Kind::AuthorizationPolicy,
         ("security.istio.io", "RequestAuthentication") => Kind::RequestAuthentication,
         ("telemetry.istio.io", "Telemetry") => Kind::Telemetry,
@@ -62,6 +64,7 @@ pub fn decode(object: &Object, settings: &MeshSettings) -> Decoded {
         match key.kind {
             Kind::Gateway => gateway::decode(object, &mut findings),
             Kind::HttpRoute => route::decode(object, &mut findings),
+            Kind::VirtualService => virtual_service::decode(object, settings, &mut findings),
             Kind::AuthorizationPolicy => policy::decode(object, &key, settings, &mut findings),
             Kind::RequestAuthentication => {
                 request_authentication::decode(object, &key, settings, &mut findings)
@@ -80,7 +83,9 @@ fn unreadable(object: &Object, key: &ResourceKey, reason: &str) -> Vec<Change> {
         Kind::AuthorizationPolicy | Kind::RequestAuthentication | Kind::WasmPlugin => {
             vec![unenforceable(object, key, Vec::new(), format!("it cannot be read: {reason}"))]
         }
-        Kind::Gateway | Kind::HttpRoute | Kind::Telemetry | Kind::MeshConfig => Vec::new(),
+        Kind::Gateway | Kind::HttpRoute | Kind::VirtualService | Kind::Telemetry | Kind::MeshConfig => {
+            Vec::new()
+        }
     }
 }
 

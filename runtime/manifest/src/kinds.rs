@@ -35,6 +35,7 @@ pub(crate) fn unread(object: &Object) -> Option<Finding> {
         | ("discovery.k8s.io", "EndpointSlice")
         | ("apps", "Deployment" | "StatefulSet" | "ReplicaSet")
         | ("gateway.networking.k8s.io", "Gateway" | "GatewayClass" | "HTTPRoute")
+        | ("networking.istio.io", "VirtualService")
         | ("security.istio.io", "AuthorizationPolicy" | "RequestAuthentication" | "PeerAuthentication")
         | ("telemetry.istio.io", "Telemetry")
         | ("extensions.istio.io", "WasmPlugin") => return None,

@@ -47,7 +47,8 @@ pub use request_principal::RequestPrincipal;
 pub use resolve::resolve;
 pub use route::{
     Backend, BackendKind, ClaimMatch, HeaderChange, HeaderChanges, HttpRoute, NameMatch, ParentRef,
-    PathRewrite, PathRule, Precedence, Redirect, Rewrite, RouteFilter, RouteMatch, RouteRule, ValueMatch,
+    PathRewrite, PathRule, Precedence, Redirect, Rewrite, RouteFilter, RouteForm, RouteMatch, RouteRule,
+    ValueMatch,
 };
 pub use service::{
     AppProtocol, HealthPolicy, LoadBalancing, LoadBalancingMode, RoutingScope, Service, ServicePort,

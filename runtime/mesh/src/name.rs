@@ -44,6 +44,8 @@ pub enum Kind {
     Gateway,
     /// `gateway.networking.k8s.io/v1 HTTPRoute`.
     HttpRoute,
+    /// `networking.istio.io/v1 VirtualService`.
+    VirtualService,
     /// `security.istio.io/v1 AuthorizationPolicy`.
     AuthorizationPolicy,
     /// `security.istio.io/v1 RequestAuthentication`.

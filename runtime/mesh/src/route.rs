@@ -1,6 +1,7 @@
-//! HTTPRoute (`gateway.networking.k8s.io/v1`), read but not compiled.
+//! HTTPRoute (`gateway.networking.k8s.io/v1`), and what is read of VirtualService (`networking.istio.io/v1`), not
+//! compiled.
 
-use crate::ResourceName;
+use crate::{Kind, ResourceKey, ResourceName};
 use std::cmp::Reverse;
 use std::sync::Arc;
 
@@ -13,9 +14,20 @@ pub struct ParentRef {
     pub port: Option<u16>,
 }
 
-/// One HTTPRoute.
+/// What a route was written as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RouteForm {
+    /// An HTTPRoute: the most specific alternative of all its rules is tried first.
+    HttpRoute,
+    /// A VirtualService: its rules are tried as written. Where HTTPRoutes are attached too, they alone count.
+    VirtualService,
+}
+
+/// One HTTPRoute or VirtualService.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HttpRoute {
+    /// What it was written as.
+    pub form: RouteForm,
     /// Its name.
     pub name: ResourceName,
     /// When it was created, as RFC 3339 text, which sorts by time; empty when unknown.
@@ -27,6 +39,15 @@ pub struct HttpRoute {
 }
 
 impl HttpRoute {
+    /// What names it among all resources.
+    pub fn key(&self) -> ResourceKey {
+        let kind = match self.form {
+            RouteForm::HttpRoute => Kind::HttpRoute,
+            RouteForm::VirtualService => Kind::VirtualService,
+        };
+        ResourceKey { kind, name: self.name.clone() }
+    }
+
     /// Its place among the routes of a destination where their rules are equal: the oldest first, then by name; routes
     /// of unknown age count as the youngest.
     pub fn precedence(&self) -> (bool, &Arc<str>, &ResourceName) {
@@ -74,6 +95,7 @@ impl RouteMatch {
         let (rank, length) = match &self.path {
             PathRule::Exact(path) => (0, path.len()),
             PathRule::Prefix(prefix) => (1, prefix.trim_end_matches('/').len()),
+            PathRule::TextPrefix(prefix) => (1, prefix.len()),
             PathRule::Regex(expression) => (2, expression.len()),
         };
         let has_method = self.method.is_some();
@@ -90,6 +112,8 @@ pub enum PathRule {
     Exact(Arc<str>),
     /// By whole segments; a trailing `/` does not count.
     Prefix(Arc<str>),
+    /// By its first characters, wherever a segment ends (VirtualService).
+    TextPrefix(Arc<str>),
     /// The whole path matches the expression.
     Regex(Arc<str>),
 }
@@ -101,6 +125,8 @@ pub struct NameMatch {
     pub name: Arc<str>,
     /// Its value.
     pub value: ValueMatch,
+    /// The match is that the value is another; one that is missing counts as empty (VirtualService `withoutHeaders`).
+    pub inverted: bool,
 }
 
 /// A claim of the verified token and what its value, or one of the values of a list, must be. Without a token there is
@@ -118,6 +144,8 @@ pub struct ClaimMatch {
 /// A match on a value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ValueMatch {
+    /// There is one, whatever it is.
+    Present,
     /// Equal.
     Exact(Arc<str>),
     /// Begins with.
@@ -213,6 +241,8 @@ pub enum BackendKind {
         /// Its port.
         port: u16,
     },
+    /// A service of the mesh, at the port that the client addressed (a VirtualService that names none).
+    SamePort(ResourceName),
     /// Something that cannot be used: its share is answered 500, with this reason in the log.
     Invalid(Arc<str>),
 }

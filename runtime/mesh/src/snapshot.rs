@@ -67,7 +67,7 @@ pub struct L7 {
     /// Principals of clients who are told what decided their requests.
     pub explain_to: Arc<[TextMatch]>,
     /// Routes.
-    pub routes: BTreeMap<ResourceName, Arc<HttpRoute>>,
+    pub routes: BTreeMap<ResourceKey, Arc<HttpRoute>>,
     /// Authorization policies.
     pub policies: BTreeMap<ResourceName, Arc<AuthorizationPolicy>>,
     /// Whose tokens are accepted.

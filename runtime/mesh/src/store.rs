@@ -140,9 +140,8 @@ impl Store {
                 Arc::make_mut(&mut self.current.l7).explain_to = principals.into();
             }
             Change::Route(route) => {
-                let l7 =
-                    self.l7_without(ResourceKey { kind: crate::Kind::HttpRoute, name: route.name.clone() });
-                l7.routes.insert(route.name.clone(), Arc::new(route));
+                let key = route.key();
+                self.l7_without(key.clone()).routes.insert(key, Arc::new(route));
             }
             Change::Policy(policy) => {
                 let kind = crate::Kind::AuthorizationPolicy;
@@ -184,7 +183,7 @@ impl Store {
     fn l7_without(&mut self, key: ResourceKey) -> &mut crate::L7 {
         let l7 = Arc::make_mut(&mut self.current.l7);
         match key.kind {
-            crate::Kind::HttpRoute => drop(l7.routes.remove(&key.name)),
+            crate::Kind::HttpRoute | crate::Kind::VirtualService => drop(l7.routes.remove(&key)),
             crate::Kind::AuthorizationPolicy => {
                 l7.policies.remove(&key.name);
                 l7.custom_policies.remove(&key.name);

@@ -7,10 +7,11 @@ use parking_lot::Mutex;
 use std::sync::Arc;
 
 /// The types that a waypoint subscribes to, beside workloads and services.
-pub const OBJECT_TYPES: [&str; 7] = [
+pub const OBJECT_TYPES: [&str; 8] = [
     "mesh.istio.io/v1alpha1/MeshConfig",
     "gateway.networking.k8s.io/v1/Gateway",
     "gateway.networking.k8s.io/v1/HTTPRoute",
+    "networking.istio.io/v1/VirtualService",
     "security.istio.io/v1/AuthorizationPolicy",
     "security.istio.io/v1/RequestAuthentication",
     "telemetry.istio.io/v1/Telemetry",

@@ -2,8 +2,8 @@
 
 use cairn_mesh::{
     AuthorizationPolicy, CustomPolicy, GatewayAddress, GatewayTarget, HttpRoute, L7, NetworkAddress,
-    RequestAuthentication, ResourceName, Service, Snapshot, TargetKind, TargetRef, TelemetryPolicy,
-    Unenforceable, WasmPlugin, Workload,
+    RequestAuthentication, ResourceName, RouteForm, Service, Snapshot, TargetKind, TargetRef,
+    TelemetryPolicy, Unenforceable, WasmPlugin, Workload,
 };
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -152,7 +152,7 @@ impl Own {
     }
 
     /// The routes of a service's port: those of the service's namespace, else of the waypoint's (Istio ignores other
-    /// namespaces' routes at a waypoint).
+    /// namespaces' routes at a waypoint). VirtualServices count only where no HTTPRoute is attached.
     pub fn routes(&self, l7: &L7, service: &Service, port: u16) -> Vec<Arc<HttpRoute>> {
         let attached = |route: &&Arc<HttpRoute>| {
             let near =
@@ -163,7 +163,10 @@ impl Own {
                     && parent.port.is_none_or(|only| only == port)
             })
         };
-        l7.routes.values().filter(attached).cloned().collect()
+        let of_form =
+            |form| l7.routes.values().filter(attached).filter(move |route| route.form == form).cloned();
+        let routes: Vec<_> = of_form(RouteForm::HttpRoute).collect();
+        if routes.is_empty() { of_form(RouteForm::VirtualService).collect() } else { routes }
     }
 }
 

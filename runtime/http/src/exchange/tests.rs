@@ -6,7 +6,7 @@ use bytes::Bytes;
 use cairn_filter::{Factory, Verdict};
 use cairn_mesh::{
     AppProtocol, Backend, BackendKind, HttpRoute, ParentRef, PathRule, Redirect, ResourceName, RouteFilter,
-    RouteMatch, RouteRule,
+    RouteForm, RouteMatch, RouteRule,
 };
 use http::{HeaderMap, HeaderValue, Method, Request, Response, Version};
 use http_body_util::{BodyExt, StreamBody};
@@ -18,7 +18,13 @@ use tokio::net::TcpListener;
 
 fn route(rules: Vec<RouteRule>) -> Vec<Arc<HttpRoute>> {
     let parents = vec![ParentRef { service: ResourceName::new("shop", "cart"), port: None }];
-    vec![Arc::new(HttpRoute { name: ResourceName::new("shop", "r"), created: "".into(), parents, rules })]
+    vec![Arc::new(HttpRoute {
+        form: RouteForm::HttpRoute,
+        name: ResourceName::new("shop", "r"),
+        created: "".into(),
+        parents,
+        rules,
+    })]
 }
 
 fn rule(prefix: &str, backend: &str) -> RouteRule {

@@ -19,11 +19,11 @@ fn path(text: &str) -> RouteMatch {
 }
 
 fn exact(name: &str, value: &str) -> NameMatch {
-    NameMatch { name: name.into(), value: ValueMatch::Exact(value.into()) }
+    NameMatch { name: name.into(), value: ValueMatch::Exact(value.into()), inverted: false }
 }
 
 fn regex(name: &str, value: &str) -> NameMatch {
-    NameMatch { name: name.into(), value: ValueMatch::Regex(value.into()) }
+    NameMatch { name: name.into(), value: ValueMatch::Regex(value.into()), inverted: false }
 }
 
 fn to(service: &str, weight: u32) -> MeshBackend {
@@ -37,7 +37,13 @@ fn rule(matches: Vec<RouteMatch>) -> RouteRule {
 
 fn route(name: &str, created: &str, rules: Vec<RouteRule>) -> Arc<HttpRoute> {
     let parents = vec![ParentRef { service: ResourceName::new("shop", "cart"), port: None }];
-    Arc::new(HttpRoute { name: ResourceName::new("shop", name), created: created.into(), parents, rules })
+    Arc::new(HttpRoute {
+        form: RouteForm::HttpRoute,
+        name: ResourceName::new("shop", name),
+        created: created.into(),
+        parents,
+        rules,
+    })
 }
 
 fn head(method: &str, path: &str, headers: &[(&'static str, &str)]) -> RequestHead {
@@ -343,4 +349,48 @@ fn a_claim_counts_as_a_header() {
     let request = head("GET", "/", &[]);
     assert_eq!(&*table(&routes).find(&request, Some(&token)).unwrap().rule.name, "shop/b/0");
     assert_eq!(&*table(&routes).find(&request, None).unwrap().rule.name, "shop/a/0");
+}
+
+#[test]
+fn rules_of_a_virtual_service_are_tried_as_written() {
+    let written =
+        |rules| Arc::new(HttpRoute { form: RouteForm::VirtualService, ..(*route("r", "", rules)).clone() });
+    let table = table(&[written(vec![rule(vec![path("/")]), rule(vec![path("=/exact")])])]);
+    assert_eq!(&*table.find(&head("GET", "/exact", &[]), None).unwrap().rule.name, "shop/r/0");
+}
+
+#[test]
+fn a_virtual_service_asks_for_headers_its_own_way() {
+    let without = |value| {
+        let name = "end-user".into();
+        RouteMatch { headers: vec![NameMatch { name, value, inverted: true }], ..path("/") }
+    };
+    let regex = |text: &str| ValueMatch::Regex(text.into());
+    let text_prefix = RouteMatch { path: PathRule::TextPrefix("/foo".into()), ..path("/") };
+    let present = RouteMatch {
+        headers: vec![NameMatch { name: "end-user".into(), value: ValueMatch::Present, inverted: false }],
+        ..path("/")
+    };
+    for (name, asked, sent, headers, expected) in [
+        ("a prefix ends anywhere", text_prefix.clone(), "/foobar", &[][..], true),
+        ("and is one", text_prefix, "/fo", &[], false),
+        ("present", present.clone(), "/", &[("end-user", "")], true),
+        ("not present", present, "/", &[], false),
+        (
+            "the value excluded",
+            without(ValueMatch::Exact("jason".into())),
+            "/",
+            &[("end-user", "jason")],
+            false,
+        ),
+        ("another", without(ValueMatch::Exact("jason".into())), "/", &[("end-user", "other")], true),
+        ("none", without(ValueMatch::Exact("jason".into())), "/", &[], true),
+        ("any excluded: one", without(ValueMatch::Present), "/", &[("end-user", "x")], false),
+        ("any excluded: an empty one", without(ValueMatch::Present), "/", &[("end-user", "")], false),
+        ("any excluded: none", without(ValueMatch::Present), "/", &[], true),
+        ("an expression for all: one", without(regex(".*")), "/", &[("end-user", "x")], false),
+        ("an expression for all: none counts as empty", without(regex(".*")), "/", &[], false),
+    ] {
+        check(name, asked, &head("GET", sent, headers), expected);
+    }
 }

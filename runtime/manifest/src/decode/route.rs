@@ -7,7 +7,8 @@ use crate::object::Object;
 use crate::reader::{Entries, Findings, Node};
 use cairn_mesh::{
     Backend, BackendKind, Change, ClaimMatch, HeaderChange, HeaderChanges, HttpRoute, NameMatch, ParentRef,
-    PathRewrite, PathRule, Redirect, ResourceName, Rewrite, RouteFilter, RouteMatch, RouteRule, ValueMatch,
+    PathRewrite, PathRule, Redirect, ResourceName, Rewrite, RouteFilter, RouteForm, RouteMatch, RouteRule,
+    ValueMatch,
 };
 use regex::Regex;
 use std::sync::Arc;
@@ -32,7 +33,8 @@ fn parse(object: &Object, findings: &mut Findings) -> HttpRoute {
     let parents = parents.iter().filter_map(|node| parent(node, object, findings)).collect();
     let rules = spec.bounded_list("rules", RULES_MAX, findings);
     let rules = rules.iter().filter_map(|node| rule(node, object, findings)).collect();
-    HttpRoute { name: object.name.clone(), created: object.created.as_str().into(), parents, rules }
+    let (name, created) = (object.name.clone(), object.created.as_str().into());
+    HttpRoute { form: RouteForm::HttpRoute, name, created, parents, rules }
 }
 
 fn parent(node: &Node<'_>, object: &Object, findings: &mut Findings) -> Option<ParentRef> {
@@ -59,12 +61,20 @@ fn parent(node: &Node<'_>, object: &Object, findings: &mut Findings) -> Option<P
 }
 
 /// A rule while it is read: the first thing that breaks it.
-struct Rule {
-    broken: Option<Arc<str>>,
+#[derive(Default)]
+pub(super) struct Rule {
+    pub(super) broken: Option<Arc<str>>,
 }
 
 impl Rule {
-    fn breaks(&mut self, code: &'static str, at: &FieldPath, reason: &str, findings: &mut Findings) {
+    /// Notes that the rule cannot be honoured, and why.
+    pub(super) fn breaks(
+        &mut self,
+        code: &'static str,
+        at: &FieldPath,
+        reason: &str,
+        findings: &mut Findings,
+    ) {
         let said = format!("{reason}: requests that this rule matches are answered 500");
         findings.note(Severity::Error, code, at, said);
         self.broken.get_or_insert_with(|| format!("{at}: {reason}").into());
@@ -74,7 +84,7 @@ impl Rule {
 fn rule(node: &Node<'_>, object: &Object, findings: &mut Findings) -> Option<RouteRule> {
     let known = ["name", "matches", "filters", "backendRefs", "timeouts", "retry", "sessionPersistence"];
     let entries = node.map(&known, findings);
-    let mut rule = Rule { broken: None };
+    let mut rule = Rule::default();
     let name = entries.text("name", findings).map(Arc::from);
     for unread in ["timeouts", "retry", "sessionPersistence"] {
         if let Some(node) = entries.get(unread) {
@@ -161,7 +171,7 @@ fn route_match(node: &Node<'_>, rule: &mut Rule, findings: &mut Findings) -> Opt
     };
     let headers = name_matches(&entries, "headers", true, rule, findings);
     let query = name_matches(&entries, "queryParams", false, rule, findings);
-    let (claims, headers) = headers?.into_iter().partition::<Vec<_>, _>(is_of_claim);
+    let (claims, headers) = headers?.into_iter().partition::<Vec<_>, _>(|matched| is_of_claim(&matched.name));
     let claims = claims.into_iter().filter_map(claim_match).collect();
     let method = entries.get("method").and_then(|node| node.choice(&METHODS, findings)).map(Arc::from);
     Some(RouteMatch { path: path?, headers, claims, query: query?, method })
@@ -195,7 +205,8 @@ fn path_rule(node: &Node<'_>, rule: &mut Rule, findings: &mut Findings) -> Optio
     })
 }
 
-fn is_regex(text: &str, at: &FieldPath, rule: &mut Rule, findings: &mut Findings) -> bool {
+/// Whether it is an expression; if not, the rule is broken.
+pub(super) fn is_regex(text: &str, at: &FieldPath, rule: &mut Rule, findings: &mut Findings) -> bool {
     match Regex::new(text) {
         Ok(_) => true,
         Err(error) => {
@@ -243,7 +254,7 @@ fn name_matches(
         let value =
             if is_expression { ValueMatch::Regex(value.into()) } else { ValueMatch::Exact(value.into()) };
         if !matches.iter().any(|known| known.name == name) {
-            matches.push(NameMatch { name, value });
+            matches.push(NameMatch { name, value, inverted: false });
         }
     }
     certain.then_some(matches)
@@ -253,8 +264,9 @@ fn name_matches(
 /// is ours for HTTPRoutes. No header can be called so.
 const CLAIMS: &str = "@request.auth.claims";
 
-fn is_of_claim(matched: &NameMatch) -> bool {
-    matched.name.starts_with(CLAIMS)
+/// Whether the name is meant to be a claim's.
+pub(super) fn is_of_claim(name: &str) -> bool {
+    name.starts_with(CLAIMS)
 }
 
 fn claim_match(matched: NameMatch) -> Option<ClaimMatch> {
@@ -263,7 +275,7 @@ fn claim_match(matched: NameMatch) -> Option<ClaimMatch> {
 
 /// The names that `@request.auth.claims.a.b` or `@request.auth.claims[a][b]` lead through; in brackets a name may have
 /// dots.
-fn claim_path(name: &str) -> Option<Vec<Arc<str>>> {
+pub(super) fn claim_path(name: &str) -> Option<Vec<Arc<str>>> {
     let rest = name.strip_prefix(CLAIMS)?;
     let path: Vec<Arc<str>> = match rest.strip_prefix('.') {
         Some(dotted) => dotted.split('.').map(Arc::from).collect(),
@@ -277,7 +289,7 @@ fn claim_path(name: &str) -> Option<Vec<Arc<str>>> {
 fn matched_name(node: &Node<'_>, findings: &mut Findings) -> Option<Arc<str>> {
     let name = node.filled(findings)?;
     if !name.starts_with('@') {
-        return header_name(node, findings);
+        return header_name(name, &node.at, findings);
     }
     if claim_path(name).is_none() {
         let reason =
@@ -289,11 +301,10 @@ fn matched_name(node: &Node<'_>, findings: &mut Findings) -> Option<Arc<str>> {
 }
 
 /// The header's name in lower case.
-fn header_name(node: &Node<'_>, findings: &mut Findings) -> Option<Arc<str>> {
-    let name = node.filled(findings)?;
+pub(super) fn header_name(name: &str, at: &FieldPath, findings: &mut Findings) -> Option<Arc<str>> {
     let is_token = |byte: u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte);
-    if !name.bytes().all(is_token) {
-        findings.refuse("invalid-value", &node.at, format!("`{name}` is not the name of a header"));
+    if name.is_empty() || !name.bytes().all(is_token) {
+        findings.refuse("invalid-value", at, format!("`{name}` is not the name of a header"));
         return None;
     }
     Some(name.to_ascii_lowercase().into())
@@ -358,12 +369,20 @@ fn header_changes(node: &Node<'_>, findings: &mut Findings) -> HeaderChanges {
     };
     let (set, add) = (list("set"), list("add"));
     let remove = entries.bounded_list("remove", LIST_MAX, findings);
-    HeaderChanges { set, add, remove: remove.iter().filter_map(|node| header_name(node, findings)).collect() }
+    HeaderChanges {
+        set,
+        add,
+        remove: remove
+            .iter()
+            .filter_map(|node| header_name(node.text(findings)?, &node.at, findings))
+            .collect(),
+    }
 }
 
 fn header_change(node: &Node<'_>, findings: &mut Findings) -> Option<HeaderChange> {
     let entries = node.map(&["name", "value"], findings);
-    let name = header_name(&entries.require("name", findings)?, findings)?;
+    let name_node = entries.require("name", findings)?;
+    let name = header_name(name_node.text(findings)?, &name_node.at, findings)?;
     let value_node = entries.require("value", findings)?;
     let value = value_node.text(findings)?;
     if value.chars().any(|c| c.is_control() && c != '\t') {

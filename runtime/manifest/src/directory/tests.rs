@@ -217,7 +217,7 @@ fn kinds_that_are_not_read_are_told() {
         "a.yaml",
         &[
             kind("batch/", "Job"),
-            kind("networking.istio.io/", "VirtualService"),
+            kind("networking.istio.io/", "DestinationRule"),
             kind("telemetry.istio.io/", "Telemetry"),
             kind("", "ConfigMap"),
             kind("", "ServiceAccount"),

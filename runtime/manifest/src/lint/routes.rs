@@ -114,7 +114,11 @@ fn table<'r>(
 fn covers(wide: &RouteMatch, narrow: &RouteMatch) -> bool {
     let asked = |wide: &[NameMatch], narrow: &[NameMatch]| {
         wide.iter().all(|asked| {
-            narrow.iter().any(|given| given.name == asked.name && value(&asked.value, &given.value))
+            narrow.iter().any(|given| {
+                given.name == asked.name
+                    && (given.inverted, asked.inverted) == (false, false)
+                    && value(&asked.value, &given.value)
+            })
         })
     };
     path(&wide.path, &narrow.path)
@@ -130,6 +134,7 @@ fn value(wide: &ValueMatch, narrow: &ValueMatch) -> bool {
         (ValueMatch::Prefix(prefix), ValueMatch::Exact(text) | ValueMatch::Prefix(text)) => {
             text.starts_with(&**prefix)
         }
+        (ValueMatch::Present, _) => true,
         (wide, narrow) => wide == narrow,
     }
 }

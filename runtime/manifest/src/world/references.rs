@@ -4,13 +4,13 @@ use super::pods::Pod;
 use super::services::Known;
 use super::waypoints::Waypoint;
 use super::{GATEWAY_GROUP, Scene};
-use crate::decode::{decode, resource_key, target};
+use crate::decode::{decode, resource_key, target, virtual_service};
 use crate::diagnostic::Severity;
 use crate::field::FieldPath;
 use crate::object::Object;
 use crate::reader::{Findings, Node};
 use cairn_mesh::{Kind, ResourceName, TargetKind, TargetRef};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::collections::BTreeSet;
 
 /// What there is to refer to.
@@ -54,6 +54,7 @@ pub(super) fn scope(
         let gateways = match key.kind {
             Kind::Gateway => scenery.all().into_iter().filter(|name| *name == object.name).collect(),
             Kind::HttpRoute => route(scene, index, object, &scenery),
+            Kind::VirtualService => virtual_service(scene, index, object, &scenery),
             Kind::AuthorizationPolicy | Kind::RequestAuthentication | Kind::WasmPlugin => {
                 attached(scene, index, object, &scenery)
             }
@@ -192,6 +193,41 @@ fn route(
     gateways
 }
 
+/// The waypoints of a VirtualService's hosts.
+fn virtual_service(
+    scene: &mut Scene<'_>,
+    index: usize,
+    object: &Object,
+    scenery: &Scenery<'_>,
+) -> BTreeSet<ResourceName> {
+    if object.broken.is_some() || decode(object, scene.settings).broken {
+        return BTreeSet::new();
+    }
+    let spec = object.root();
+    // As a route refers to it.
+    let reference = |host: &Value, port: Option<&Value>, settings| {
+        let service = virtual_service::service(host.as_str()?, object, settings)?;
+        Some(
+            json!({ "kind": "Service", "namespace": &*service.namespace, "name": &*service.name, "port": port }),
+        )
+    };
+    let mut gateways = BTreeSet::new();
+    for (at, host) in references(&object.spec, "hosts", &spec) {
+        let Some(reference) = reference(host, None, scene.settings) else { continue };
+        gateways.extend(parent(scene, index, object, &reference, &at, scenery));
+    }
+    for (rule_at, rule) in references(&object.spec, "http", &spec) {
+        for (at, share) in references(rule, "route", &rule_at) {
+            let Some(destination) = share.get("destination") else { continue };
+            let port = destination.get("port").and_then(|port| port.get("number"));
+            let host = destination.get("host").unwrap_or(&Value::Null);
+            let Some(reference) = reference(host, port, scene.settings) else { continue };
+            backend(scene, index, object, &reference, &at.key("destination"), scenery);
+        }
+    }
+    gateways
+}
+
 /// The elements of a list and their places.
 fn references<'v>(map: &'v Value, key: &str, at: &FieldPath) -> Vec<(FieldPath, &'v Value)> {
     let at = at.key(key);
@@ -250,19 +286,18 @@ fn backend(
     scenery: &Scenery<'_>,
 ) {
     let kind = reference.get("kind").and_then(Value::as_str).unwrap_or("Service");
-    let (Some(name), Some(port), "Service") = (referred(object, reference), port(reference), kind) else {
-        return;
-    };
+    let (Some(name), "Service") = (referred(object, reference), kind) else { return };
+    let port = port(reference);
     let consequence = "its share of the requests is answered 500";
     match scenery.service(&name) {
         None => {
             let reason = format!("there is no Service {name}: {consequence}");
             scene.note(index, Severity::Error, "backend-not-found", at, reason);
         }
-        Some(known) if known.service.port(port).is_none() => {
+        Some(known) => {
+            let Some(port) = port.filter(|port| known.service.port(*port).is_none()) else { return };
             let reason = format!("Service {name} has no port {port}: {consequence}");
             scene.note(index, Severity::Error, "backend-not-found", &at.key("port"), reason);
         }
-        Some(_) => {}
     }
 }

@@ -6,7 +6,7 @@ use cairn_builtin::TokenCache;
 use cairn_filter::NoCallout;
 use cairn_mesh::{
     Change, GatewayAddress, GatewayTarget, HttpRoute, Identity, Kind, PolicyAction, ResourceKey,
-    ResourceName, ServicePort, Store, TargetKind, TargetRef, TunnelProtocol,
+    ResourceName, RouteForm, ServicePort, Store, TargetKind, TargetRef, TunnelProtocol,
 };
 use cairn_telemetry::{Telemetry, TelemetrySettings};
 use cairn_wasm::{Engine, EngineSettings};
@@ -198,6 +198,7 @@ async fn what_cannot_be_enforced_answers_before_anything_else() {
 async fn routes_count_when_near_and_attached() {
     let route = |namespace: &str, name: &str, port| {
         Change::Route(HttpRoute {
+            form: RouteForm::HttpRoute,
             name: ResourceName::new(namespace, name),
             created: "".into(),
             parents: vec![cairn_mesh::ParentRef { service: ResourceName::new(NAMESPACE, "catalog"), port }],
