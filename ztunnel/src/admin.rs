@@ -1,8 +1,10 @@
 //! The admin server: what the ztunnel knows and what it did.
 
 use crate::Proxy;
+use crate::explain::{Explanation, Question, explain};
 use axum::extract::{Query, State};
-use axum::routing::get;
+use axum::http::StatusCode;
+use axum::routing::{get, post};
 use axum::{Json, Router};
 use cairn_mesh::{Service, Workload};
 use cairn_telemetry::{Denied, TcpExplanation, is_service};
@@ -13,12 +15,14 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 /// `GET /config_dump`: the mesh as it is known, and certificates. `GET /connections`: the last connections, newest
 /// first, and why each went where it went; `?decision=deny` and `?service=catalog.shop` choose among them. `GET
-/// /denials`: the last denials of each service, newest first; `?service=` chooses.
+/// /denials`: the last denials of each service, newest first; `?service=` chooses. `POST /explain`: what would become of a
+/// connection, and why.
 pub fn router(proxy: Arc<Proxy>) -> Router {
     Router::new()
         .route("/config_dump", get(config_dump))
         .route("/connections", get(connections))
         .route("/denials", get(denials))
+        .route("/explain", post(explain_connection))
         .with_state(proxy)
 }
 
@@ -40,6 +44,7 @@ async fn config_dump(State(proxy): State<Arc<Proxy>>) -> Json<Value> {
             "scope": format!("{:?}", policy.scope),
             "action": format!("{:?}", policy.action),
             "rules": policy.rules.len(),
+            "dryRun": policy.dry_run,
         })).collect::<Vec<_>>(),
         "certificates": proxy.certificates.list().iter().map(|certificate| json!({
             "identity": certificate.identity.as_str(),
@@ -52,6 +57,15 @@ async fn config_dump(State(proxy): State<Arc<Proxy>>) -> Json<Value> {
         })).collect::<Vec<_>>(),
         "openInbound": proxy.live.len(),
     }))
+}
+
+/// Answered from what the ztunnel has in force; nothing is sent.
+async fn explain_connection(
+    State(proxy): State<Arc<Proxy>>,
+    Json(question): Json<Question>,
+) -> Result<Json<Explanation>, (StatusCode, String)> {
+    let explained = explain(&proxy.mesh.snapshot(), &question);
+    explained.map(Json).map_err(|error| (StatusCode::BAD_REQUEST, error.to_string()))
 }
 
 fn view_workload(workload: &Workload) -> Value {

@@ -11,6 +11,7 @@ use cairn_telemetry::Direction;
 use http::{HeaderMap, StatusCode};
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Instant;
 use tokio::net::TcpStream;
 
 /// Serves one HBONE connection of a peer: a tunnel per CONNECT stream.
@@ -145,6 +146,7 @@ pub async fn decide_when_known(proxy: &Proxy, pod: &Pod, peer: &L4Peer<'_>) -> D
         };
         let decision = decide(&snapshot, &workload, peer);
         if !matches!(decision, Decision::Deny(DenyReason::MissingPolicy(_))) {
+            proxy.trials.note(&snapshot, &workload, peer, Instant::now());
             return decision;
         }
         match tokio::time::timeout_at(deadline, changes.changed()).await {

@@ -7,6 +7,7 @@
 
 mod admin;
 mod carry;
+mod explain;
 mod inbound;
 mod live;
 mod outbound;
@@ -14,6 +15,7 @@ mod plaintext;
 mod pods;
 mod settings;
 mod socks;
+mod trial;
 
 pub use pods::{TWIN_DISTANCE, namespace_file, twin};
 pub use settings::{Capture, CaptureKind, Options, Settings};
@@ -29,6 +31,7 @@ use pods::Pod;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use tokio::task::JoinSet;
+use trial::Trials;
 
 /// What all connections of the process share.
 struct Proxy {
@@ -40,6 +43,7 @@ struct Proxy {
     /// One pool of tunnels per worker.
     pools: Box<[cairn_hbone::Pool]>,
     live: Arc<Live>,
+    trials: Trials,
     drain: Drain,
 }
 
@@ -105,6 +109,7 @@ async fn serve(settings: Settings, workers: Workers) -> anyhow::Result<()> {
         telemetry,
         workers,
         live: Arc::default(),
+        trials: Trials::default(),
         drain: drain.clone(),
         settings,
     });
@@ -140,13 +145,13 @@ async fn serve(settings: Settings, workers: Workers) -> anyhow::Result<()> {
 
 fn start_operators(proxy: &Arc<Proxy>, readiness: Readiness) -> anyhow::Result<()> {
     let at = |port| SocketAddr::new(proxy.settings.address, port);
-    let telemetry = Arc::clone(&proxy.telemetry);
+    let counted = Arc::clone(proxy);
     Operators {
         readiness_address: at(15021),
         metrics_address: at(15020),
         admin_address: SocketAddr::new(proxy.settings.admin_address, 15000),
         readiness,
-        metrics: Arc::new(move || telemetry.metrics.encode()),
+        metrics: Arc::new(move || counted.telemetry.metrics.encode() + &counted.trials.encode_metrics()),
         admin: admin::router(Arc::clone(proxy)),
     }
     .start()?;

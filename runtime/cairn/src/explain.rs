@@ -1,6 +1,7 @@
 //! `cairn explain`: what would become of a request, and why, from manifests or from a waypoint that runs.
 
 mod text;
+mod ztunnel;
 
 use crate::addresses::{Addresses, Block};
 use crate::control::read_once;
@@ -38,6 +39,10 @@ pub struct Options {
     /// Ask the waypoint with this admin address instead, `address[:15000]`: it answers from what it has in force.
     #[arg(long)]
     live: Option<String>,
+    /// With `--live`: complete the answer with the policies that the ztunnel with this admin address has in force. `--live`
+    /// may also be a ztunnel's, to ask about a connection alone.
+    #[arg(long, requires = "live")]
+    ztunnel: Option<String>,
     /// Who asks: a pod or service account, `namespace/name`; left out: somebody outside the mesh.
     #[arg(long, required_unless_present = "last_denial")]
     from: Option<String>,
@@ -175,19 +180,26 @@ fn give_keys(object: &mut Object, keys: &str) -> Option<String> {
 }
 
 async fn ask(live: &str, options: &Options) -> Result<Explanation> {
-    let address = match live.parse::<SocketAddr>() {
-        Ok(address) => address,
-        Err(_) => {
-            let ip = live.parse().with_context(|| format!("`{live}` is no address"))?;
-            SocketAddr::new(ip, ADMIN_PORT)
-        }
-    };
+    let address = admin_address(live)?;
     let question = match &options.last_denial {
         Some(service) => last_denial(address, service).await?,
         None => question(options)?,
     };
     let answer = exchange(address, "POST", "/explain", serde_json::to_vec(&question)?).await?;
-    serde_json::from_slice(&answer).context("the waypoint's answer is none")
+    let mut explanation = serde_json::from_slice(&answer).context("the proxy's answer is none")?;
+    if let Some(ztunnel) = &options.ztunnel {
+        ztunnel::complete(&mut explanation, admin_address(ztunnel)?).await?;
+    }
+    Ok(explanation)
+}
+
+/// `address[:15000]`.
+fn admin_address(text: &str) -> Result<SocketAddr> {
+    if let Ok(address) = text.parse() {
+        return Ok(address);
+    }
+    let ip = text.parse().with_context(|| format!("`{text}` is no address"))?;
+    Ok(SocketAddr::new(ip, ADMIN_PORT))
 }
 
 /// The last request of a service that was denied, as far as the waypoint keeps it: without its headers.

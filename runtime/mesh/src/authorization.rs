@@ -1,8 +1,10 @@
 //! L4 authorization: the policies a ztunnel enforces (`istio.security.Authorization`), and the decision.
 
 mod explain;
+mod trial;
 
 pub use explain::{L4Considered, consider};
+pub use trial::{Trial, on_trial};
 
 use crate::{Identity, ResourceName, ServiceAccount, Snapshot, TextMatch, Values, Workload};
 use ipnet::IpNet;

@@ -30,7 +30,7 @@ mod workload;
 
 pub use authentication::{ClaimHeader, JwtRule, KeyPlace, RequestAuthentication, TokenHeader, TokenPlaces};
 pub use authorization::{Authorization, Clause, L4Match, L4Rule, PolicyAction, Scope};
-pub use authorization::{Decision, DenyReason, L4Considered, L4Peer, consider, decide};
+pub use authorization::{Decision, DenyReason, L4Considered, L4Peer, Trial, consider, decide, on_trial};
 pub use balance::{Random, candidates, pick};
 pub use identity::{Identity, IdentityError};
 pub use name::{Kind, ResourceKey, ResourceName};

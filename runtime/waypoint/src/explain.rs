@@ -4,7 +4,7 @@
 mod answer;
 mod offline;
 
-pub use answer::{Answer, Explanation, Line, Step};
+pub use answer::{Answer, Connection as L4Connection, End, Explanation, Line, Step, refusal};
 pub use offline::offline;
 
 use crate::sites::Table;
@@ -388,8 +388,17 @@ impl Trail<'_, '_> {
                 return Answer::passes(format!("reaches {name}"));
             }
             if !self.view.knows_l4 {
-                self.step(place, what, "its policies are not known here: ask with the manifests");
-                self.unless.push(format!("the ztunnel of {name} refuses"));
+                self.unless.push(refusal(&place));
+                self.step(
+                    place,
+                    what,
+                    "its policies are not known here: ask a ztunnel (--ztunnel), or the manifests",
+                );
+                let proven = identity.map(|identity| identity.as_str().to_owned());
+                let ask = L4Connection { from: proven, source: from.ip(), to: endpoint.address };
+                if let Some(last) = self.steps.last_mut() {
+                    last.ask = Some(ask);
+                }
                 return Answer::passes(format!("reaches {name}"));
             }
             let peer = L4Peer { identity, source: from, destination: endpoint.address };

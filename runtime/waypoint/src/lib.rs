@@ -15,7 +15,10 @@ mod scope;
 mod settings;
 mod sites;
 
-pub use explain::{Answer, Explanation, Line, Place, Question, Step, Unanswerable, View, explain, offline};
+pub use explain::{
+    Answer, End, Explanation, L4Connection, Line, Place, Question, Step, Unanswerable, View, explain, offline,
+    refusal,
+};
 pub use objects::{BROKEN, OBJECT_TYPES};
 pub use settings::{BalancerKind, Options, Settings};
 

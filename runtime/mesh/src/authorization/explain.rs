@@ -23,6 +23,20 @@ pub struct L4Considered {
     pub because: String,
 }
 
+impl L4Considered {
+    /// What it is, in a few words.
+    pub fn what(&self) -> String {
+        let action = match self.action {
+            PolicyAction::Allow => "ALLOW",
+            PolicyAction::Deny => "DENY",
+            PolicyAction::Audit => "AUDIT",
+        };
+        let rule = self.rule.map_or_else(String::new, |rule| format!(" rule {rule}"));
+        let tried = if self.dry_run { "dry run: " } else { "" };
+        format!("{tried}{action} {}{rule}", self.policy)
+    }
+}
+
 /// The rules that [`super::decide`] asks, in its order: DENY before ALLOW.
 pub fn consider(snapshot: &Snapshot, workload: &Workload, peer: &L4Peer<'_>) -> Vec<L4Considered> {
     let Ok(applying) = Applying::new(snapshot, workload) else { return Vec::new() };

@@ -270,3 +270,44 @@ fn the_reason_names_at_most_four_policies() {
     let Decision::Deny(reason) = check(vec![policy], &[]) else { panic!("denied") };
     assert_eq!(reason.to_string(), "explicitly denied by: ns/p rule 1");
 }
+
+#[test]
+fn policies_on_trial_change_nothing_and_say_what_they_would() {
+    let identity: Identity = "spiffe://td/ns/ns1/sa/a".parse().unwrap();
+    let peer = L4Peer {
+        identity: Some(&identity),
+        source: ([10, 0, 0, 1], 40000).into(),
+        destination: ([10, 0, 0, 2], 8080).into(),
+    };
+    let never = || rule(vec![L4Match { namespaces: any(texts(&["ns2"])), ..L4Match::default() }]);
+    let trial = |name: &str, action, rule| Authorization {
+        dry_run: true,
+        ..policy(name, action, Scope::Namespace, vec![rule])
+    };
+    use PolicyAction::{Allow, Deny};
+    for (name, policies, expected) in [
+        ("none on trial", vec![policy("ns/p", Deny, Scope::Namespace, vec![never()])], ""),
+        ("deny", vec![trial("ns/p", Deny, everything())], "ns/p rule 0 would deny"),
+        ("deny that does not match", vec![trial("ns/p", Deny, never())], ""),
+        ("allow", vec![trial("ns/p", Allow, everything())], "ns/p rule 0 would allow"),
+        ("allow that does not match", vec![trial("ns/p", Allow, never())], "none would allow: ns/p"),
+        (
+            "both, and another that does not match",
+            vec![
+                trial("ns/a", Allow, everything()),
+                trial("ns/b", Deny, everything()),
+                trial("ns/c", Deny, never()),
+            ],
+            "ns/b rule 0 would deny; ns/a rule 0 would allow",
+        ),
+        ("elsewhere", vec![trial("other/p", Deny, everything())], ""),
+    ] {
+        let mut store = Store::new();
+        store.apply(policies.into_iter().map(Change::Authorization));
+        let workload = Workload::new("w", "w", Identity::new("td", "ns", "b").unwrap());
+        let found = on_trial(store.current(), &workload, &peer);
+        let said: Vec<String> = found.iter().map(ToString::to_string).collect();
+        assert_eq!(said.join("; "), expected, "{name}");
+        assert_eq!(decide(store.current(), &workload, &peer), Decision::Allow(None), "{name}");
+    }
+}

@@ -1,8 +1,9 @@
 //! What an explanation is made of, for people and machines.
 
 use cairn_filter::Considered;
-use cairn_mesh::{L4Considered, PolicyAction};
+use cairn_mesh::L4Considered;
 use serde::{Deserialize, Serialize};
+use std::net::{IpAddr, SocketAddr};
 
 /// What would become of a request, and why.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -27,11 +28,30 @@ pub struct Step {
     /// What was looked at.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub lines: Vec<Line>,
+    /// What a ztunnel is to be asked to know more: the policies of ztunnels are not known here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ask: Option<Connection>,
+}
+
+/// A connection that a ztunnel decides on, in the words of its `POST /explain`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Connection {
+    /// The identity that the tunnel's other end proves.
+    pub from: Option<String>,
+    /// Its address.
+    pub source: IpAddr,
+    /// The pod's address and port.
+    pub to: SocketAddr,
+}
+
+/// What an answer is open to while the ztunnel called `place` was not asked.
+pub fn refusal(place: &str) -> String {
+    format!("the {place} refuses")
 }
 
 impl Step {
     pub(super) fn new(place: impl Into<String>, what: impl Into<String>, outcome: impl Into<String>) -> Self {
-        Self { place: place.into(), what: what.into(), outcome: outcome.into(), lines: Vec::new() }
+        Self { place: place.into(), what: what.into(), outcome: outcome.into(), lines: Vec::new(), ask: None }
     }
 }
 
@@ -59,18 +79,7 @@ pub(super) fn considered(one: Considered) -> Line {
 }
 
 pub(super) fn l4_considered(one: &L4Considered) -> Line {
-    let action = match one.action {
-        PolicyAction::Allow => "ALLOW",
-        PolicyAction::Deny => "DENY",
-        PolicyAction::Audit => "AUDIT",
-    };
-    let rule = one.rule.map_or_else(String::new, |rule| format!(" rule {rule}"));
-    let tried = if one.dry_run { "dry run: " } else { "" };
-    Line {
-        what: format!("{tried}{action} {}{rule}", one.policy),
-        matched: Some(one.matched),
-        because: one.because.clone(),
-    }
+    Line { what: one.what(), matched: Some(one.matched), because: one.because.clone() }
 }
 
 /// How a request ends.
