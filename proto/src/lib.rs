@@ -35,7 +35,7 @@ pub mod discovery {
 pub mod ext_authz {
     pub use crate::generated::envoy::config::core::v3::header_value_option::HeaderAppendAction;
     pub use crate::generated::envoy::config::core::v3::{
-        Address, HeaderValue, HeaderValueOption, SocketAddress, address, socket_address,
+        Address, HeaderValue, HeaderValueOption, QueryParameter, SocketAddress, address, socket_address,
     };
     pub use crate::generated::envoy::service::auth::v3::attribute_context::{HttpRequest, Peer, Request};
     pub use crate::generated::envoy::service::auth::v3::{

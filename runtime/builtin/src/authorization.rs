@@ -10,9 +10,10 @@ mod standings;
 mod template;
 mod text_index;
 
-pub use authorizer::{Authorizer, Decision, Standing};
+pub use authorizer::{Authorizer, Decision, Remarks, Standing};
 pub use check::ConnectionFacts;
 pub(crate) use l4::{no_request, policies as of_connections};
+pub use request::Known;
 pub(crate) use standings::Standings;
 
 use cairn_filter::{
@@ -63,12 +64,12 @@ impl Factory for Authorize {
     fn rehearse(&self, exchange: &Exchange, head: &RequestHead) -> Rehearsal {
         let authorizer = &self.shared.authorizer;
         let standing = authorizer.settle(ConnectionFacts::of(&exchange.connection));
-        Rehearsal::Run(authorizer.consider(&standing, head, exchange.token.as_deref()))
+        Rehearsal::Run(authorizer.consider(&standing, head, exchange))
     }
 
     fn admit(&self, connection: &Connection) -> Admission {
         let standing = self.connections.settle(ConnectionFacts::of(connection));
-        match self.connections.decide(&standing, &no_request(), None) {
+        match self.connections.decide(&standing, &no_request(), Known::default()) {
             Decision::Allow { by } => Admission::Pass(by),
             Decision::Deny { policy, reason } => {
                 let policy = policy.map_or_else(|| "none".to_owned(), |id| id.to_string());
@@ -86,11 +87,12 @@ struct Authorization {
 impl Filter for Authorization {
     fn request_headers(&mut self, exchange: &mut Exchange, head: &mut RequestHead, _end: bool) -> Verdict {
         let authorizer = &self.shared.authorizer;
-        let token = exchange.token.clone();
-        for remark in authorizer.remarks(&self.standing, head, token.as_deref()) {
-            exchange.note(&self.shared.name, remark);
+        let remarks = authorizer.remarks(&self.standing, head, &*exchange);
+        for line in remarks.lines {
+            exchange.note(&self.shared.name, line);
         }
-        match authorizer.decide(&self.standing, head, token.as_deref()) {
+        exchange.metadata.merge_all(remarks.metadata);
+        match authorizer.decide(&self.standing, head, &*exchange) {
             Decision::Allow { by } => {
                 exchange.allowed_by = by;
                 Verdict::Continue

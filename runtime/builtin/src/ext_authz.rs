@@ -4,8 +4,9 @@
 mod grpc;
 mod headers;
 mod http;
+mod query;
 
-use crate::authorization::{self, Authorizer, ConnectionFacts, Standing, Standings};
+use crate::authorization::{self, Authorizer, ConnectionFacts, Known, Standing, Standings};
 use ::http::StatusCode;
 use cairn_filter::{
     Admission, AdmissionFuture, BodyRead, CalloutAnswer, CalloutError, CalloutRequest, Connection, Denial,
@@ -13,6 +14,8 @@ use cairn_filter::{
 };
 use cairn_mesh::{AuthorizationPolicy, AuthorizationProvider, CheckProtocol, CustomPolicy, TrustDomains};
 use headers::HeaderChange;
+use query::QueryChanges;
+use serde_json::{Map, Value};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// The most bytes of a provider's answer.
@@ -55,6 +58,8 @@ enum Decision {
     Allow(Changes),
     /// It may not: the provider's own answer, and the status that the explanation names.
     Deny(Box<LocalReply>),
+    /// It could not decide. What it answers where that means no, and the status of that, if it says one.
+    Fail(Option<StatusCode>, Box<LocalReply>),
 }
 
 /// What a provider changes of an exchange that it lets pass.
@@ -63,9 +68,18 @@ struct Changes {
     request: Vec<HeaderChange>,
     removed: Vec<::http::HeaderName>,
     response: Vec<HeaderChange>,
+    query: QueryChanges,
+    /// What later filters and the log may know.
+    metadata: Map<String, Value>,
     /// What the provider asked for that is not done, for the explanation.
     left_out: Vec<String>,
 }
+
+/// What is said of a provider that answers with an error of its own.
+const REPORTED: &str = "it reports an error";
+
+/// Where Envoy keeps what providers say.
+const METADATA: &str = "envoy.filters.http.ext_authz";
 
 /// Envoy's `%RESPONSE_CODE_DETAILS%` of the answers made here.
 const DENIED: &str = "ext_authz_denied";
@@ -76,7 +90,7 @@ impl External {
     /// The rule that a connection without HTTP matches.
     fn rule_of(&self, connection: &Connection) -> Option<Arc<str>> {
         let standing = self.connections.settle(ConnectionFacts::of(connection));
-        self.connections.denying(&standing, &authorization::no_request(), None)
+        self.connections.denying(&standing, &authorization::no_request(), Known::default())
     }
 }
 
@@ -104,7 +118,7 @@ impl Factory for External {
 
     fn rehearse(&self, exchange: &Exchange, head: &RequestHead) -> Rehearsal {
         let standing = self.standings.of(&exchange.connection, &self.shared.authorizer);
-        let rule = self.shared.authorizer.denying(&standing, head, exchange.token.as_deref());
+        let rule = self.shared.authorizer.denying(&standing, head, exchange);
         match (rule, &self.shared.provider) {
             (Some(rule), Some(_)) => {
                 Rehearsal::Withheld(format!("{rule} asks provider {}", self.shared.provider_name))
@@ -131,8 +145,9 @@ impl Factory for External {
             let refuse = |reason| Admission::Refuse(Denial { policy: rule.to_string().into(), reason });
             match call.await.map_err(|error| error.to_string()).and_then(|answer| grpc::decision(&answer)) {
                 Ok(Decision::Allow(_)) => Admission::Pass(None),
+                Ok(Decision::Fail(..)) | Err(_) if provider.fail_open => Admission::Pass(None),
+                Ok(Decision::Fail(..)) => refuse(shared.no_answer(REPORTED)),
                 Ok(Decision::Deny(_)) => refuse(format!("provider {} refused it", shared.provider_name)),
-                Err(_) if provider.fail_open => Admission::Pass(None),
                 Err(error) => refuse(shared.no_answer(&error)),
             }
         }))
@@ -177,8 +192,7 @@ impl Filter for Asking {
         if self.answer.is_some() {
             return self.answered(exchange, head);
         }
-        let token = exchange.token.clone();
-        let Some(rule) = self.shared.authorizer.denying(&self.standing, head, token.as_deref()) else {
+        let Some(rule) = self.shared.authorizer.denying(&self.standing, head, &*exchange) else {
             return Verdict::Continue;
         };
         let Some(provider) = &self.shared.provider else { return self.refuse_unusable(exchange, &rule) };
@@ -265,6 +279,12 @@ impl Asking {
                     format!("provider {} answered {}", self.shared.provider_name, reply.status.as_u16());
                 self.refuse(exchange, reason, *reply)
             }
+            Ok(Decision::Fail(status, reply)) => match self.without_answer(exchange, REPORTED) {
+                Verdict::Reply(own) => {
+                    Verdict::Reply(Box::new(LocalReply { status: status.unwrap_or(own.status), ..*reply }))
+                }
+                verdict => verdict,
+            },
             Err(reason) => self.without_answer(exchange, &reason),
         }
     }
@@ -283,7 +303,11 @@ impl Asking {
         for change in changes.request {
             change.apply(&mut head.headers);
         }
+        head.path = changes.query.apply(&head.path);
         self.response = changes.response;
+        if !changes.metadata.is_empty() {
+            exchange.metadata.merge(METADATA, changes.metadata);
+        }
         exchange.note(&self.shared.name, format!("provider {} let it pass", self.shared.provider_name));
         for what in changes.left_out {
             exchange.note(

@@ -15,6 +15,6 @@ pub use authentication::{
     Accepted, Algorithm, Authenticator, Judgement, Jwt, KeySet, KeySetError, KeySource, Keys, Moment,
     Refused, Terms, TokenCache, TokenError, authentication, inline_keys,
 };
-pub use authorization::{Authorizer, ConnectionFacts, Decision, Standing, authorization};
+pub use authorization::{Authorizer, ConnectionFacts, Decision, Known, Remarks, Standing, authorization};
 pub use ext_authz::external_authorization;
 pub use unenforceable::unenforceable;

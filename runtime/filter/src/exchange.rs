@@ -1,6 +1,6 @@
 //! What is known of one exchange while it lives: the facts filters read, and the trail they leave.
 
-use crate::{Callout, Denial, Token};
+use crate::{Callout, Denial, Metadata, Token};
 use cairn_mesh::{Identity, Service, Workload};
 use http::StatusCode;
 use std::borrow::Cow;
@@ -122,6 +122,8 @@ pub struct Exchange {
     pub details: Cow<'static, str>,
     /// What a verified token says of the requester; `None` without one.
     pub token: Option<Arc<Token>>,
+    /// What filters have said of it, by Envoy's names.
+    pub metadata: Metadata,
     /// The policy that allowed the exchange, as Istio names it; `None` when no ALLOW policy was in force.
     pub allowed_by: Option<Arc<str>>,
     /// Who denied it, if it was denied.
@@ -147,6 +149,7 @@ impl Exchange {
             status: None,
             details: Cow::Borrowed(""),
             token: None,
+            metadata: Metadata::default(),
             allowed_by: None,
             denial: None,
             notes: Vec::new(),

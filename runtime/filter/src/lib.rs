@@ -14,6 +14,7 @@ mod chain;
 mod exchange;
 mod flow;
 mod head;
+mod metadata;
 mod order;
 mod rehearsal;
 mod reply;
@@ -30,6 +31,7 @@ pub use callout::{
 pub use chain::Chain;
 pub use exchange::{Connection, Exchange, Measures, Note, Peer, Protocol};
 pub use head::{RequestHead, ResponseHead};
+pub use metadata::Metadata;
 pub use order::{Position, Slot, sort_factories};
 pub use rehearsal::{Considered, Judgement, Rehearsal, Rehearsed};
 pub use reply::{Denial, LocalReply};

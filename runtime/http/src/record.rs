@@ -142,8 +142,12 @@ impl Record {
         self.keep_request(head);
     }
 
-    /// Keeps what its observer wants of the request, as it is by now.
+    /// Keeps what its observer wants of the request, as it is by now, and its path: a token that a filter has taken out of
+    /// the query is not logged (Envoy's `%REQ(:PATH)%` is the changed one, too).
     pub(crate) fn keep_request(&mut self, head: &RequestHead) {
+        if self.path != head.path {
+            self.path.clone_from(&head.path);
+        }
         if let (Some(observer), Some(kept)) = (&self.observer, &mut self.kept) {
             kept.request = observer.wants().request.of(&head.headers);
         }
@@ -288,6 +292,7 @@ impl Record {
             response_trailers: kept.map(|kept| &kept.trailers),
             claims: exchange.token.as_ref().map(|token| token.payload()),
             token_principal: exchange.token.as_ref().map_or("", |token| token.principal()),
+            metadata: exchange.metadata.all(),
             trace: self.trace.as_deref(),
             connection_id: connection.id,
             http: true,

@@ -22,6 +22,8 @@ pub(crate) enum Operator {
     /// A peer: one of its fields, or all as JSON.
     Peer(Side, Option<PeerField>),
     LocalIdentity,
+    /// What filters said: a namespace, and the keys that lead to a value in it.
+    Metadata(Vec<String>),
     /// A claim of the verified token, or all as JSON.
     Claim(Vec<String>),
     GrpcStatus(StatusForm),
@@ -193,12 +195,12 @@ impl Operator {
         }
     }
 
-    /// `DYNAMIC_METADATA(namespace:key:…)`: the token's claims; nothing else sets any here.
+    /// `DYNAMIC_METADATA(namespace:key:…)`: the token's claims, or what filters said.
     pub(crate) fn metadata(argument: &str) -> Result<Self, String> {
         let mut path = argument.split(':').map(str::to_owned);
         let namespace = path.next().unwrap_or_default();
         if namespace != "envoy.filters.http.jwt_authn" {
-            return Ok(Self::Absent);
+            return Ok(Self::Metadata([namespace].into_iter().chain(path).collect()));
         }
         let mut path: Vec<String> = path.collect();
         if path.first().is_some_and(|first| first == "payload") {
@@ -410,11 +412,11 @@ impl Operator {
                 let Some((first, rest)) = path.split_first() else {
                     return Some(serde_json::Value::Object(record.claims?.clone()).to_string());
                 };
-                let mut value = record.claims?.get(first)?;
-                for name in rest {
-                    value = value.get(name)?;
-                }
-                Some(value.as_str().map_or_else(|| value.to_string(), str::to_owned))
+                value_at(record.claims?.get(first)?, rest)
+            }
+            Self::Metadata(path) => {
+                let (namespace, keys) = path.split_first()?;
+                value_at(record.metadata?.get(namespace)?, keys)
             }
             // Envoy puts no spaces into a log.
             Self::UpstreamFailure if !record.upstream_failure.is_empty() => {
@@ -453,4 +455,10 @@ fn address(out: &mut Vec<u8>, address: SocketAddr, part: Part) {
         Part::Ip => drop(write!(out, "{}", address.ip())),
         Part::Port => append_number(out, u64::from(address.port())),
     }
+}
+
+/// The value to which these keys lead, as text.
+fn value_at(value: &serde_json::Value, keys: &[String]) -> Option<String> {
+    let value = keys.iter().try_fold(value, |value, key| value.get(key))?;
+    Some(value.as_str().map_or_else(|| value.to_string(), str::to_owned))
 }

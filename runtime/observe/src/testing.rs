@@ -18,6 +18,7 @@ pub(crate) struct Exchange {
     response: HeaderMap,
     trailers: HeaderMap,
     claims: Map<String, Value>,
+    metadata: Map<String, Value>,
     trace: Trace,
 }
 
@@ -41,6 +42,8 @@ impl Exchange {
         let Value::Object(claims) = json!({"iss": "me", "groups": ["a", "b"], "deep": {"n": 7}}) else {
             panic!("an object")
         };
+        let rbac = json!({"istio_dry_run_allow_shadow_engine_result": "denied"});
+        let metadata = Map::from_iter([("envoy.filters.http.rbac".to_owned(), rbac)]);
         Self {
             own: Own {
                 node_id: "waypoint~10.0.0.9~wp-0.shop~shop.svc.cluster.local".into(),
@@ -57,6 +60,7 @@ impl Exchange {
             response: headers(&[("x-out", "1"), ("content-type", "text/plain")]),
             trailers: headers(&[("x-end", "2")]),
             claims,
+            metadata,
             trace: Trace { trace_id: 0xabc, span_id: 1, parent_id: 0, sampled: true, state: String::new() },
         }
     }
@@ -88,6 +92,7 @@ impl Exchange {
             response_headers: Some(&self.response),
             response_trailers: Some(&self.trailers),
             claims: Some(&self.claims),
+            metadata: Some(&self.metadata),
             token_principal: "me/you",
             trace: Some(&self.trace),
             connection_id: 42,

@@ -78,6 +78,8 @@ pub struct HttpRecord<'a> {
     pub claims: Option<&'a Map<String, Value>>,
     /// `issuer/subject` of a verified token.
     pub token_principal: &'a str,
+    /// What filters said of it, by namespace.
+    pub metadata: Option<&'a Map<String, Value>>,
     /// The trace it is part of.
     pub trace: Option<&'a Trace>,
     /// Numbers connections within the process.
@@ -141,6 +143,7 @@ impl<'a> HttpRecord<'a> {
             response_trailers: None,
             claims: None,
             token_principal: "",
+            metadata: None,
             trace: None,
             connection_id: 0,
             http: true,

@@ -42,7 +42,7 @@ fn decide(
         let authorizer = Authorizer::compile(policies, &domains);
         let standing = authorizer.settle(facts.clone());
         let remarks = authorizer.remarks(&standing, head, None);
-        assert!(remarks.iter().all(|remark| !remark.is_empty()));
+        assert!(remarks.lines.iter().all(|remark| !remark.is_empty()));
         let decision = authorizer.decide(&standing, head, None);
         assert_eq!(authorizer.decide(&standing, head, None), decision, "asked again, it is another");
         decision

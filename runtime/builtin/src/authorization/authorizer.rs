@@ -2,12 +2,15 @@
 //! and ports decide; its requests look only at what is left.
 
 mod explain;
+mod remarks;
+
+pub use remarks::Remarks;
 
 use super::check::ConnectionFacts;
 use super::index::Index;
-use super::request::Asked;
+use super::request::{Asked, Known};
 use super::rule::{Open, Rule};
-use cairn_filter::{RequestHead, Token};
+use cairn_filter::RequestHead;
 use cairn_mesh::{AuthorizationPolicy, PolicyAction, TrustDomains};
 use std::sync::Arc;
 
@@ -88,9 +91,14 @@ impl Authorizer {
     }
 
     /// Decides on one request: any DENY match denies; without ALLOW policies the rest passes; otherwise one of their
-    /// rules must match. `token` is what the request's verified token says.
-    pub fn decide(&self, standing: &Standing, head: &RequestHead, token: Option<&Token>) -> Decision {
-        let asked = &Asked { facts: &standing.facts, head, token };
+    /// rules must match. `known` is what filters before this one found out.
+    pub fn decide<'a>(
+        &self,
+        standing: &'a Standing,
+        head: &'a RequestHead,
+        known: impl Into<Known<'a>>,
+    ) -> Decision {
+        let asked = &Asked { facts: &standing.facts, head, known: known.into() };
         if let Some(rule) = self.deny.first_match(&standing.deny, asked) {
             let reason = format!("DENY {} rule {} matched", rule.policy, rule.index);
             return Decision::Deny { policy: Some(Arc::clone(&rule.id)), reason };
@@ -105,29 +113,38 @@ impl Authorizer {
     }
 
     /// The first DENY rule, by id, that a request matches.
-    pub(crate) fn denying(
+    pub(crate) fn denying<'a>(
         &self,
-        standing: &Standing,
-        head: &RequestHead,
-        token: Option<&Token>,
+        standing: &'a Standing,
+        head: &'a RequestHead,
+        known: impl Into<Known<'a>>,
     ) -> Option<Arc<str>> {
-        let asked = &Asked { facts: &standing.facts, head, token };
+        let asked = &Asked { facts: &standing.facts, head, known: known.into() };
         self.deny.first_match(&standing.deny, asked).map(|rule| Arc::clone(&rule.id))
     }
 
     /// What policies that decide nothing have to say about a request: AUDIT policies that match, and what policies on
-    /// trial (dry run) would do. One line each.
-    pub fn remarks(&self, standing: &Standing, head: &RequestHead, token: Option<&Token>) -> Vec<String> {
-        let asked = &Asked { facts: &standing.facts, head, token };
-        let mut remarks = Vec::new();
+    /// trial (dry run) would do.
+    pub fn remarks<'a>(
+        &self,
+        standing: &'a Standing,
+        head: &'a RequestHead,
+        known: impl Into<Known<'a>>,
+    ) -> Remarks {
+        let asked = &Asked { facts: &standing.facts, head, known: known.into() };
+        let mut remarks = Remarks::default();
         if let Some(rule) = self.audit.first_match(&standing.audit, asked) {
-            remarks.push(format!("audit: {} matched", rule.id));
+            remarks.audited(&rule.id);
         }
-        if let Some(rule) = self.dry_deny.first_match(&standing.dry_deny, asked) {
-            remarks.push(format!("dry run: {} would deny", rule.id));
+        if !self.dry_deny.policies.is_empty() {
+            let rule = self.dry_deny.first_match(&standing.dry_deny, asked);
+            remarks.on_trial("deny", rule.map(|rule| &rule.id), rule.is_none());
+            remarks.lines.extend(rule.map(|rule| format!("dry run: {} would deny", rule.id)));
         }
         if !self.dry_allow.policies.is_empty() {
-            remarks.push(match self.dry_allow.first_match(&standing.dry_allow, asked) {
+            let rule = self.dry_allow.first_match(&standing.dry_allow, asked);
+            remarks.on_trial("allow", rule.map(|rule| &rule.id), rule.is_some());
+            remarks.lines.push(match rule {
                 Some(rule) => format!("dry run: {} would allow", rule.id),
                 None => {
                     let nearest = self.dry_allow.explain(&standing.dry_allow, asked);
@@ -135,7 +152,7 @@ impl Authorizer {
                 }
             });
         }
-        remarks.extend(self.verdict_on_trial(standing, asked));
+        remarks.lines.extend(self.verdict_on_trial(standing, asked));
         remarks
     }
 

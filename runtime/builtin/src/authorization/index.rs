@@ -110,7 +110,7 @@ impl Index {
             self.hosts.find(&lower_case(asked.host()), each);
         }
         self.by_header(asked, each);
-        if asked.token.is_some() {
+        if asked.known.token.is_some() {
             self.by_token(asked, each);
         }
     }

@@ -2,7 +2,7 @@
 
 use super::check::{ConnectionFacts, Miss};
 use super::template::Template;
-use cairn_filter::{RequestHead, Token};
+use cairn_filter::{Exchange, Metadata as Said, RequestHead, Token};
 use cairn_mesh::{
     ClaimPath, HostMatch, IpMatch, MetadataKey, MetadataMatch, PathMatch, RequestPrincipal, TextMatch, Values,
 };
@@ -57,9 +57,16 @@ impl Claim {
 /// Where a condition on metadata finds its value.
 #[derive(Debug)]
 pub(super) struct Metadata {
-    /// `None`: nobody writes it.
-    claim: Option<ClaimPath>,
+    place: MetadataPlace,
     name: Box<str>,
+}
+
+#[derive(Debug)]
+enum MetadataPlace {
+    /// A claim of the token.
+    Claim(ClaimPath),
+    /// What another filter wrote.
+    Filter(MetadataKey),
 }
 
 impl Metadata {
@@ -67,8 +74,19 @@ impl Metadata {
         let brackets: String = key.path.iter().map(|name| format!("[{name}]")).collect();
         let known =
             *key.filter == *TOKEN_FILTER && key.path.first().is_some_and(|first| **first == *TOKEN_KEY);
-        let claim = known.then(|| key.path.iter().skip(1).cloned().collect());
-        Self { claim, name: format!("metadata {}{brackets}", key.filter).into() }
+        let place = if known {
+            MetadataPlace::Claim(key.path.iter().skip(1).cloned().collect())
+        } else {
+            MetadataPlace::Filter(key.clone())
+        };
+        Self { place, name: format!("metadata {}{brackets}", key.filter).into() }
+    }
+
+    fn value<'a>(&self, asked: &Asked<'a>) -> Option<&'a Value> {
+        match &self.place {
+            MetadataPlace::Claim(path) => asked.claim(path),
+            MetadataPlace::Filter(key) => asked.known.metadata?.get(&key.filter, &key.path),
+        }
     }
 }
 
@@ -85,14 +103,34 @@ pub(super) struct Asked<'a> {
     /// What its connection knows.
     pub(super) facts: &'a ConnectionFacts,
     pub(super) head: &'a RequestHead,
+    pub(super) known: Known<'a>,
+}
+
+/// What filters before authorization found out about a request.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Known<'a> {
     /// What its verified token says.
     pub(super) token: Option<&'a Token>,
+    /// What filters said of it.
+    pub(super) metadata: Option<&'a Said>,
+}
+
+impl<'a> From<&'a Exchange> for Known<'a> {
+    fn from(exchange: &'a Exchange) -> Self {
+        Self { token: exchange.token.as_deref(), metadata: Some(&exchange.metadata) }
+    }
+}
+
+impl<'a> From<Option<&'a Token>> for Known<'a> {
+    fn from(token: Option<&'a Token>) -> Self {
+        Self { token, metadata: None }
+    }
 }
 
 impl<'a> Asked<'a> {
     /// Issuer and subject of the token, as far as it has them.
     pub(super) fn issuer_and_subject(&self) -> (Option<&'a str>, Option<&'a str>) {
-        let text = |name: &str| self.token.and_then(|token| token.payload().get(name)?.as_str());
+        let text = |name: &str| self.known.token.and_then(|token| token.payload().get(name)?.as_str());
         (text("iss"), text("sub"))
     }
 
@@ -110,7 +148,7 @@ impl<'a> Asked<'a> {
     }
 
     pub(super) fn claim(&self, path: &ClaimPath) -> Option<&'a Value> {
-        self.token?.claim(path)
+        self.known.token?.claim(path)
     }
 
     /// The last address of `x-forwarded-for`, which the nearest proxy wrote; without a readable one the peer's own
@@ -202,7 +240,7 @@ impl OfRequest {
                 values.hold(|text| value.is_some_and(|value| is_or_holds(value, text)))
             }
             Self::Metadata(key, values) => {
-                let value = key.claim.as_ref().and_then(|claim| asked.claim(claim));
+                let value = key.value(asked);
                 values.hold(|wanted| value.is_some_and(|value| metadata_matches(value, wanted)))
             }
         }
@@ -224,21 +262,21 @@ impl OfRequest {
                 Miss::new("remote ip", asked.remote_ip().to_string(), values, ToString::to_string)
             }
             Self::RequestPrincipal(values) => {
-                let found = match asked.token {
+                let found = match asked.known.token {
                     Some(token) => token.principal().to_owned(),
                     None => NO_TOKEN.to_owned(),
                 };
                 Miss::new("request principal", found, values, ToString::to_string)
             }
             Self::Claim(claim, values) => {
-                let text = match asked.token {
+                let text = match asked.known.token {
                     Some(_) => untold(asked.claim(&claim.path).is_some(), values),
                     None => "the request has no token",
                 };
                 Miss { field: Cow::Owned(claim.name.to_string()), text: text.to_owned() }
             }
             Self::Metadata(key, values) => {
-                let value = key.claim.as_ref().and_then(|claim| asked.claim(claim));
+                let value = key.value(asked);
                 let text = untold(value.is_some(), values);
                 Miss { field: Cow::Owned(key.name.to_string()), text: text.to_owned() }
             }

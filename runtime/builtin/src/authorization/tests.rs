@@ -396,6 +396,32 @@ fn invert(condition: &Condition) -> Condition {
 }
 
 #[test]
+fn a_service_account_is_one_of_a_namespace() {
+    let policies = [allow(vec![from(Source {
+        service_accounts: any([account("my-ns", "my-sa")]),
+        ..Source::default()
+    })])];
+    for (identity, expected) in [
+        ("spiffe://td/ns/my-ns/sa/my-sa", true),
+        ("spiffe://other/ns/my-ns/sa/my-sa", true),
+        ("spiffe://td/ns/my-ns/sa/my-sa-suffix", false),
+        ("spiffe://td/ns/my-ns-suffix/sa/my-sa", false),
+        ("td/ns/my-ns/sa/my-sa", false),
+        ("spiffe://ns/my-ns/sa/my-sa", false),
+        ("spiffe://td/ns/my-ns", false),
+        ("spiffe://td/sa/my-sa", false),
+        // Istio's expression lets further parts stand anywhere. Here an identity has exactly the three that Istio gives,
+        // so that none of them can hide in another: such a certificate is refused in the handshake.
+        ("spiffe://td/ns/my-ns/sa/my-sa/extra/attr", false),
+        ("spiffe://td/extra/attr/ns/my-ns/sa/my-sa", false),
+        ("spiffe://td/ns/my-ns/extra/attr/sa/my-sa", false),
+        ("spiffe://td/x/y/ns/my-ns/x/y/sa/my-sa/x/y", false),
+    ] {
+        assert_eq!(get("/").by(identity).passes(&policies), expected, "{identity}");
+    }
+}
+
+#[test]
 fn headers_match_by_any_of_their_lines_and_pseudo_headers_too() {
     let header = |name: &str, values| allow(vec![when(Condition::RequestHeader(name.into(), values))]);
     for (name, policy, request, expected) in [
@@ -447,12 +473,19 @@ fn templates_allow_what_istio_expects() {
         ("/allow/admin/", true),
         ("/allow/admin?param=value", false),
         ("/allow/admin/temp", true),
+        ("/allow/admin/temp.txt", true),
         ("/allow/admin/foo/temp.txt", true),
+        ("/allow", false),
         ("/allow/user/", false),
+        ("/foo/buzz/bar/bat.txt", true),
+        ("/foo/buzz/bar/bat.temp.txt", true),
         ("/foo/buzz/bar/bat/fuzz.txt", true),
+        ("/foo/buzz/bar/bat", true),
+        ("/foo/bar/bat.txt", false),
         ("/foo//bar/bat.txt", false),
         ("/store/cart", false),
         ("/store//cart", true),
+        ("/store/foo/cart", true),
         ("/store/foo/bar/cart", true),
         ("/other", false),
     ] {
@@ -638,7 +671,7 @@ fn policies_on_trial_and_audit_only_remark() {
         let request = get("/");
         let authorizer = Authorizer::compile(&policies, &domains());
         let standing = authorizer.settle(request.facts.clone());
-        assert_eq!(authorizer.remarks(&standing, &request.head, None), expected);
+        assert_eq!(authorizer.remarks(&standing, &request.head, None).lines, expected);
         assert_eq!(authorizer.decide(&standing, &request.head, None), Decision::Allow { by: None });
     }
 }
@@ -711,6 +744,49 @@ fn filter_records_who_allowed_and_what_was_remarked() {
         ("authorization", "dry run: with the policies in force it would be denied"),
     ];
     assert_eq!(notes, expected);
+}
+
+#[test]
+fn filter_writes_what_envoy_would_of_policies_that_decide_nothing() {
+    let to_path = |path| vec![to(Operation { paths: any(paths([path])), ..Operation::default() })];
+    let trials = [
+        on_trial(&deny(to_path("/deny"))),
+        on_trial(&allow(to_path("/allow"))),
+        policy("audit", PolicyAction::Audit, to_path("/audit")),
+    ];
+    let key = |action: &str, name: &str| format!("istio_dry_run_{action}_shadow_{name}");
+    for (path, allowed, denying, allowing, audited) in [
+        ("/deny", ("denied", "denied"), Some("ns[shop]-policy[deny]-rule[0]"), None, false),
+        ("/allow", ("allowed", "allowed"), None, Some("ns[shop]-policy[allow]-rule[0]"), false),
+        ("/audit", ("allowed", "denied"), None, None, true),
+    ] {
+        let factory = authorization(&trials, &domains());
+        let mut asked = exchange(&connection(1, A));
+        let mut filter = factory.start(&asked).unwrap();
+        assert!(matches!(filter.request_headers(&mut asked, &mut get(path).head, true), Verdict::Continue));
+        let said =
+            |name: String| asked.metadata.get("envoy.filters.http.rbac", &[name]).and_then(|v| v.as_str());
+        assert_eq!(said(key("deny", "engine_result")), Some(allowed.0), "{path}");
+        assert_eq!(said(key("allow", "engine_result")), Some(allowed.1), "{path}");
+        assert_eq!(said(key("deny", "effective_policy_id")), denying, "{path}");
+        assert_eq!(said(key("allow", "effective_policy_id")), allowing, "{path}");
+        let hint = asked.metadata.get("envoy.common", &["access_log_hint"]);
+        assert_eq!(hint.is_some_and(|hint| hint == true), audited, "{path}");
+    }
+}
+
+#[test]
+fn what_another_filter_said_can_be_asked_for() {
+    let key = MetadataKey { filter: "envoy.filters.http.ext_authz".into(), path: ["team".into()].into() };
+    let red = any([MetadataMatch::Text(TextMatch::parse("red"))]);
+    let factory = authorization(&[allow(vec![when(Condition::FilterMetadata(key, red))])], &domains());
+    for (team, passes) in [(Some("red"), true), (Some("blue"), false), (None, false)] {
+        let mut asked = exchange(&connection(1, A));
+        if let Some(team) = team {
+            asked.metadata.set("envoy.filters.http.ext_authz", "team", team);
+        }
+        assert_eq!(run(&*factory, &mut asked).is_none(), passes, "{team:?}");
+    }
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! Asking a provider over gRPC: `envoy.service.auth.v3.Authorization/Check`.
 
 use super::headers::{HeaderChange, How, is_free};
-use super::{ANSWER_BYTES_MAX, Changes, DENIED, Decision};
+use super::query::QueryChanges;
+use super::{ANSWER_BYTES_MAX, Changes, DENIED, Decision, ERROR};
 use bytes::{BufMut, Bytes, BytesMut};
 use cairn_filter::{BodyRead, CalloutAnswer, CalloutRequest, Connection, Exchange, LocalReply, RequestHead};
 use cairn_mesh::{AuthorizationProvider, Identity};
@@ -13,6 +14,8 @@ use cairn_proto::ext_authz::{
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE, TE};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Uri};
 use prost::Message;
+use prost_types::{Struct, value::Kind};
+use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -130,10 +133,15 @@ fn headers(head: &RequestHead, body: Option<&BodyRead>) -> BTreeMap<String, Stri
 pub(super) fn decision(answer: &CalloutAnswer) -> Result<Decision, String> {
     let answer = message(answer)?;
     let is_ok = answer.status.as_ref().is_none_or(|status| status.code == OK);
-    let has_metadata = answer.dynamic_metadata.is_some();
+    let said = answer.dynamic_metadata;
     Ok(match answer.http_response {
-        Some(HttpResponse::OkResponse(ok)) if is_ok => Decision::Allow(changes(ok, has_metadata)),
-        _ if is_ok => Decision::Allow(changes(OkHttpResponse::default(), has_metadata)),
+        // The provider itself says that it could not decide.
+        Some(HttpResponse::ErrorResponse(error)) => {
+            let status = status_of(&error);
+            Decision::Fail(status, Box::new(LocalReply { details: ERROR.into(), ..reply(error) }))
+        }
+        Some(HttpResponse::OkResponse(ok)) if is_ok => Decision::Allow(changes(ok, said)),
+        _ if is_ok => Decision::Allow(changes(OkHttpResponse::default(), said)),
         Some(HttpResponse::DeniedResponse(denied)) => Decision::Deny(Box::new(reply(denied))),
         _ => Decision::Deny(Box::new(reply(DeniedHttpResponse::default()))),
     })
@@ -159,7 +167,7 @@ fn message(answer: &CalloutAnswer) -> Result<CheckResponse, String> {
     CheckResponse::decode(rest).map_err(|_| unreadable())
 }
 
-fn changes(ok: OkHttpResponse, has_metadata: bool) -> Changes {
+fn changes(ok: OkHttpResponse, said: Option<Struct>) -> Changes {
     let mut changes = Changes::default();
     let mut left_out = Vec::new();
     let mut keep = |read: Result<HeaderChange, String>| read.map_err(|what| left_out.push(what)).ok();
@@ -172,14 +180,34 @@ fn changes(ok: OkHttpResponse, has_metadata: bool) -> Changes {
             None => left_out.push(format!("removal of header {}", name.escape_debug())),
         }
     }
-    if has_metadata || ok.dynamic_metadata.is_some() {
-        left_out.push("dynamic metadata".to_owned());
+    // The one in the answer to requests that pass is older, and Envoy still takes it.
+    for said in ok.dynamic_metadata.into_iter().chain(said) {
+        changes.metadata.extend(map(said, 0));
     }
-    if !(ok.query_parameters_to_set.is_empty() && ok.query_parameters_to_remove.is_empty()) {
-        left_out.push("query parameters".to_owned());
-    }
+    let set = ok.query_parameters_to_set.into_iter().map(|parameter| (parameter.key, parameter.value));
+    changes.query = QueryChanges::new(set, ok.query_parameters_to_remove, &mut left_out);
     changes.left_out = left_out;
     changes
+}
+
+/// The deepest that what a provider says may be nested.
+const DEPTH_MAX: usize = 32;
+
+fn map(said: Struct, depth: usize) -> Map<String, Value> {
+    said.fields.into_iter().map(|(name, said)| (name, value(said, depth))).collect()
+}
+
+fn value(said: prost_types::Value, depth: usize) -> Value {
+    match said.kind {
+        Some(Kind::BoolValue(truth)) => truth.into(),
+        Some(Kind::NumberValue(number)) => number.into(),
+        Some(Kind::StringValue(text)) => text.into(),
+        Some(Kind::StructValue(inner)) if depth < DEPTH_MAX => map(inner, depth + 1).into(),
+        Some(Kind::ListValue(list)) if depth < DEPTH_MAX => {
+            list.values.into_iter().map(|inner| value(inner, depth + 1)).collect()
+        }
+        Some(Kind::NullValue(_) | Kind::StructValue(_) | Kind::ListValue(_)) | None => Value::Null,
+    }
 }
 
 /// One header of an answer. What is unset means `unset`.
@@ -197,9 +225,13 @@ fn change(option: &HeaderValueOption, unset: How) -> Result<HeaderChange, String
     HeaderChange::new(&header.key, value, how)
 }
 
+fn status_of(denied: &DeniedHttpResponse) -> Option<StatusCode> {
+    let code = denied.status.as_ref().and_then(|status| u16::try_from(status.code).ok());
+    code.filter(|code| *code >= 200).and_then(|code| StatusCode::from_u16(code).ok())
+}
+
 fn reply(denied: DeniedHttpResponse) -> LocalReply {
-    let code = denied.status.and_then(|status| u16::try_from(status.code).ok());
-    let status = code.filter(|code| *code >= 200).and_then(|code| StatusCode::from_u16(code).ok());
+    let status = status_of(&denied);
     let mut headers = HeaderMap::new();
     for header in &denied.headers {
         if let Ok(change) = change(header, How::Append) {

@@ -12,7 +12,7 @@ use cairn_mesh::{
 };
 use cairn_proto::ext_authz::{
     CheckRequest, CheckResponse, DeniedHttpResponse, HeaderAppendAction, HeaderValueOption, HttpStatus,
-    OkHttpResponse, Status, check_response::HttpResponse,
+    OkHttpResponse, QueryParameter, Status, check_response::HttpResponse,
 };
 use prost::Message;
 use std::task::{Context, Poll};
@@ -353,13 +353,18 @@ async fn an_answer_over_grpc_decides_and_changes_headers() {
         ],
         headers_to_remove: vec!["authorization".into(), "host".into()],
         response_headers_to_add: vec![option("x-seen", "p", None, Unset)],
-        dynamic_metadata: Some(Default::default()),
+        dynamic_metadata: Some(said("old", "1")),
+        query_parameters_to_set: vec![
+            QueryParameter { key: "team".into(), value: "red".into() },
+            QueryParameter { key: "a&b".into(), value: "c".into() },
+        ],
+        query_parameters_to_remove: vec!["a".into()],
         ..OkHttpResponse::default()
     };
     let message = CheckResponse {
         status: status(0),
         http_response: Some(HttpResponse::OkResponse(ok)),
-        dynamic_metadata: None,
+        dynamic_metadata: Some(said("level", "2")),
     };
     let run = run(factory(Some(over_grpc())), grpc_answer(&message)).await;
     assert_eq!(run.status(), 0);
@@ -370,14 +375,16 @@ async fn an_answer_over_grpc_decides_and_changes_headers() {
     assert_eq!(values("x-team"), ["red", "blue", "green"]);
     assert_eq!(values("x-new"), ["n"]);
     assert_eq!((values("x-none").len(), values("authorization").len()), (0, 0));
-    assert_eq!(run.head.path.path(), "/ask");
+    assert_eq!(run.head.path, "/ask?team=red");
+    let metadata = serde_json::json!({ "envoy.filters.http.ext_authz": { "old": "1", "level": "2" } });
+    assert_eq!(run.exchange.metadata.all().map(|all| Value::Object(all.clone())), Some(metadata));
     assert_eq!(run.response["x-seen"], "p");
     let expected = [
         "provider p let it pass",
         "not done for provider p: header :path",
         "not done for provider p: header content-length",
         "not done for provider p: removal of header host",
-        "not done for provider p: dynamic metadata",
+        "not done for provider p: query parameter a&b",
     ];
     assert_eq!(run.notes(), expected);
 }
@@ -406,6 +413,40 @@ async fn a_refusal_over_grpc_is_the_providers_own() {
         403,
         "the status decides"
     );
+}
+
+/// Metadata with one text.
+fn said(key: &str, value: &str) -> prost_types::Struct {
+    let value = prost_types::Value { kind: Some(prost_types::value::Kind::StringValue(value.to_owned())) };
+    prost_types::Struct { fields: [(key.to_owned(), value)].into() }
+}
+
+#[tokio::test]
+async fn a_provider_that_reports_an_error_has_not_decided() {
+    let error = |code| CheckResponse {
+        // Whatever it says beside: it could not decide.
+        status: status(0),
+        http_response: Some(HttpResponse::ErrorResponse(DeniedHttpResponse {
+            status: code,
+            body: "try later".into(),
+            ..DeniedHttpResponse::default()
+        })),
+        dynamic_metadata: None,
+    };
+    for (name, fail_open, code, expected) in [
+        ("its own status", false, Some(HttpStatus { code: 503 }), 503),
+        ("none of its own", false, None, 403),
+        ("fail open", true, Some(HttpStatus { code: 503 }), 0),
+    ] {
+        let provider = AuthorizationProvider { fail_open, ..over_grpc() };
+        let run = run(factory(Some(provider)), grpc_answer(&error(code))).await;
+        assert_eq!(run.status(), expected, "{name}");
+        if expected != 0 {
+            assert_eq!(run.reason(), "provider p did not answer: it reports an error", "{name}");
+            let reply = run.reply.unwrap();
+            assert_eq!((&*reply.body, &*reply.details), (&b"try later"[..], "ext_authz_error"), "{name}");
+        }
+    }
 }
 
 #[tokio::test]

@@ -95,6 +95,11 @@ fn every_operator_has_its_value() {
         ("%METADATA(DYNAMIC:envoy.filters.http.jwt_authn:deep:n)%", "7"),
         ("%METADATA(ROUTE:com.example:x)%", "-"),
         ("%DYNAMIC_METADATA(com.example:x)%", "-"),
+        ("%DYNAMIC_METADATA(envoy.filters.http.rbac:istio_dry_run_allow_shadow_engine_result)%", "denied"),
+        (
+            "%DYNAMIC_METADATA(envoy.filters.http.rbac)%",
+            "{\\\"istio_dry_run_allow_shadow_engine_result\\\":\\\"denied\\\"}",
+        ),
         ("%CEL(request.path + '!')%", "/a/b?c=d!"),
         ("%CEL(request.headers['missing'])%", "-"),
         ("%FILTER_STATE(io.istio.peer_principal:PLAIN)%", "spiffe://cluster.local/ns/shop/sa/web"),

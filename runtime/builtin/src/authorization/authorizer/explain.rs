@@ -1,21 +1,21 @@
 //! Every rule that a request is held against, and what it fails on.
 
 use super::{Authorizer, Ruleset, Standing};
-use crate::authorization::request::Asked;
-use cairn_filter::{Considered, RequestHead, Token};
+use crate::authorization::request::{Asked, Known};
+use cairn_filter::{Considered, RequestHead};
 
 /// The most rules that are told of.
 const CONSIDERED_MAX: usize = 256;
 
 impl Authorizer {
     /// The rules in the order in which they are asked, DENY first, each with what it says to a request.
-    pub fn consider(
+    pub fn consider<'a>(
         &self,
-        standing: &Standing,
-        head: &RequestHead,
-        token: Option<&Token>,
+        standing: &'a Standing,
+        head: &'a RequestHead,
+        known: impl Into<Known<'a>>,
     ) -> Vec<Considered> {
-        let asked = &Asked { facts: &standing.facts, head, token };
+        let asked = &Asked { facts: &standing.facts, head, known: known.into() };
         let sets = [
             ("DENY", &self.deny),
             ("ALLOW", &self.allow),

@@ -10,9 +10,11 @@ use crate::reader::{Entries, Findings, Node};
 use cairn_mesh::{ClaimPath, Condition, MetadataKey, MetadataMatch, TextMatch, Values};
 use std::sync::Arc;
 
-/// The only filter whose metadata there is: what it knows is the token's payload, under this key.
+/// The filters whose metadata there is: of the one the token's payload, under this key; of the other what providers of
+/// external authorization say.
 const TOKEN_FILTER: &str = "envoy.filters.http.jwt_authn";
 const TOKEN_KEY: &str = "payload";
+const PROVIDERS: &str = "envoy.filters.http.ext_authz";
 
 /// Reads a condition, and notes in `rule` when a ztunnel cannot hold it.
 pub(super) fn read(
@@ -77,11 +79,12 @@ fn of_waypoints(
                 Condition::RequestClaim(claim_path(names), both(e, findings, text_match))
             } else {
                 let key = metadata_key(key)?;
-                if *key.filter != *TOKEN_FILTER || key.path.first().is_none_or(|first| **first != *TOKEN_KEY)
-                {
+                let is_token = *key.filter == *TOKEN_FILTER
+                    && key.path.first().is_some_and(|first| **first == *TOKEN_KEY);
+                if !is_token && *key.filter != *PROVIDERS {
                     let reason = format!(
-                        "the only metadata there is are {TOKEN_FILTER}[{TOKEN_KEY}][…]: this finds nothing, so \
-                         `values` never match and `notValues` always hold"
+                        "the only metadata there is are {TOKEN_FILTER}[{TOKEN_KEY}][…] and {PROVIDERS}[…]: this finds \
+                         nothing, so `values` never match and `notValues` always hold"
                     );
                     findings.note(Severity::Warning, "not-supported", &at.at, reason);
                 }
