@@ -437,6 +437,7 @@ impl Runner {
             ("--service-account", gateway.identity.service_account().to_owned()),
         ];
         flags.extend(pairs.into_iter().flat_map(|(flag, value)| [OsString::from(flag), value.into()]));
+        flags.extend(["--jwks-cache".into(), self.options.state.join("jwks").join(name).into()]);
         if let Some(network) = &self.network {
             let uid = gateway.workloads.first();
             let pod = reading

@@ -2,7 +2,9 @@
 //! and those that are fetched from issuers.
 
 mod fetch;
+mod freshness;
 mod issuer;
+mod shelf;
 
 use cairn_builtin::{KeySource, Keys, TokenCache, inline_keys};
 use cairn_filter::Callout;
@@ -10,6 +12,7 @@ use cairn_mesh::{JwtRule, KeyPlace, ResourceName};
 use fetch::{Fetcher, Place};
 use issuer::Issuer;
 use parking_lot::Mutex;
+use shelf::Shelf;
 use std::collections::HashMap;
 use std::fmt::Write;
 use std::future::Future;
@@ -23,6 +26,8 @@ pub struct Keyring {
     /// Tokens verified lately.
     pub cache: Arc<TokenCache>,
     fetcher: Arc<Fetcher>,
+    /// Where fetched keys are kept for the next start.
+    shelf: Option<Arc<Shelf>>,
     /// Keys given with rules, as long as some destination uses them.
     inline: Mutex<HashMap<Arc<str>, Weak<dyn KeySource>>>,
     /// Keys that are fetched, as long as some destination uses them.
@@ -37,9 +42,16 @@ impl Keyring {
         Self {
             cache: Arc::new(cache),
             fetcher: Arc::new(Fetcher::new(callout, roots)),
+            shelf: None,
             inline: Mutex::default(),
             fetched: Mutex::default(),
         }
+    }
+
+    /// The same, but keys that are fetched are kept in `directory`, for when the proxy starts while their issuer is down.
+    #[must_use]
+    pub fn keeping(self, directory: PathBuf) -> Self {
+        Self { shelf: Some(Arc::new(Shelf::new(directory))), ..self }
     }
 
     /// Where the keys of a rule are. Those of an issuer begin to be fetched; call it on a runtime that does that.
@@ -73,7 +85,7 @@ impl Keyring {
             return issuer;
         }
         known.retain(|_, issuer| issuer.strong_count() > 0);
-        let issuer = Issuer::start(key.0.clone(), timeout, &self.fetcher);
+        let issuer = Issuer::start(key.0.clone(), timeout, &self.fetcher, self.shelf.clone());
         known.insert(key, Arc::downgrade(&issuer));
         issuer
     }

@@ -16,8 +16,8 @@ mod settings;
 mod sites;
 
 pub use explain::{
-    Answer, End, Explanation, L4Connection, Line, Place, Question, Step, Unanswerable, View, explain, offline,
-    refusal,
+    Answer, End, Explanation, L4Connection, Line, Place, Question, Step, Unanswerable, View, explain,
+    offline, refusal,
 };
 pub use objects::{BROKEN, OBJECT_TYPES};
 pub use settings::{BalancerKind, Options, Settings};
@@ -189,7 +189,11 @@ fn engine(
 fn keyring(settings: &Settings, engine: Arc<Worker>) -> Keyring {
     let callout = MeshCallout::new(engine, nobodys_site(), settings.hbone);
     let cache = if settings.token_cache { TokenCache::default() } else { TokenCache::off() };
-    Keyring::new(Arc::new(callout), settings.jwks_roots.clone(), cache)
+    let keyring = Keyring::new(Arc::new(callout), settings.jwks_roots.clone(), cache);
+    match &settings.jwks_cache {
+        Some(directory) => keyring.keeping(directory.clone()),
+        None => keyring,
+    }
 }
 
 /// Where plugins of each worker call other services from when no exchange is at hand.

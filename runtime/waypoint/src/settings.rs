@@ -71,6 +71,10 @@ pub struct Options {
     /// Root certificates, PEM, that key servers of token issuers may chain to beside the system's.
     #[arg(long, env = "CAIRN_JWKS_ROOTS")]
     pub jwks_roots: Option<PathBuf>,
+    /// A directory of the waypoint's own in which fetched keys of token issuers are kept, so that it knows them when it
+    /// starts while an issuer is down, if they are not older than a day [default: none].
+    #[arg(long, env = "CAIRN_JWKS_CACHE")]
+    pub jwks_cache: Option<PathBuf>,
     /// After how many seconds without a request a label set of metrics is forgotten [default: never].
     #[arg(long, env = "CAIRN_METRICS_IDLE_SECONDS")]
     pub metrics_idle_seconds: Option<u64>,
@@ -126,6 +130,8 @@ pub struct Settings {
     pub token_cache: bool,
     /// Further root certificates of key servers.
     pub jwks_roots: Option<PathBuf>,
+    /// Where fetched keys are kept for the next start.
+    pub jwks_cache: Option<PathBuf>,
     /// Whether a line is written per exchange.
     pub access_log: bool,
     /// How long a label set of metrics may count nothing until it is forgotten.
@@ -174,6 +180,7 @@ impl Options {
             drain: Duration::from_secs(self.drain_seconds.or(file.drain_seconds).unwrap_or(5)),
             token_cache: self.token_cache.or(file.token_cache).unwrap_or(true),
             jwks_roots: self.jwks_roots.or(file.jwks_roots),
+            jwks_cache: self.jwks_cache.or(file.jwks_cache),
             access_log: self.access_log.or(file.access_log).unwrap_or(true),
             metrics_idle: self
                 .metrics_idle_seconds

@@ -1,13 +1,14 @@
 //! Getting a key set from where a rule says it is: from a service of the mesh as any request goes there, from anywhere else
 //! over HTTP or HTTPS. Redirects are not followed, addresses of the machine's own network are not asked.
 
+use super::freshness;
 use bytes::{Bytes, BytesMut};
 use cairn_builtin::{KeySet, KeySetError};
 use cairn_filter::{Callout, CalloutError, CalloutRequest};
 use cairn_net::{ConnectOptions, NetError};
 use http::header::{ACCEPT, CONNECTION, HOST};
 use http::uri::Scheme;
-use http::{Request, StatusCode, Uri};
+use http::{HeaderMap, Request, StatusCode, Uri};
 use http_body::Body;
 use http_body_util::Empty;
 use hyper::body::Incoming;
@@ -20,7 +21,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::OnceCell;
 use tokio_rustls::TlsConnector;
@@ -114,6 +115,11 @@ impl Place {
         &self.name
     }
 
+    /// What tells it from other places.
+    pub(super) fn key(&self) -> String {
+        format!("{} {}.{}", self.uri, self.namespace, self.cluster_domain)
+    }
+
     /// What a service of the mesh that this host may mean is called.
     fn services(&self, host: &str) -> Vec<String> {
         let Self { namespace, cluster_domain, .. } = self;
@@ -135,6 +141,21 @@ fn web_uri(text: &str) -> Result<Uri, FetchError> {
     if is_web && is_plain { Ok(uri) } else { Err(bad()) }
 }
 
+/// A key set that was got.
+pub(super) struct Fetched {
+    pub(super) set: KeySet,
+    /// As it came.
+    pub(super) text: Bytes,
+    /// When to ask again, if the server says so.
+    pub(super) fresh: Option<Duration>,
+}
+
+/// An answer that is good.
+struct Answer {
+    headers: HeaderMap,
+    body: Bytes,
+}
+
 /// Gets key sets.
 pub(super) struct Fetcher {
     callout: Arc<dyn Callout>,
@@ -149,10 +170,10 @@ impl Fetcher {
     }
 
     /// Gets the key set. The caller bounds the time.
-    pub(super) async fn keys(&self, place: &Place) -> Result<KeySet, FetchError> {
+    pub(super) async fn keys(&self, place: &Place) -> Result<Fetched, FetchError> {
         let answer = self.get(&place.uri, place).await?;
         let answer = if place.discovery {
-            let uri = keys_uri(&answer)?;
+            let uri = keys_uri(&answer.body)?;
             if place.uri.scheme() == Some(&Scheme::HTTPS) && uri.scheme() != Some(&Scheme::HTTPS) {
                 return Err(FetchError::Downgrade);
             }
@@ -160,10 +181,11 @@ impl Fetcher {
         } else {
             answer
         };
-        KeySet::parse(&answer).map_err(FetchError::Keys)
+        let set = KeySet::parse(&answer.body).map_err(FetchError::Keys)?;
+        Ok(Fetched { set, text: answer.body, fresh: freshness::of(&answer.headers, SystemTime::now()) })
     }
 
-    async fn get(&self, uri: &Uri, place: &Place) -> Result<Bytes, FetchError> {
+    async fn get(&self, uri: &Uri, place: &Place) -> Result<Answer, FetchError> {
         let is_tls = uri.scheme() == Some(&Scheme::HTTPS);
         let host = uri.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
         let port = uri.port_u16().unwrap_or(if is_tls { 443 } else { 80 });
@@ -186,7 +208,7 @@ impl Fetcher {
         exchange(stream.map_err(FetchError::Tls)?, uri).await
     }
 
-    async fn ask_mesh(&self, uri: &Uri, service: &str, port: u16) -> Result<Bytes, FetchError> {
+    async fn ask_mesh(&self, uri: &Uri, service: &str, port: u16) -> Result<Answer, FetchError> {
         let mut request = Request::new(Bytes::new());
         *request.uri_mut() = uri.clone();
         request.headers_mut().insert(ACCEPT, ACCEPTED);
@@ -203,7 +225,10 @@ impl Fetcher {
         });
         let response = asked.await.map_err(FetchError::Callout)?.response;
         match response.status() {
-            StatusCode::OK => Ok(response.into_body()),
+            StatusCode::OK => {
+                let (parts, body) = response.into_parts();
+                Ok(Answer { headers: parts.headers, body })
+            }
             other => Err(FetchError::Status(other)),
         }
     }
@@ -254,7 +279,7 @@ async fn connect(host: &str, port: u16) -> Result<tokio::net::TcpStream, FetchEr
     Err(last)
 }
 
-async fn exchange<S>(stream: S, uri: &Uri) -> Result<Bytes, FetchError>
+async fn exchange<S>(stream: S, uri: &Uri) -> Result<Answer, FetchError>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -270,7 +295,10 @@ where
     let mut answer = pin!(async {
         let response = sender.send_request(request).await.map_err(FetchError::Http)?;
         match response.status() {
-            StatusCode::OK => body(response.into_body()).await,
+            StatusCode::OK => {
+                let (parts, incoming) = response.into_parts();
+                Ok(Answer { headers: parts.headers, body: body(incoming).await? })
+            }
             other => Err(FetchError::Status(other)),
         }
     });

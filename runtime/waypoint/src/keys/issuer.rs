@@ -1,7 +1,8 @@
 //! One issuer's keys: fetched in the background, renewed before they are old, kept while the issuer is down, and asked for
 //! anew when a token names a key that is not among them, within bounds.
 
-use super::fetch::{FetchError, Fetcher, Place};
+use super::fetch::{FetchError, Fetched, Fetcher, Place};
+use super::shelf::Shelf;
 use arc_swap::ArcSwapOption;
 use cairn_builtin::{KeySet, KeySource, Keys};
 use parking_lot::Mutex;
@@ -10,12 +11,14 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep, timeout};
 
 /// How old keys may become before they are fetched anew (Istio's control plane).
 const REFRESH: Duration = Duration::from_secs(20 * 60);
+/// How old keys may become while the issuer cannot be asked. One that takes a key back may be unable to say so for as long.
+const STALE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 /// The pause after a first failure; it doubles with each further one.
 const PAUSE_MIN: Duration = Duration::from_secs(1);
 const PAUSE_MAX: Duration = Duration::from_secs(5 * 60);
@@ -36,6 +39,8 @@ pub(super) struct Issuer {
     /// Counts fetches that have ended.
     ended: watch::Sender<u64>,
     wanted: Arc<Notify>,
+    /// Where keys are kept for the next start.
+    shelf: Option<Arc<Shelf>>,
     failures: AtomicU64,
     refused: AtomicU64,
 }
@@ -51,18 +56,28 @@ struct Asking {
     absent: VecDeque<(String, Instant)>,
     /// When the keys were last got.
     got: Option<Instant>,
+    /// How long their server lets them be used without asking again.
+    fresh: Option<Duration>,
 }
 
 impl Issuer {
     /// Begins to fetch, until nobody holds the issuer any more.
-    pub(super) fn start(place: Place, timeout: Duration, fetcher: &Arc<Fetcher>) -> Arc<Self> {
+    pub(super) fn start(
+        place: Place,
+        timeout: Duration,
+        fetcher: &Arc<Fetcher>,
+        shelf: Option<Arc<Shelf>>,
+    ) -> Arc<Self> {
         let now = Instant::now();
-        let asking =
-            Asking { under_way: true, left: ASK_BURST, counted: now, absent: VecDeque::new(), got: None };
+        let known = shelf.as_ref().and_then(|shelf| known(shelf, &place, now));
+        let (set, got) = known.map_or((None, None), |(set, got)| (Some(Arc::new(set)), Some(got)));
+        let (left, absent) = (ASK_BURST, VecDeque::new());
+        let asking = Asking { under_way: true, left, counted: now, absent, got, fresh: None };
         let issuer = Arc::new(Self {
             place,
             timeout,
-            set: ArcSwapOption::empty(),
+            set: ArcSwapOption::from(set),
+            shelf,
             asking: Mutex::new(asking),
             ended: watch::Sender::new(0),
             wanted: Arc::default(),
@@ -104,12 +119,17 @@ impl Issuer {
         let result = result.unwrap_or(Err(FetchError::Timeout(self.timeout)));
         let good = result.is_ok();
         match result {
-            Ok(set) => {
+            Ok(Fetched { set, text, fresh }) => {
                 tracing::debug!(source = self.name(), keys = set.count(), "keys fetched");
                 self.set.store(Some(Arc::new(set)));
+                self.keep(&text);
+                self.asking.lock().fresh = fresh;
             }
             Err(error) => {
                 self.failures.fetch_add(1, Relaxed);
+                if self.age().is_some_and(|age| age > STALE_MAX) {
+                    self.set.store(None);
+                }
                 let stale = self.set.load().is_some();
                 tracing::warn!(source = self.name(), error = %crate::chain(&error), stale, "keys cannot be fetched, will retry");
             }
@@ -125,6 +145,29 @@ impl Issuer {
     }
 }
 
+impl Issuer {
+    /// Keeps the keys for the next start, when they are new.
+    fn keep(&self, text: &[u8]) {
+        let Some(shelf) = &self.shelf else { return };
+        if let Err(error) = shelf.write(&self.place.key(), text, SystemTime::now()) {
+            tracing::warn!(source = self.name(), %error, "keys cannot be kept for the next start");
+        }
+    }
+
+    /// How long to wait after so many failures in a row.
+    fn pause(&self, failures: u32) -> Duration {
+        let fresh = self.asking.lock().fresh;
+        pause(failures, fresh.unwrap_or(REFRESH))
+    }
+}
+
+/// The keys that were kept at the last run, if they are not too old, and when they were got.
+fn known(shelf: &Shelf, place: &Place, now: Instant) -> Option<(KeySet, Instant)> {
+    let (text, age) = shelf.read(&place.key(), SystemTime::now())?;
+    let got = now.checked_sub(age).filter(|_| age <= STALE_MAX)?;
+    Some((KeySet::parse(&text).ok()?, got))
+}
+
 impl Drop for Issuer {
     fn drop(&mut self) {
         // The task wakes, finds nobody, and ends.
@@ -137,18 +180,19 @@ async fn keep(issuer: Weak<Issuer>, wanted: Arc<Notify>, fetcher: Arc<Fetcher>) 
     loop {
         let Some(held) = issuer.upgrade() else { return };
         failures = if held.fetch(&fetcher).await { 0 } else { failures + 1 };
+        let pause = held.pause(failures);
         drop(held);
         tokio::select! {
-            () = sleep(pause(failures)) => {}
+            () = sleep(pause) => {}
             () = wanted.notified() => {}
         }
     }
 }
 
-/// How long to wait after so many failures, a tenth more or less, so that proxies do not ask all at once.
-fn pause(failures: u32) -> Duration {
+/// How long to wait after so many failures, or while keys are fresh, a tenth more or less, so that proxies do not ask all at once.
+fn pause(failures: u32, fresh: Duration) -> Duration {
     let pause = match failures.checked_sub(1) {
-        None => REFRESH,
+        None => fresh,
         Some(before) => PAUSE_MAX.min(PAUSE_MIN * 2_u32.saturating_pow(before.min(16))),
     };
     pause.mul_f64(0.9 + 0.2 * fastrand::f64())
@@ -209,7 +253,7 @@ mod tests {
 
     fn asking() -> Asking {
         let (under_way, left, counted) = (false, ASK_BURST, Instant::now());
-        Asking { under_way, left, counted, absent: VecDeque::new(), got: None }
+        Asking { under_way, left, counted, absent: VecDeque::new(), got: None, fresh: None }
     }
 
     #[test]
@@ -246,7 +290,7 @@ mod tests {
     fn pauses_grow_up_to_a_bound() {
         for (failures, seconds) in [(0, 1200), (1, 1), (2, 2), (3, 4), (9, 256), (10, 300), (100, 300)] {
             for _ in 0..20 {
-                let pause = pause(failures).as_secs_f64() / f64::from(seconds);
+                let pause = pause(failures, REFRESH).as_secs_f64() / f64::from(seconds);
                 assert!((0.9..=1.1).contains(&pause), "{failures}: {pause}");
             }
         }

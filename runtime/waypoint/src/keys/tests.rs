@@ -293,3 +293,21 @@ async fn a_server_with_tls_must_prove_its_name() {
     }
     server.abort();
 }
+
+#[tokio::test]
+async fn keys_are_known_at_a_start_while_the_issuer_is_down() {
+    let directory = tempfile::tempdir().unwrap();
+    let server = Server::start(Duration::ZERO).await;
+    server.answers("/keys", answer(&set("k")));
+    let uri = server.uri("/keys");
+    let before = source(&keyring().keeping(directory.path().to_owned()), &uri, SOON);
+    assert!(after_renewal(&before, "k").await.is_some());
+    drop((before, server));
+
+    let after = source(&keyring().keeping(directory.path().to_owned()), &uri, SOON);
+    assert!(matches!(after.keys(), Keys::Known(set) if set.count() == 1), "kept");
+    let elsewhere = source(&keyring().keeping(directory.path().to_owned()), &format!("{uri}/other"), SOON);
+    assert!(matches!(elsewhere.keys(), Keys::Missing), "of another place");
+    let without = source(&keyring(), &uri, SOON);
+    assert!(matches!(without.keys(), Keys::Missing), "without a directory");
+}
