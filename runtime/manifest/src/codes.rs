@@ -279,7 +279,61 @@ pub const CODES: &[Code] = &[
 
 #[cfg(test)]
 mod tests {
-    use super::CODES;
+    use super::{CODES, Code};
+    use regex::Regex;
+    use std::path::{Path, PathBuf};
+
+    /// The texts of this crate's source files, but for this one and for tests.
+    fn sources() -> Vec<(PathBuf, String)> {
+        fn visit(directory: &Path, found: &mut Vec<(PathBuf, String)>) {
+            for entry in std::fs::read_dir(directory).unwrap() {
+                let path = entry.unwrap().path();
+                let name = path.file_name().unwrap().to_string_lossy().into_owned();
+                if path.is_dir() {
+                    visit(&path, found);
+                } else if name.ends_with(".rs") && name != "codes.rs" && name != "tests.rs" {
+                    let text = std::fs::read_to_string(&path).unwrap();
+                    let code = text.split("#[cfg(test)]").next().unwrap_or_default().to_owned();
+                    found.push((path, code));
+                }
+            }
+        }
+        let mut found = Vec::new();
+        visit(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut found);
+        found
+    }
+
+    #[test]
+    fn every_code_that_is_given_has_a_row_and_every_row_is_given() {
+        let code = "\"([a-z0-9]+(?:-[a-z0-9]+)*)\"";
+        // Where a code stands: as an argument of what refuses or notes, as a field, or first in a pair with its reason.
+        let given = [
+            format!(r"\b(?:refuse|breaks)\(\s*{code}"),
+            format!(r"Severity::(?:Error|Warning|Info),\s*(?:code: )?{code}"),
+            format!(r"\bcode: {code}"),
+            format!(r"\(\s*{code},\s*(?:reason|format!)"),
+        ];
+        let given = given.map(|pattern| Regex::new(&pattern).unwrap());
+        let sources = sources();
+        let mut count = 0;
+        for (path, text) in &sources {
+            for found in given.iter().flat_map(|pattern| pattern.captures_iter(text)) {
+                let name = &found[1];
+                assert!(Code::named(name).is_some(), "{}: `{name}` has no row", path.display());
+                count += 1;
+            }
+        }
+        assert!(count > CODES.len(), "only {count} places found: they are written in another way");
+        // This one is said of a mesh that runs.
+        for code in CODES.iter().filter(|code| code.name != "needs-restart") {
+            let literal = format!("\"{}\"", code.name);
+            assert!(
+                sources.iter().any(|(_, text)| text.contains(&literal)),
+                "`{}` is never given",
+                code.name
+            );
+        }
+    }
 
     #[test]
     fn codes_are_sorted_and_said_whole() {
