@@ -4,7 +4,7 @@ use crate::scenario::{
     AUDITED, Answer, Ask, DETAILS, Outcome, PEER, SCENARIO, SEEN, Scenario, TRIAL_ALLOW, TRIAL_DENY,
     seen_name,
 };
-use crate::{jwt, rbac};
+use crate::{jwt, rbac, tcp};
 use anyhow::{Context, Result, bail, ensure};
 use cairn_mesh::PathNormalization;
 use serde_json::{Value, json};
@@ -48,6 +48,8 @@ pub struct Envoy {
     process: Child,
     lifeline: Option<ChildStdin>,
     directory: TempDir,
+    /// How many listeners there must be.
+    listeners_wanted: usize,
     listeners: HashMap<String, SocketAddr>,
 }
 
@@ -72,7 +74,8 @@ impl Envoy {
             .spawn()
             .context("cannot run sh")?;
         let lifeline = process.stdin.take();
-        let mut envoy = Self { process, lifeline, directory, listeners: HashMap::new() };
+        let listeners_wanted = MODES.len() + scenarios.iter().filter(|scenario| scenario.tcp).count();
+        let mut envoy = Self { process, lifeline, directory, listeners_wanted, listeners: HashMap::new() };
         envoy.listeners = envoy.wait_for_listeners().await?;
         Ok(envoy)
     }
@@ -96,7 +99,7 @@ impl Envoy {
         ensure!(ready.trim() == "LIVE", "not ready: {ready}");
         let listeners: Value = serde_json::from_str(&get(admin, "/listeners?format=json").await?)?;
         let list = listeners["listener_statuses"].as_array().context("no listeners")?;
-        ensure!(list.len() == MODES.len(), "not all listeners: {listeners}");
+        ensure!(list.len() == self.listeners_wanted, "not all listeners: {listeners}");
         list.iter()
             .map(|listener| {
                 let name = listener["name"].as_str().context("no name")?.to_owned();
@@ -113,7 +116,23 @@ impl Envoy {
 
     /// What becomes of a request to scenario number `index`.
     pub async fn ask(&self, index: usize, normalization: PathNormalization, ask: &Ask) -> Result<Outcome> {
-        Ok(Answer::outcome(self.answer(index, normalization, ask).await?))
+        match self.listeners.get(&tcp::name(index)) {
+            Some(listener) => Self::connect(*listener, ask).await,
+            None => Ok(Answer::outcome(self.answer(index, normalization, ask).await?)),
+        }
+    }
+
+    /// What becomes of a connection without HTTP.
+    async fn connect(listener: SocketAddr, ask: &Ask) -> Result<Outcome> {
+        let asking = async {
+            let mut stream = TcpStream::connect(listener).await?;
+            socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
+            stream.write_all(&[&tcp::proxy_header(ask), tcp::HELLO].concat()).await?;
+            let mut back = [0; tcp::HELLO.len()];
+            let passes = stream.read_exact(&mut back).await.is_ok() && back == *tcp::HELLO;
+            anyhow::Ok(if passes { Outcome::passes() } else { Outcome::Closed })
+        };
+        tokio::time::timeout(ANSWER_MAX, asking).await.with_context(|| format!("no end of {ask}"))?
     }
 
     /// The answer itself.
@@ -170,7 +189,10 @@ fn proxy_header(ask: &Ask) -> Result<String> {
 }
 
 fn bootstrap(scenarios: &[Scenario]) -> Value {
-    let listeners: Vec<Value> = MODES.iter().map(|mode| listener(*mode, scenarios)).collect();
+    let of_http = MODES.iter().map(|mode| listener(*mode, scenarios));
+    let of_tcp = scenarios.iter().enumerate().filter(|(_, scenario)| scenario.tcp);
+    let listeners: Vec<Value> =
+        of_http.chain(of_tcp.map(|(index, scenario)| tcp::listener(index, scenario))).collect();
     json!({
         "admin": { "address": loopback() },
         "static_resources": { "listeners": listeners },
@@ -184,21 +206,26 @@ fn bootstrap(scenarios: &[Scenario]) -> Value {
     })
 }
 
-fn loopback() -> Value {
+/// Any port of loopback.
+pub fn loopback() -> Value {
     json!({ "socket_address": { "address": "127.0.0.1", "port_value": 0 } })
 }
 
-fn typed(kind: &str, mut fields: Value) -> Value {
+/// A message of this type of Envoy's extensions.
+pub fn typed(kind: &str, mut fields: Value) -> Value {
     fields["@type"] = format!("type.googleapis.com/envoy.extensions.{kind}").into();
     fields
 }
 
-fn extension(name: &str, kind: &str, fields: Value) -> Value {
+/// An extension with its configuration.
+pub fn extension(name: &str, kind: &str, fields: Value) -> Value {
     json!({ "name": name, "typed_config": typed(kind, fields) })
 }
 
 fn listener(mode: PathNormalization, scenarios: &[Scenario]) -> Value {
-    let ours = || scenarios.iter().enumerate().filter(|(_, scenario)| scenario.normalization == mode);
+    let ours = || {
+        scenarios.iter().enumerate().filter(|(_, scenario)| scenario.normalization == mode && !scenario.tcp)
+    };
     let routes: Vec<Value> = ours().map(|(index, scenario)| route(index, scenario)).collect();
     let tokens = ours().filter_map(|(index, scenario)| {
         jwt::translate(&scenario.objects, index).map(|(providers, required)| (index, providers, required))
@@ -229,13 +256,17 @@ fn listener(mode: PathNormalization, scenarios: &[Scenario]) -> Value {
         "filters.network.http_connection_manager.v3.HttpConnectionManager",
         manager,
     );
-    let proxy = extension("proxy", "filters.listener.proxy_protocol.v3.ProxyProtocol", json!({}));
     json!({
         "name": format!("{mode:?}"),
         "address": loopback(),
-        "listener_filters": [proxy],
+        "listener_filters": [proxy_protocol(json!({}))],
         "filter_chains": [{ "filters": [manager] }],
     })
+}
+
+/// The filter that knows from the PROXY protocol who connects.
+pub fn proxy_protocol(config: Value) -> Value {
+    extension("proxy", "filters.listener.proxy_protocol.v3.ProxyProtocol", config)
 }
 
 /// The JWT filter's name.
@@ -289,7 +320,7 @@ fn route(index: usize, scenario: &Scenario) -> Value {
     let mut decisions: serde_json::Map<String, Value> = rbac::ACTIONS
         .iter()
         .map(|action| {
-            let rbac = rbac::filter(&scenario.objects, action);
+            let rbac = rbac::filter(scenario, action);
             ((*action).to_owned(), typed("filters.http.rbac.v3.RBACPerRoute", json!({ "rbac": rbac })))
         })
         .collect();

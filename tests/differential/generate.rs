@@ -109,7 +109,25 @@ impl Generator {
         let count = self.rng.usize(1..=4);
         let objects = (0..count).map(|index| self.policy(index)).collect();
         let asks = (0..asks).map(|_| self.ask()).collect();
-        Scenario { normalization, objects, asks }
+        let trust_domains = self.trust_domains();
+        Scenario { normalization, trust_domains, tcp: false, objects, asks }
+    }
+
+    /// A scenario of connections without HTTP.
+    pub fn connections(&mut self, asks: usize) -> Scenario {
+        let scenario = self.scenario(asks);
+        Scenario { normalization: PathNormalization::Base, tcp: true, ..scenario }
+    }
+
+    /// Mostly one; else a mesh that was renamed, or that has names which are alike.
+    fn trust_domains(&mut self) -> Vec<String> {
+        let names = match self.rng.u32(..10) {
+            0..=5 => &["cluster.local"][..],
+            6 | 7 => &["td.local", "old-td"],
+            8 => &["cluster.local", "cluster"],
+            _ => &["old-td", "td.local", "cluster.local"],
+        };
+        names.iter().map(|name| (*name).to_owned()).collect()
     }
 
     /// A number of this range.

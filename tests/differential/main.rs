@@ -10,6 +10,7 @@ mod envoy;
 #[path = "../fuzz/src/lib.rs"]
 mod fuzz;
 mod generate;
+mod goldens;
 mod jwt;
 mod known;
 mod ours;
@@ -19,6 +20,7 @@ mod seeds;
 mod shrink;
 #[path = "../../runtime/builtin/src/authentication/testing.rs"]
 mod signer;
+mod tcp;
 mod token;
 mod yaml;
 
@@ -54,6 +56,11 @@ async fn authorization_decides_as_envoy_does() -> Result<()> {
 }
 
 #[tokio::test]
+async fn connections_are_judged_as_envoy_judges_them() -> Result<()> {
+    compare(PAIRS / 5, &["closed"], Generator::connections).await
+}
+
+#[tokio::test]
 async fn tokens_are_judged_as_envoy_judges_them() -> Result<()> {
     let issuers = Issuers::new();
     let scenario = |generator: &mut Generator, asks| issuers.scenario(generator, asks);
@@ -70,7 +77,7 @@ async fn compare(
     mut scenario: impl FnMut(&mut Generator, usize) -> Scenario,
 ) -> Result<()> {
     let Some(program) = envoy::program() else {
-        println!("skipped: no Envoy in target/peers; `tests/peers` installs it");
+        cairn_tests::skipped("no Envoy in target/peers; `tests/peers` installs it");
         return Ok(());
     };
     let seed = number("CAIRN_DIFFERENTIAL_SEED", 1)?;

@@ -8,8 +8,8 @@ use anyhow::{Context, Result, bail, ensure};
 use arc_swap::ArcSwap;
 use cairn_builtin::{TokenCache, authentication, authorization, inline_keys};
 use cairn_filter::{
-    Chain, Connection, Exchange, Factory, Filter, LocalReply, NoCallout, Peer, Phases, Position, RequestHead,
-    ResponseHead, Slot, Verdict, sort_factories,
+    Admission, Chain, Connection, Exchange, Factory, Filter, LocalReply, NoCallout, Peer, Phases, Position,
+    RequestHead, ResponseHead, Slot, Verdict, sort_factories,
 };
 use cairn_http::{RouteTable, Site, SiteHandle, Worker, WorkerSettings, serve};
 use cairn_manifest::{Object, decode};
@@ -45,21 +45,19 @@ impl Ours {
 
     /// What becomes of a request to `site`.
     pub async fn ask(&self, site: &SiteHandle, index: usize, ask: &Ask) -> Result<Outcome> {
+        let pinned = site.load_full();
+        if pinned.protocol == AppProtocol::Tcp {
+            return Ok(match pinned.chain.admit(&connection(ask)?) {
+                Admission::Pass(_) => Outcome::passes(),
+                Admission::Refuse(_) => Outcome::Closed,
+            });
+        }
         Ok(Answer::outcome(self.answer(site, index, ask).await?))
     }
 
     /// The answer itself.
     pub async fn answer(&self, site: &SiteHandle, index: usize, ask: &Ask) -> Result<Option<Answer>> {
-        let identity = ask.peer.as_deref().map(str::parse::<Identity>).transpose()?;
-        let connection = Connection {
-            id: 1,
-            worker: 0,
-            source: Peer { address: ask.source, identity, workload: None },
-            destination: ask.destination,
-            service: None,
-            local: None,
-            callout: Arc::new(NoCallout),
-        };
+        let connection = connection(ask)?;
         let (mut client, server) = tokio::io::duplex(64 << 10);
         let (site, worker) = (Arc::clone(site), Arc::clone(&self.worker));
         let served = tokio::spawn(serve(server, Arc::new(connection), site, worker, self.drain.clone()));
@@ -75,12 +73,32 @@ impl Ours {
     }
 }
 
+/// The connection that a request comes on.
+fn connection(ask: &Ask) -> Result<Connection> {
+    let identity = ask.peer.as_deref().map(str::parse::<Identity>).transpose()?;
+    Ok(Connection {
+        id: 1,
+        worker: 0,
+        source: Peer { address: ask.source, identity, workload: None },
+        destination: ask.destination,
+        service: None,
+        local: None,
+        callout: Arc::new(NoCallout),
+    })
+}
+
 /// What is done with requests under the policies of `scenario`.
 ///
 /// # Errors
 /// When a policy is refused in reading, with the reason.
 pub fn site(scenario: &Scenario) -> Result<SiteHandle> {
-    let settings = MeshSettings { path_normalization: scenario.normalization, ..MeshSettings::default() };
+    let mut domains = scenario.trust_domains.iter().map(|name| Arc::from(name.as_str()));
+    let settings = MeshSettings {
+        path_normalization: scenario.normalization,
+        trust_domain: domains.next().context("a trust domain")?,
+        trust_domain_aliases: domains.collect(),
+        ..MeshSettings::default()
+    };
     let (mut policies, mut authentications) = (Vec::new(), Vec::new());
     for value in &scenario.objects {
         match change(&object(value)?, &settings)? {
@@ -110,7 +128,7 @@ pub fn site(scenario: &Scenario) -> Result<SiteHandle> {
         routes: RouteTable::compile(&[], None, 80, "cluster.local"),
         service: None,
         port: 80,
-        protocol: AppProtocol::Http11,
+        protocol: if scenario.tcp { AppProtocol::Tcp } else { AppProtocol::Http11 },
         normalization: scenario.normalization,
         explain_to: Arc::default(),
         viewpoint: None,

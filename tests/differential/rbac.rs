@@ -1,22 +1,66 @@
 //! AuthorizationPolicy as Envoy's RBAC filter knows it: the translation that Istio's control plane does for a
 //! waypoint, written down again from its documentation and shared with nothing of ours.
 
+use crate::scenario::Scenario;
 use serde_json::{Value, json};
 
 /// The actions, in the order in which their filters stand.
 pub const ACTIONS: [&str; 3] = ["AUDIT", "DENY", "ALLOW"];
 
-/// The configuration of the filter of one action, of the policies among `objects`.
-pub fn filter(objects: &[Value], action: &str) -> Value {
+/// The configuration of the filter of one action, of the policies of `scenario`.
+pub fn filter(scenario: &Scenario, action: &str) -> Value {
     let mut rbac = json!({});
-    if let Some(rules) = rules(objects, action, false) {
+    if let Some(rules) = rules(scenario, action, false) {
         rbac["rules"] = rules;
     }
-    if let Some(rules) = rules(objects, action, true) {
+    if let Some(rules) = rules(scenario, action, true) {
         rbac["shadow_rules"] = rules;
         rbac["shadow_rules_stat_prefix"] = shadow_prefix(action).into();
     }
     rbac
+}
+
+/// The configuration of the filter of one action for connections that carry no HTTP.
+pub fn connection_filter(scenario: &Scenario, action: &str) -> Value {
+    let objects = scenario.objects.iter().map(|object| without_http(object, action)).collect();
+    let stripped = Scenario { objects, ..scenario.clone() };
+    match rules(&stripped, action, false) {
+        Some(rules) => json!({ "rules": rules }),
+        None => json!({}),
+    }
+}
+
+/// The conditions that only HTTP has; sources and operations have such fields, too.
+const OF_HTTP: [&str; 6] = ["hosts", "notHosts", "methods", "notMethods", "paths", "notPaths"];
+
+/// A policy as it is told to a chain without HTTP: a rule that asks about HTTP is left out of ALLOW, and loses only what
+/// it asks for in any other.
+fn without_http(object: &Value, action: &str) -> Value {
+    let mut object = object.clone();
+    let Some(rules) = object["spec"]["rules"].as_array_mut() else { return object };
+    if action == "ALLOW" {
+        rules.retain(|rule| without_http_fields(rule) == *rule);
+    } else {
+        rules.iter_mut().for_each(|rule| *rule = without_http_fields(rule));
+    }
+    object
+}
+
+fn without_http_fields(rule: &Value) -> Value {
+    let mut rule = rule.clone();
+    for to in rule["to"].as_array_mut().into_iter().flatten() {
+        if let Some(operation) = to["operation"].as_object_mut() {
+            operation.retain(|field, _| !OF_HTTP.contains(&field.as_str()));
+        }
+    }
+    if let Some(when) = rule["when"].as_array_mut() {
+        when.retain(|condition| !text(&condition["key"]).starts_with("request."));
+    }
+    // Looking at what is not there put it there.
+    if let Some(fields) = rule.as_object_mut() {
+        fields.retain(|_, value| !value.is_null());
+    }
+    rule
 }
 
 /// The prefix of what a filter's trial rules say.
@@ -25,15 +69,16 @@ pub fn shadow_prefix(action: &str) -> String {
 }
 
 /// All rules of one action; `None` when no policy has it.
-fn rules(objects: &[Value], action: &str, dry_run: bool) -> Option<Value> {
+fn rules(scenario: &Scenario, action: &str, dry_run: bool) -> Option<Value> {
     let of_action = |object: &&Value| {
         let is_trial = object["metadata"]["annotations"]["istio.io/dry-run"] == "true";
         object["kind"] == "AuthorizationPolicy"
             && object["spec"]["action"].as_str().unwrap_or("ALLOW") == action
             && is_trial == dry_run
     };
-    let policies: Vec<&Value> = objects.iter().filter(of_action).collect();
-    let all: serde_json::Map<String, Value> = policies.iter().flat_map(|object| rules_of(object)).collect();
+    let policies: Vec<&Value> = scenario.objects.iter().filter(of_action).collect();
+    let all: serde_json::Map<String, Value> =
+        policies.iter().flat_map(|object| rules_of(object, &scenario.trust_domains)).collect();
     let envoy = match action {
         "AUDIT" => "LOG",
         other => other,
@@ -41,7 +86,7 @@ fn rules(objects: &[Value], action: &str, dry_run: bool) -> Option<Value> {
     (!policies.is_empty()).then(|| json!({ "action": envoy, "policies": all }))
 }
 
-fn rules_of(object: &Value) -> Vec<(String, Value)> {
+fn rules_of(object: &Value, trust_domains: &[String]) -> Vec<(String, Value)> {
     let (namespace, name) = (text(&object["metadata"]["namespace"]), text(&object["metadata"]["name"]));
     let id = |index: usize| format!("ns[{namespace}]-policy[{name}]-rule[{index}]");
     let rules = list(&object["spec"]["rules"]);
@@ -50,7 +95,65 @@ fn rules_of(object: &Value) -> Vec<(String, Value)> {
                             "principals": [not(json!({ "any": true }), "not_id")] });
         return vec![(id(0), never)];
     }
-    rules.iter().enumerate().map(|(index, rule)| (id(index), translate(rule, namespace))).collect()
+    let rule = |rule: &Value| translate(&with_aliases(rule, trust_domains), namespace);
+    rules.iter().enumerate().map(|(index, written)| (id(index), rule(written))).collect()
+}
+
+/// A rule with all names of everybody in it: Istio's bundle of trust domains.
+fn with_aliases(rule: &Value, trust_domains: &[String]) -> Value {
+    let mut rule = rule.clone();
+    let each = |values: &mut Value, meant: &dyn Fn(&str) -> Vec<String>| {
+        if let Some(list) = values.as_array() {
+            *values = list.iter().flat_map(|value| meant(text(value))).map(Value::from).collect();
+        }
+    };
+    let principals = |value: &str| principal_aliases(value, trust_domains);
+    let domains = |value: &str| match trust_domains.iter().any(|known| known == value) {
+        true => trust_domains.to_vec(),
+        false => vec![value.to_owned()],
+    };
+    for from in rule["from"].as_array_mut().into_iter().flatten() {
+        for field in ["principals", "notPrincipals"] {
+            each(&mut from["source"][field], &principals);
+        }
+        for field in ["trustDomains", "notTrustDomains"] {
+            each(&mut from["source"][field], &domains);
+        }
+    }
+    for condition in rule["when"].as_array_mut().into_iter().flatten() {
+        let key = text(&condition["key"]).to_owned();
+        for field in ["values", "notValues"] {
+            match key.as_str() {
+                "source.principal" => each(&mut condition[field], &principals),
+                "source.trustDomain" => each(&mut condition[field], &domains),
+                _ => {}
+            }
+        }
+    }
+    rule
+}
+
+fn principal_aliases(value: &str, trust_domains: &[String]) -> Vec<String> {
+    let unchanged = || vec![value.to_owned()];
+    let parts: Vec<&str> = value.split('/').collect();
+    let [domain, rest @ ..] = &parts[..] else { return unchanged() };
+    if parts.len() != 5 || *domain == "*" {
+        return unchanged();
+    }
+    let begins =
+        |text: &str, pattern: &str| pattern.strip_suffix('*').is_some_and(|start| text.starts_with(start));
+    let ends = |text: &str, pattern: &str| pattern.strip_prefix('*').is_some_and(|end| text.ends_with(end));
+    let is_ours = |known: &String| known == domain || begins(known, domain) || ends(known, domain);
+    if *domain != "cluster.local" && !trust_domains.iter().any(is_ours) {
+        return unchanged();
+    }
+    let in_domain = |known: &String| match ends(known, domain) {
+        true => value.to_owned(),
+        false => format!("{known}/{}", rest.join("/")),
+    };
+    let mut all: Vec<String> = trust_domains.iter().map(in_domain).collect();
+    all.dedup();
+    all
 }
 
 fn translate(rule: &Value, namespace: &str) -> Value {
@@ -58,7 +161,7 @@ fn translate(rule: &Value, namespace: &str) -> Value {
     for condition in list(&rule["when"]) {
         let key = text(&condition["key"]);
         let (values, none) = (&condition["values"], &condition["notValues"]);
-        if key.starts_with("destination.") || key == "connection.sni" {
+        if ["destination.", "connection.sni", "experimental."].iter().any(|start| key.starts_with(start)) {
             of_permission.extend(both(values, none, PERMISSION, |value| permission(key, value)));
         } else {
             of_principal.extend(both(values, none, PRINCIPAL, |value| principal(key, value, namespace)));
@@ -147,8 +250,20 @@ fn permission(key: &str, value: &str) -> Value {
         "paths" => json!({ "url_path": { "path": string(value, "") } }),
         "destination.ip" => json!({ "destination_ip": block(value) }),
         "connection.sni" => json!({ "requested_server_name": string(value, "") }),
-        other => panic!("{other} is no permission"),
+        _ => json!({ "metadata": filter_metadata(key, value) }),
     }
+}
+
+/// What a filter knows, `experimental.FILTER[key]…`: a text, or in brackets an element of a list.
+fn filter_metadata(key: &str, value: &str) -> Value {
+    let (filter, path) = key.trim_start_matches("experimental.").split_once('[').expect("a key of metadata");
+    let path: Vec<Value> =
+        path.trim_end_matches(']').split("][").map(|name| json!({ "key": name })).collect();
+    let matcher = match value.strip_prefix('[').and_then(|value| value.strip_suffix(']')) {
+        Some(one) => json!({ "list_match": { "one_of": { "string_match": string(one, "") } } }),
+        None => json!({ "string_match": string(value, "") }),
+    };
+    json!({ "filter": filter, "path": path, "value": matcher })
 }
 
 fn principal(key: &str, value: &str, namespace: &str) -> Value {

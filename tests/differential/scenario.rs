@@ -14,6 +14,10 @@ use std::net::SocketAddr;
 pub struct Scenario {
     /// How paths are normalised.
     pub normalization: PathNormalization,
+    /// The mesh's trust domain, and its aliases.
+    pub trust_domains: Vec<String>,
+    /// There is no HTTP on the connections: what is asked is nothing but who connects to what.
+    pub tcp: bool,
     /// The policies, as whole Kubernetes objects.
     pub objects: Vec<Value>,
     /// The requests, each on a connection of its own.
@@ -75,7 +79,14 @@ impl fmt::Display for Ask {
 
 impl fmt::Display for Scenario {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "# pathNormalization: {:?}", self.normalization)?;
+        writeln!(
+            f,
+            "# pathNormalization: {:?}, trust domains: {:?}",
+            self.normalization, self.trust_domains
+        )?;
+        if self.tcp {
+            writeln!(f, "# connections without HTTP")?;
+        }
         self.objects.iter().try_for_each(|object| write!(f, "---\n{}", yaml::text(object)))?;
         self.asks.iter().try_for_each(|ask| write!(f, "---\n{ask}"))
     }
@@ -112,6 +123,13 @@ pub enum Outcome {
     Closed,
     /// Something else.
     Other(String),
+}
+
+impl Outcome {
+    /// It passed, and that is all.
+    pub fn passes() -> Self {
+        Self::Allowed { remarks: Remarks::default(), seen: Vec::new() }
+    }
 }
 
 /// What policies said that decide nothing.

@@ -43,7 +43,8 @@ impl Issuers {
         let forged: Vec<&str> =
             ["x-payload", "x-claim"].into_iter().filter(|name| written.contains(name)).collect();
         let asks = (0..asks).map(|_| self.ask(generator, &forged)).collect();
-        Scenario { normalization: PathNormalization::Base, objects, asks }
+        let trust_domains = vec!["cluster.local".to_owned()];
+        Scenario { normalization: PathNormalization::Base, trust_domains, tcp: false, objects, asks }
     }
 
     fn authentication(&self, generator: &mut Generator, index: usize) -> Value {
@@ -208,7 +209,7 @@ fn policy(generator: &mut Generator, index: usize) -> Value {
 }
 
 fn rule(generator: &mut Generator) -> Value {
-    const KEYS: [&str; 9] = [
+    const KEYS: [&str; 12] = [
         "request.auth.principal",
         "request.auth.audiences",
         "request.auth.presenter",
@@ -218,6 +219,9 @@ fn rule(generator: &mut Generator) -> Value {
         "request.auth.claims[nested][key]",
         "request.auth.claims[nested][list]",
         "request.auth.claims[number]",
+        "experimental.envoy.filters.http.jwt_authn[payload][groups]",
+        "experimental.envoy.filters.http.jwt_authn[payload][scope]",
+        "experimental.envoy.filters.http.jwt_authn[payload][nested][key]",
     ];
     let field = |generator: &mut Generator, names: [&str; 2], kind: &str| {
         let count = generator.number(1..=2);
@@ -235,6 +239,11 @@ fn rule(generator: &mut Generator) -> Value {
 }
 
 fn value(generator: &mut Generator, key: &str) -> String {
+    // The same by the name of Envoy's filter: a text, or in brackets an element of a list.
+    if let Some(path) = key.strip_prefix("experimental.envoy.filters.http.jwt_authn[payload]") {
+        let value = value(generator, &format!("request.auth.claims{path}"));
+        return if generator.chance(50) { format!("[{value}]") } else { value };
+    }
     const PRINCIPALS: [&str; 14] = [
         "*",
         "one*",

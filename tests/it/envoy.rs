@@ -169,7 +169,7 @@ impl Mesh {
     /// Starts it; `None`, having said why, where there is no Envoy.
     fn start() -> Result<Option<Self>> {
         let Some(envoy) = envoy() else {
-            println!("skipped: no Envoy in target/peers; `tests/peers` installs it");
+            cairn_tests::skipped("no Envoy in target/peers; `tests/peers` installs it");
             return Ok(None);
         };
         let block = BLOCK.lock().unwrap_or_else(PoisonError::into_inner);

@@ -123,8 +123,8 @@ async fn what_is_kept_can_be_chosen_from() -> Result<()> {
     Ok(())
 }
 
-/// What `cairn explain` says of a request, from manifests or from the waypoint.
-fn explained(arguments: &[&str]) -> Result<Value> {
+/// What `cairn explain` says of a request, from manifests or from a proxy.
+pub fn explained(arguments: &[&str]) -> Result<Value> {
     let output = Command::new(cairn()?).arg("explain").args(arguments).args(["--output", "json"]).output()?;
     ensure!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
     Ok(serde_json::from_slice(&output.stdout)?)

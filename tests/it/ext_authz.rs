@@ -84,7 +84,7 @@ impl GrpcProvider {
     async fn start(at: SocketAddr) -> Result<Option<Self>> {
         let python = root().join("target/peers/python/bin/python");
         if !python.exists() {
-            println!("skipped: no gRPC for Python in target/peers; tests/peers installs it");
+            cairn_tests::skipped("no gRPC for Python in target/peers; tests/peers installs it");
             return Ok(None);
         }
         let mut child = Command::new(python)

@@ -321,7 +321,7 @@ fn skipped() -> bool {
     } else {
         return false;
     };
-    println!("skipped: {reason}");
+    cairn_tests::skipped(reason);
     true
 }
 

@@ -21,7 +21,7 @@ fn python() -> Option<PathBuf> {
     if works.is_ok_and(|status| status.success()) {
         return Some(python);
     }
-    println!("skipped: no Python packages in target/peers; `tests/peers` installs them");
+    cairn_tests::skipped("no Python packages in target/peers; `tests/peers` installs them");
     None
 }
 
