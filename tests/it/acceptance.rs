@@ -18,7 +18,7 @@ type Row = (Method, &'static str, &'static [(&'static str, &'static str)], u16, 
 const GET: Method = Method::GET;
 const POST: Method = Method::POST;
 
-const ROWS: [Row; 62] = [
+const ROWS: [Row; 61] = [
     (GET, "/allowed", &[], 200, 200),
     (GET, "/allowed?x=y", &[], 200, 200),
     (GET, "/deny", &[], 403, 403),
