@@ -6,6 +6,7 @@ mod foreign;
 mod grpc;
 mod lifecycle;
 mod outside;
+mod sequences;
 
 use crate::{Engine, EngineSettings, PluginError};
 use cairn_filter::{

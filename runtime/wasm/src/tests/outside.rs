@@ -171,6 +171,11 @@ pub(super) struct Asking {
 
 impl Asking {
     pub(super) fn new(guest: &str) -> Self {
+        Self::start_with(guest).expect("the guest starts")
+    }
+
+    /// `None` when the guest does not start.
+    pub(super) fn start_with(guest: &str) -> Option<Self> {
         let mesh = Arc::new(Mesh::default());
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_time().build().unwrap();
@@ -184,8 +189,8 @@ impl Asking {
             ..settings()
         })
         .unwrap();
-        let factory = load(&engine, guest, &plugin(FailStrategy::Close, "")).unwrap();
-        Self { host: Host { engine, factory }, mesh, _runtime: runtime }
+        let factory = load(&engine, guest, &plugin(FailStrategy::Close, "")).ok()?;
+        Some(Self { host: Host { engine, factory }, mesh, _runtime: runtime })
     }
 
     pub(super) fn start(&self) -> Run {
