@@ -198,6 +198,11 @@ pub const CODES: &[Code] = &[
         "Rename one of them.",
     ),
     error(
+        "secret-not-found",
+        "A plugin names a pull secret that is not there, or holds no docker configuration.",
+        "Add a Secret of type kubernetes.io/dockerconfigjson to the plugin's namespace.",
+    ),
+    error(
         "selector-and-target-refs",
         "A policy has both a selector and targetRefs.",
         "Make two policies: one for ztunnels, one for waypoints.",

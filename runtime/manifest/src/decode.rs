@@ -5,6 +5,7 @@ mod gateway;
 mod plugin;
 pub(crate) mod policy;
 mod provider;
+mod pull_secret;
 mod request_authentication;
 mod route;
 mod settings;
@@ -45,6 +46,7 @@ pub fn resource_key(group: &str, kind: &str, name: &ResourceName) -> Option<Reso
         ("security.istio.io", "RequestAuthentication") => Kind::RequestAuthentication,
         ("telemetry.istio.io", "Telemetry") => Kind::Telemetry,
         ("extensions.istio.io", "WasmPlugin") => Kind::WasmPlugin,
+        ("", "Secret") => Kind::PullSecret,
         (_, _) if is_settings && &*name.namespace == "istio-system" => Kind::MeshConfig,
         _ => return None,
     };
@@ -71,6 +73,7 @@ pub fn decode(object: &Object, settings: &MeshSettings) -> Decoded {
             }
             Kind::Telemetry => telemetry::decode(object, &key, settings, &mut findings),
             Kind::WasmPlugin => plugin::decode(object, &key, settings, &mut findings),
+            Kind::PullSecret => pull_secret::decode(object, &mut findings),
             Kind::MeshConfig => settings::decode(object, settings, &mut findings),
         }
     };
@@ -83,9 +86,12 @@ fn unreadable(object: &Object, key: &ResourceKey, reason: &str) -> Vec<Change> {
         Kind::AuthorizationPolicy | Kind::RequestAuthentication | Kind::WasmPlugin => {
             vec![unenforceable(object, key, Vec::new(), format!("it cannot be read: {reason}"))]
         }
-        Kind::Gateway | Kind::HttpRoute | Kind::VirtualService | Kind::Telemetry | Kind::MeshConfig => {
-            Vec::new()
-        }
+        Kind::Gateway
+        | Kind::HttpRoute
+        | Kind::VirtualService
+        | Kind::PullSecret
+        | Kind::Telemetry
+        | Kind::MeshConfig => Vec::new(),
     }
 }
 

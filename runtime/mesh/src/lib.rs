@@ -36,7 +36,7 @@ pub use identity::{Identity, IdentityError};
 pub use name::{Kind, ResourceKey, ResourceName};
 pub use path::normalize_path;
 pub use plan::{HBONE_PORT, Plan, Refusal, Tunnel, plan, resolve_waypoint};
-pub use plugin::{FailStrategy, PluginPhase, WasmPlugin};
+pub use plugin::{FailStrategy, PluginPhase, PullPolicy, PullSecret, WasmPlugin};
 pub use policy::{
     AuthorizationPolicy, ClaimPath, Condition, CustomPolicy, HostMatch, IpMatch, MetadataKey, MetadataMatch,
     Operation, PathMatch, PolicyRule, PortMatch, ServiceAccount, Source, TargetKind, TargetRef,

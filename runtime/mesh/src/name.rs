@@ -54,6 +54,8 @@ pub enum Kind {
     Telemetry,
     /// `extensions.istio.io/v1alpha1 WasmPlugin`.
     WasmPlugin,
+    /// A Secret of type `kubernetes.io/dockerconfigjson`.
+    PullSecret,
     /// Mesh settings: the ConfigMap `istio`.
     MeshConfig,
 }

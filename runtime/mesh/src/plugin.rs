@@ -1,6 +1,7 @@
 //! WebAssembly plugins (`extensions.istio.io/v1alpha1 WasmPlugin`).
 
 use crate::{ResourceName, TargetRef};
+use std::fmt;
 use std::sync::Arc;
 
 /// When a plugin runs among the built-in filters.
@@ -29,6 +30,31 @@ pub enum FailStrategy {
     Reload,
 }
 
+/// When a module that was fetched before is asked for again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PullPolicy {
+    /// Never.
+    IfNotPresent,
+    /// Whenever the plugin is loaded.
+    Always,
+}
+
+/// Who to say that we are to registries: a Secret of type `kubernetes.io/dockerconfigjson`.
+#[derive(Clone, PartialEq, Eq)]
+pub struct PullSecret {
+    /// Its name.
+    pub name: ResourceName,
+    /// The docker configuration, JSON.
+    pub config: Arc<str>,
+}
+
+impl fmt::Debug for PullSecret {
+    /// Names it only.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PullSecret").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
 /// One plugin.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WasmPlugin {
@@ -36,10 +62,14 @@ pub struct WasmPlugin {
     pub name: ResourceName,
     /// What it attaches to; empty: it selects workloads by label, which no waypoint is.
     pub targets: Vec<TargetRef>,
-    /// Where its module is: `file:///…`.
+    /// Where its module is: `file:///…`, `http(s)://…` or `oci://…`; without a scheme it is an image.
     pub url: Arc<str>,
-    /// The module's SHA-256 in lower-case hex, if pinned.
+    /// The SHA-256 in lower-case hex of the module, or of the image's manifest, if pinned.
     pub sha256: Option<Arc<str>>,
+    /// When it is asked for again; unset: as its URL suggests.
+    pub pull_policy: Option<PullPolicy>,
+    /// The [`PullSecret`] of its namespace that it is asked for with.
+    pub pull_secret: Option<Arc<str>>,
     /// The root id that the module registers its context under.
     pub plugin_name: Arc<str>,
     /// Its configuration as JSON text; empty without one.
@@ -52,4 +82,6 @@ pub struct WasmPlugin {
     pub fail_strategy: FailStrategy,
     /// Environment variables given to the module.
     pub env: Vec<(Arc<str>, Arc<str>)>,
+    /// Environment variables of the proxy that it is to be given too.
+    pub host_env: Vec<Arc<str>>,
 }

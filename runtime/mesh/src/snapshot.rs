@@ -2,8 +2,8 @@
 
 use crate::{
     Authorization, AuthorizationPolicy, CustomPolicy, Health, HealthPolicy, HttpRoute, MeshSettings,
-    NetworkAddress, PortMapping, RequestAuthentication, ResourceKey, ResourceName, Service, Sharded,
-    TelemetryPolicy, TextMatch, Unenforceable, WasmPlugin, Workload,
+    NetworkAddress, PortMapping, PullSecret, RequestAuthentication, ResourceKey, ResourceName, Service,
+    Sharded, TelemetryPolicy, TextMatch, Unenforceable, WasmPlugin, Workload,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -76,6 +76,8 @@ pub struct L7 {
     pub custom_policies: BTreeMap<ResourceName, Arc<CustomPolicy>>,
     /// Plugins.
     pub plugins: BTreeMap<ResourceName, Arc<WasmPlugin>>,
+    /// Who we say that we are to registries.
+    pub pull_secrets: BTreeMap<ResourceName, Arc<PullSecret>>,
     /// Telemetry resources.
     pub telemetry: BTreeMap<ResourceName, Arc<TelemetryPolicy>>,
     /// Resources that are attached and cannot be enforced.

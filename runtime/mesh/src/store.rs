@@ -2,7 +2,7 @@
 
 use crate::snapshot::{Endpoint, ServiceState};
 use crate::{
-    Authorization, AuthorizationPolicy, CustomPolicy, HttpRoute, MeshSettings, NetworkAddress,
+    Authorization, AuthorizationPolicy, CustomPolicy, HttpRoute, MeshSettings, NetworkAddress, PullSecret,
     RequestAuthentication, ResourceKey, ResourceName, Scope, Service, Snapshot, TelemetryPolicy, TextMatch,
     Unenforceable, WasmPlugin, Workload,
 };
@@ -38,6 +38,8 @@ pub enum Change {
     CustomPolicy(CustomPolicy),
     /// A plugin is there, or changed.
     Plugin(WasmPlugin),
+    /// Who we say that we are to registries is known, or changed.
+    PullSecret(PullSecret),
     /// A Telemetry resource is there, or changed.
     Telemetry(TelemetryPolicy),
     /// A resource is attached that cannot be enforced. It replaces the enforceable form of the same name.
@@ -164,6 +166,10 @@ impl Store {
                     self.l7_without(ResourceKey { kind: crate::Kind::WasmPlugin, name: plugin.name.clone() });
                 l7.plugins.insert(plugin.name.clone(), Arc::new(plugin));
             }
+            Change::PullSecret(secret) => {
+                let l7 = Arc::make_mut(&mut self.current.l7);
+                l7.pull_secrets.insert(secret.name.clone(), Arc::new(secret));
+            }
             Change::Telemetry(policy) => {
                 let name = policy.name.clone();
                 let l7 = self.l7_without(ResourceKey { kind: crate::Kind::Telemetry, name: name.clone() });
@@ -190,6 +196,7 @@ impl Store {
             }
             crate::Kind::RequestAuthentication => drop(l7.authentications.remove(&key.name)),
             crate::Kind::WasmPlugin => drop(l7.plugins.remove(&key.name)),
+            crate::Kind::PullSecret => drop(l7.pull_secrets.remove(&key.name)),
             crate::Kind::Telemetry => drop(l7.telemetry.remove(&key.name)),
             crate::Kind::Gateway if l7.gateway.as_ref() == Some(&key.name) => {
                 (l7.gateway, l7.explain_to) = (None, Arc::default());

@@ -112,12 +112,15 @@ fn plugin(config: &str) -> WasmPlugin {
         targets: Vec::new(),
         url: "".into(),
         sha256: None,
+        pull_policy: None,
+        pull_secret: None,
         plugin_name: "".into(),
         config: config.into(),
         phase: PluginPhase::Unspecified,
         priority: 0,
         fail_strategy: FailStrategy::Close,
         env: Vec::new(),
+        host_env: Vec::new(),
     }
 }
 

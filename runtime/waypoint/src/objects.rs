@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use std::sync::Arc;
 
 /// The types that a waypoint subscribes to, beside workloads and services.
-pub const OBJECT_TYPES: [&str; 8] = [
+pub const OBJECT_TYPES: [&str; 9] = [
     "mesh.istio.io/v1alpha1/MeshConfig",
     "gateway.networking.k8s.io/v1/Gateway",
     "gateway.networking.k8s.io/v1/HTTPRoute",
@@ -16,6 +16,7 @@ pub const OBJECT_TYPES: [&str; 8] = [
     "security.istio.io/v1/RequestAuthentication",
     "telemetry.istio.io/v1/Telemetry",
     "extensions.istio.io/v1alpha1/WasmPlugin",
+    "/v1/Secret",
 ];
 
 /// The annotation by which the control plane says that a document could not be read, and why: its target is refused

@@ -5,7 +5,7 @@ use crate::diagnostic::Severity;
 use crate::field::FieldPath;
 use crate::object::Object;
 use crate::reader::{Entries, Findings, Node};
-use cairn_mesh::{Change, FailStrategy, MeshSettings, PluginPhase, ResourceKey, WasmPlugin};
+use cairn_mesh::{Change, FailStrategy, MeshSettings, PluginPhase, PullPolicy, ResourceKey, WasmPlugin};
 use serde_json::{Number, Value};
 use std::sync::Arc;
 
@@ -13,6 +13,7 @@ use std::sync::Arc;
 const NAME_LEN_MAX: usize = 256;
 const ENV_MAX: usize = 256;
 const ENV_VALUE_LEN_MAX: usize = 2048;
+const SECRET_NAME_LEN_MAX: usize = 253;
 
 const KNOWN: [&str; 16] = [
     "selector",
@@ -58,11 +59,14 @@ pub(super) fn decode(
         node.integer(i64::from(i32::MIN)..=i64::from(i32::MAX), findings)
             .and_then(|number| i32::try_from(number).ok())
     });
+    let (env, host_env) = env(&spec, findings);
     let plugin = WasmPlugin {
         name: object.name.clone(),
         targets: attachment.targets.clone(),
-        url: url(&spec, &mut obstacle, findings),
+        url: url(&spec, findings),
         sha256: sha256(&spec, findings),
+        pull_policy: pull_policy(&spec, findings),
+        pull_secret: pull_secret(&spec, findings),
         plugin_name: plugin_name(&spec, findings),
         config: config(&spec, findings),
         phase: spec.get("phase").and_then(|node| node.choice(&PHASES, findings)).unwrap_or_default(),
@@ -71,11 +75,12 @@ pub(super) fn decode(
             .get("failStrategy")
             .and_then(|node| node.choice(&STRATEGIES, findings))
             .unwrap_or_default(),
-        env: env(&spec, &mut obstacle, findings),
+        env,
+        host_env,
     };
     plugin_type(&spec, &mut obstacle, findings);
     let runs = selects_servers(&spec, &mut obstacle, findings);
-    unused_fields(&spec, findings);
+    unused_fields(&spec, &plugin, findings);
     if findings.broken {
         return refusal(object, key, &attachment, findings);
     }
@@ -104,7 +109,8 @@ pub(super) fn decode(
 /// Why a plugin that is well written cannot run here, and where that is written.
 type Obstacle = Option<(FieldPath, String)>;
 
-fn url(spec: &Entries<'_>, obstacle: &mut Obstacle, findings: &mut Findings) -> Arc<str> {
+/// The module's URL. That of an image is held against the grammar of references where it is fetched.
+fn url(spec: &Entries<'_>, findings: &mut Findings) -> Arc<str> {
     let Some(node) = spec.require("url", findings) else { return "".into() };
     let Some(text) = node.filled(findings) else { return "".into() };
     match text.split_once("://") {
@@ -112,8 +118,11 @@ fn url(spec: &Entries<'_>, obstacle: &mut Obstacle, findings: &mut Findings) -> 
         Some(("file", _)) => {
             findings.refuse("invalid-value", &node.at, "a file is named by its whole path, `file:///…`");
         }
+        Some(("http" | "https" | "oci", rest)) if !rest.is_empty() && !rest.contains(char::is_whitespace) => {
+        }
+        None if !text.contains(char::is_whitespace) => {}
         Some(("http" | "https" | "oci", _)) | None => {
-            *obstacle = Some((node.at, "fetching modules is not supported yet, only `file:///…`".to_owned()));
+            findings.refuse("invalid-value", &node.at, "is not the URL of a module");
         }
         Some((scheme, _)) => {
             findings.refuse(
@@ -168,9 +177,12 @@ fn whole_numbers(value: &mut Value) {
     }
 }
 
-fn env(spec: &Entries<'_>, obstacle: &mut Obstacle, findings: &mut Findings) -> Vec<(Arc<str>, Arc<str>)> {
-    let Some(vm_config) = spec.get("vmConfig") else { return Vec::new() };
-    let mut env: Vec<(Arc<str>, Arc<str>)> = Vec::new();
+/// The variables with their values, and the names of those that the proxy's own environment gives.
+type Env = (Vec<(Arc<str>, Arc<str>)>, Vec<Arc<str>>);
+
+fn env(spec: &Entries<'_>, findings: &mut Findings) -> Env {
+    let Some(vm_config) = spec.get("vmConfig") else { return Env::default() };
+    let (mut env, mut host_env) = Env::default();
     for node in vm_config.map(&["env"], findings).bounded_list("env", ENV_MAX, findings) {
         let entries = node.map(&["name", "value", "valueFrom"], findings);
         let name =
@@ -179,19 +191,41 @@ fn env(spec: &Entries<'_>, obstacle: &mut Obstacle, findings: &mut Findings) -> 
         let from_host = entries
             .get("valueFrom")
             .and_then(|node| node.choice(&[("INLINE", false), ("HOST", true)], findings));
-        if from_host == Some(true) {
-            let reason = "environment variables of the proxy are not given to plugins".to_owned();
-            *obstacle = Some((entries.at.key("valueFrom"), reason));
-        }
         if name.len() > NAME_LEN_MAX || value.len() > ENV_VALUE_LEN_MAX {
             findings.refuse("invalid-value", &node.at, "name or value is too long");
         }
-        if env.iter().any(|(known, _)| **known == *name) {
+        if env.iter().map(|(known, _)| known).chain(&host_env).any(|known: &Arc<str>| **known == *name) {
             findings.refuse("invalid-value", &node.at, format!("`{name}` is set twice"));
         }
-        env.push((name.into(), value.into()));
+        if from_host == Some(true) {
+            if !value.is_empty() {
+                let reason = "must be empty: the value is the proxy's";
+                findings.refuse("invalid-value", &entries.at.key("value"), reason);
+            }
+            host_env.push(name.into());
+        } else {
+            env.push((name.into(), value.into()));
+        }
     }
-    env
+    (env, host_env)
+}
+
+fn pull_policy(spec: &Entries<'_>, findings: &mut Findings) -> Option<PullPolicy> {
+    const POLICIES: [(&str, Option<PullPolicy>); 3] = [
+        ("UNSPECIFIED_POLICY", None),
+        ("IfNotPresent", Some(PullPolicy::IfNotPresent)),
+        ("Always", Some(PullPolicy::Always)),
+    ];
+    spec.get("imagePullPolicy").and_then(|node| node.choice(&POLICIES, findings)).flatten()
+}
+
+fn pull_secret(spec: &Entries<'_>, findings: &mut Findings) -> Option<Arc<str>> {
+    let node = spec.get("imagePullSecret")?;
+    let name = node.text(findings).filter(|name| !name.is_empty())?;
+    if name.len() > SECRET_NAME_LEN_MAX {
+        findings.refuse("invalid-value", &node.at, format!("is longer than {SECRET_NAME_LEN_MAX} bytes"));
+    }
+    Some(name.into())
 }
 
 fn plugin_type(spec: &Entries<'_>, obstacle: &mut Obstacle, findings: &mut Findings) {
@@ -218,11 +252,17 @@ fn selects_servers(spec: &Entries<'_>, obstacle: &mut Obstacle, findings: &mut F
     runs
 }
 
-/// Fields that mean something only for modules that are fetched, which is said of the url.
-fn unused_fields(spec: &Entries<'_>, findings: &mut Findings) {
-    for key in ["imagePullPolicy", "imagePullSecret", "verificationKey"] {
-        if let Some(node) = spec.get(key) {
-            node.text(findings);
-        }
+/// Fields without a meaning, here or for this module.
+fn unused_fields(spec: &Entries<'_>, plugin: &WasmPlugin, findings: &mut Findings) {
+    if let Some(node) = spec.get("verificationKey")
+        && node.text(findings).is_some_and(|key| !key.is_empty())
+    {
+        let reason = "signatures of modules are not verified, here or in Istio; `sha256` pins the module";
+        findings.note(Severity::Warning, "no-effect", &node.at, reason);
+    }
+    let is_image = !plugin.url.contains("://") || plugin.url.starts_with("oci://");
+    if let Some(node) = spec.get("imagePullSecret").filter(|_| !is_image && plugin.pull_secret.is_some()) {
+        let reason = "only registries of images are told who asks";
+        findings.note(Severity::Warning, "no-effect", &node.at, reason);
     }
 }

@@ -4,8 +4,8 @@ use super::*;
 use crate::testing::{object, short};
 use cairn_mesh::{
     AuthorizationPolicy, BackendKind, Condition, FailStrategy, HttpRoute, MetadataKey, MetadataMatch,
-    PathMatch, PathNormalization, PathRewrite, PathRule, PluginPhase, PolicyAction, RequestPrincipal,
-    RouteFilter, TargetKind, TextMatch, ValueMatch, Values, WasmPlugin,
+    PathMatch, PathNormalization, PathRewrite, PathRule, PluginPhase, PolicyAction, PullPolicy,
+    RequestPrincipal, RouteFilter, TargetKind, TextMatch, ValueMatch, Values, WasmPlugin,
 };
 
 fn read(head: &str, spec: &str) -> Decoded {
@@ -505,7 +505,7 @@ fn every_field_of_a_plugin_is_read() {
     let plugin = the_plugin(plugin(&format!(
         "{TARGET}url: file:///p.wasm\nsha256: {hash}\nphase: AUTHN\npriority: 10.0\nfailStrategy: FAIL_RELOAD\npluginName: \
          root\npluginConfig: {{limit: 1.0, ratio: 0.5, list: [true, null]}}\nvmConfig: {{env: [{{name: A, value: \
-         b}}]}}\nmatch: [{{mode: SERVER}}]\ntype: HTTP\n"
+         b}}, {{name: H, valueFrom: HOST}}]}}\nimagePullPolicy: Always\nmatch: [{{mode: SERVER}}]\ntype: HTTP\n"
     )));
     assert_eq!(&*plugin.url, "file:///p.wasm");
     assert_eq!(plugin.sha256.as_deref(), Some(hash.as_str()));
@@ -516,6 +516,8 @@ fn every_field_of_a_plugin_is_read() {
     assert_eq!(&*plugin.plugin_name, "root");
     assert_eq!(&*plugin.config, r#"{"limit":1,"ratio":0.5,"list":[true,null]}"#);
     assert_eq!((&*plugin.env[0].0, &*plugin.env[0].1), ("A", "b"));
+    assert_eq!((plugin.env.len(), plugin.host_env.as_slice()), (1, &["H".into()][..]));
+    assert_eq!((plugin.pull_policy, plugin.pull_secret), (Some(PullPolicy::Always), None));
 }
 
 #[test]
@@ -524,16 +526,57 @@ fn an_unset_priority_is_the_lowest() {
 }
 
 #[test]
+fn modules_come_from_registries_and_servers() {
+    for url in
+        ["oci://reg.example/p:v1", "reg.example/p:v1", "https://files.example/p.wasm", "http://f/p.wasm"]
+    {
+        let plugin = the_plugin(plugin(&format!("{TARGET}url: {url}")));
+        assert_eq!((&*plugin.url, plugin.pull_policy, plugin.pull_secret), (url, None, None));
+    }
+    let secret = the_plugin(plugin(&format!("{TARGET}url: reg.example/p\nimagePullSecret: login")));
+    assert_eq!(secret.pull_secret.as_deref(), Some("login"));
+    for (spec, expected) in [
+        ("url: file:///p\nimagePullSecret: login", "warning no-effect spec.imagePullSecret"),
+        ("url: reg.example/p\nverificationKey: k", "warning no-effect spec.verificationKey"),
+    ] {
+        let decoded = plugin(&format!("{TARGET}{spec}"));
+        assert_eq!(shorts(&decoded), [expected]);
+        assert!(matches!(decoded.changes.as_slice(), [Change::Plugin(_)]), "{spec}");
+    }
+}
+
+#[test]
+fn pull_secrets_are_read_and_what_is_in_them_not_said() {
+    let secret = |rest: &str| {
+        let head = "apiVersion: v1\nkind: Secret\nmetadata: {name: login, namespace: n}\n";
+        decode(&object(&format!("{head}{rest}")), &MeshSettings::default())
+    };
+    let typed = "type: kubernetes.io/dockerconfigjson\n";
+    for data in [
+        r#"data: {.dockerconfigjson: eyJhdXRocyI6IHt9fQ==}"#,
+        r#"stringData: {.dockerconfigjson: '{"auths": {}}'}"#,
+    ] {
+        let decoded = secret(&format!("{typed}{data}"));
+        assert_eq!(shorts(&decoded), [""; 0]);
+        let [Change::PullSecret(found)] = decoded.changes.as_slice() else { panic!("{decoded:?}") };
+        assert_eq!(&*found.config, r#"{"auths": {}}"#);
+        assert!(!format!("{decoded:?}").contains("auths"));
+    }
+    assert!(secret("type: Opaque\ndata: {.dockerconfigjson: eyJhdXRocyI6IHt9fQ==}").changes.is_empty());
+    for (rest, expected) in [
+        ("data: {other: eA==}", "error missing-field data"),
+        ("data: {.dockerconfigjson: c2VjcmV0}", "error invalid-value data"),
+        ("data: {.dockerconfigjson: '?'}", "error invalid-value data"),
+    ] {
+        let said = shorts(&secret(&format!("{typed}{rest}")));
+        assert!(said.len() == 1 && said[0].starts_with(expected), "{said:?}");
+    }
+}
+
+#[test]
 fn a_plugin_that_cannot_run_refuses_its_targets_unless_it_may_be_missing() {
     for (name, spec, field) in [
-        ("oci", "url: oci://reg.example/p:v1", "spec.url"),
-        ("no scheme is oci", "url: reg.example/p:v1", "spec.url"),
         ("network", "url: file:///p.wasm\ntype: NETWORK", "spec.type"),
-        (
-            "host variable",
-            "url: file:///p.wasm\nvmConfig: {env: [{name: A, valueFrom: HOST}]}",
-            "spec.vmConfig.env[0].valueFrom",
-        ),
         ("ports", "url: file:///p.wasm\nmatch: [{ports: [{number: 80}]}]", "spec.match[0].ports"),
     ] {
         let decoded = plugin(&format!("{TARGET}{spec}"));
@@ -551,6 +594,18 @@ fn wrong_plugins_are_refused_at_the_exact_field() {
         ("no url", "phase: AUTHN", "missing-field spec"),
         ("relative file", "url: file://p.wasm", "invalid-value spec.url"),
         ("unknown scheme", "url: ftp://a/b", "invalid-value spec.url"),
+        ("an image with spaces", "url: oci://reg.example/a b", "invalid-value spec.url"),
+        ("no image", "url: oci://", "invalid-value spec.url"),
+        (
+            "unknown pull policy",
+            "url: file:///p\nimagePullPolicy: Never",
+            "invalid-value spec.imagePullPolicy",
+        ),
+        (
+            "a value for a variable of the proxy's",
+            "url: file:///p\nvmConfig: {env: [{name: A, value: b, valueFrom: HOST}]}",
+            "invalid-value spec.vmConfig.env[0].value",
+        ),
         ("short digest", "url: file:///p\nsha256: abc", "invalid-value spec.sha256"),
         ("unknown phase", "url: file:///p\nphase: LATER", "invalid-value spec.phase"),
         ("unknown field", "url: file:///p\npluginconfig: {}", "unknown-field spec.pluginconfig"),

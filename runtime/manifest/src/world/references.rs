@@ -11,7 +11,7 @@ use crate::object::Object;
 use crate::reader::{Findings, Node};
 use cairn_mesh::{Kind, ResourceName, TargetKind, TargetRef};
 use serde_json::{Value, json};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What there is to refer to.
 struct Scenery<'a> {
@@ -60,12 +60,56 @@ pub(super) fn scope(
             }
             Kind::Telemetry => telemetry(scene, index, object, &scenery),
             Kind::MeshConfig => scenery.all(),
+            // Below, when it is known who gets the plugins that name it.
+            Kind::PullSecret => BTreeSet::new(),
         };
         if !gateways.is_empty() {
             scoped.push((index, gateways.into_iter().collect()));
         }
     }
+    scoped.extend(pull_secrets(scene, &scoped));
     scoped
+}
+
+/// Each pull secret goes to the waypoints of the plugins that name it, and to no other.
+fn pull_secrets(
+    scene: &mut Scene<'_>,
+    scoped: &[(usize, Vec<ResourceName>)],
+) -> Vec<(usize, Vec<ResourceName>)> {
+    let is_secret = |object: &&Object| object.is("", "Secret") && object.broken.is_none();
+    let mut wanted: BTreeMap<usize, BTreeSet<ResourceName>> = BTreeMap::new();
+    for (plugin_index, gateways) in scoped {
+        let Some(plugin) = scene.objects.get(*plugin_index).filter(|object| object.kind == "WasmPlugin")
+        else {
+            continue;
+        };
+        let named = plugin.spec.get("imagePullSecret").and_then(Value::as_str).unwrap_or_default();
+        if named.is_empty() || plugin.broken.is_some() {
+            continue;
+        }
+        let name = ResourceName::new(plugin.name.namespace.clone(), named);
+        let found = scene.objects.iter().position(|object| is_secret(&object) && object.name == name);
+        let usable = |index: &usize| {
+            let object = scene.objects.get(*index);
+            object.is_some_and(|object| !decode(object, scene.settings).changes.is_empty())
+        };
+        match found.filter(usable) {
+            Some(index) => wanted.entry(index).or_default().extend(gateways.iter().cloned()),
+            None => {
+                let reason = format!(
+                    "there is no Secret {name} of type kubernetes.io/dockerconfigjson: the registry is asked as nobody"
+                );
+                scene.note(
+                    *plugin_index,
+                    Severity::Error,
+                    "secret-not-found",
+                    &plugin.root().key("imagePullSecret"),
+                    reason,
+                );
+            }
+        }
+    }
+    wanted.into_iter().map(|(index, gateways)| (index, gateways.into_iter().collect())).collect()
 }
 
 /// The waypoints of what a policy or plugin attaches to.
