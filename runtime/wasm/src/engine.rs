@@ -1,8 +1,9 @@
 //! The engine: what all plugins of the process share, and the way from bytes to a filter factory.
 
+use crate::cache::CacheSettings;
 use crate::error::PluginError;
 use crate::host;
-use crate::load;
+use crate::loaded::{Loaded, Modules, Origin, Started, Version, compile_apart};
 use crate::metrics::Registry;
 use crate::module::{self, Module};
 use crate::places::{Places, WorkerPlace};
@@ -13,8 +14,7 @@ use crate::ticker::Ticker;
 use cairn_filter::Factory;
 use cairn_mesh::WasmPlugin;
 use std::sync::Arc;
-use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use wasmtime::{Config, Linker, OptLevel, WasmBacktraceDetails};
 
 /// How plugins run.
@@ -31,6 +31,8 @@ pub struct EngineSettings {
     pub module_bytes_max: usize,
     /// How long a plugin may hold an exchange that it paused. Default 10 s.
     pub pause_max: Duration,
+    /// Where compiled modules are kept. Default nowhere: each is compiled again when the process starts again.
+    pub cache: Option<CacheSettings>,
     /// What plugins are told about this proxy as `xds.node.*` and `node.*`: `id`, `cluster`, `metadata.NAMESPACE` and
     /// so on. Default none.
     pub node: Vec<(String, String)>,
@@ -44,6 +46,7 @@ impl Default for EngineSettings {
             memory_max: 256 << 20,
             module_bytes_max: 256 << 20,
             pause_max: Duration::from_secs(10),
+            cache: None,
             node: Vec::new(),
         }
     }
@@ -64,12 +67,11 @@ pub struct Engine {
     engine: wasmtime::Engine,
     linker: Linker<State>,
     environment: Arc<Environment>,
+    modules: Modules,
 }
 
 /// The most stack that a guest may use. Workers need that much and what the proxy itself uses.
 const STACK_BYTES_MAX: usize = 1 << 20;
-/// The stack of the thread that compiles: Cranelift recurses on deeply nested code.
-const COMPILER_STACK_BYTES: usize = 8 << 20;
 
 impl Engine {
     /// An engine with its clock running.
@@ -91,10 +93,11 @@ impl Engine {
         let mut linker = Linker::new(&engine);
         host::define(&mut linker).map_err(compile_error)?;
         let ticker = Ticker::start(engine.weak()).map_err(PluginError::Thread)?;
+        let modules = Modules::new(settings.cache.clone(), &engine)?;
         let places = Places::new(settings.places.clone());
         let environment =
             Environment { settings, metrics: Registry::default(), shared: Shared::default(), places, ticker };
-        Ok(Self { config, engine, linker, environment: Arc::new(environment) })
+        Ok(Self { config, engine, linker, environment: Arc::new(environment), modules })
     }
 
     /// Compiles a module and checks that it is a plugin. Takes as long as the module is large, about 1 s per MiB; call it
@@ -104,18 +107,47 @@ impl Engine {
     /// # Errors
     /// When it is not a module that this host can run.
     pub fn compile(&self, bytes: &[u8]) -> Result<Arc<Module>, PluginError> {
+        self.check_size(bytes)?;
+        let compiled = compile_apart(&self.config, bytes)?;
+        let module = compiled.load(&self.engine).map_err(compile_error)?;
+        module::analyze(module, &self.linker).map(Arc::new)
+    }
+
+    /// The module whose bytes have this SHA-256, if another plugin runs it or it has been compiled before and kept. Reads
+    /// files; call it where that disturbs nobody.
+    pub fn find(&self, digest: &str) -> Option<Loaded> {
+        self.modules.find(digest, &self.engine, |module| module::analyze(module, &self.linker))
+    }
+
+    /// Whether [`Engine::find`] will most likely find it.
+    pub fn has(&self, digest: &str) -> bool {
+        self.modules.has(digest)
+    }
+
+    /// The module of `bytes`, whose SHA-256 is `digest`: as [`Engine::find`] finds it, else compiled, one at a time, and
+    /// kept.
+    ///
+    /// # Errors
+    /// When it is not a module that this host can run.
+    pub fn load(&self, digest: &str, bytes: &[u8]) -> Result<Loaded, PluginError> {
+        self.check_size(bytes)?;
+        let compile = || {
+            let start = Instant::now();
+            let compiled = compile_apart(&self.config, bytes)?;
+            let module = self.modules.keep(digest, compiled, &self.engine)?;
+            let module = module::analyze(module, &self.linker)?;
+            let module = self.modules.remember(digest, module);
+            Ok(Loaded { module, origin: Origin::Compiled, took: start.elapsed() })
+        };
+        self.find(digest).map_or_else(|| self.modules.compile(|| self.find(digest), compile), Ok)
+    }
+
+    fn check_size(&self, bytes: &[u8]) -> Result<(), PluginError> {
         let bytes_max = self.environment.settings.module_bytes_max;
         if bytes.len() > bytes_max {
             return Err(PluginError::TooLarge { bytes: bytes.len(), bytes_max });
         }
-        let compile = || load::compile(&self.config, bytes).map_err(compile_error);
-        let compiled = thread::scope(|scope| {
-            let builder = thread::Builder::new().name("wasm-compile".into()).stack_size(COMPILER_STACK_BYTES);
-            let thread = builder.spawn_scoped(scope, compile).map_err(PluginError::Thread)?;
-            thread.join().unwrap_or_else(|_| Err(PluginError::Compile("the compiler panicked".into())))
-        })?;
-        let module = compiled.load(&self.engine).map_err(compile_error)?;
-        module::analyze(module, &self.linker).map(Arc::new)
+        Ok(())
     }
 
     /// Starts a plugin, one instance per worker, and returns the factory of its filters. Runs guest code for up to 10 s
@@ -124,13 +156,24 @@ impl Engine {
     /// # Errors
     /// When the plugin does not start, or refuses its configuration.
     pub fn factory(&self, module: Arc<Module>, plugin: &WasmPlugin) -> Result<Arc<dyn Factory>, PluginError> {
+        self.start(module, plugin).map(|started| started.factory)
+    }
+
+    /// The same, and tells for how long it is in use.
+    ///
+    /// # Errors
+    /// As [`Engine::factory`].
+    pub fn start(&self, module: Arc<Module>, plugin: &WasmPlugin) -> Result<Started, PluginError> {
         let plugin = Plugin::start(module, plugin, Arc::clone(&self.environment))?;
-        Ok(Arc::new(PluginFactory::new(plugin)))
+        let version = Version(Arc::downgrade(&plugin));
+        Ok(Started { factory: Arc::new(PluginFactory::new(plugin)), version })
     }
 
     /// What plugins count, and what the host counts about them, in the Prometheus text format.
     pub fn encode_metrics(&self) -> String {
-        self.environment.metrics.encode()
+        let mut text = self.environment.metrics.encode();
+        self.modules.encode(&mut text);
+        text
     }
 }
 

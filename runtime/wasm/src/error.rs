@@ -60,6 +60,9 @@ pub enum PluginError {
         /// The last lines the plugin logged.
         log: Vec<String>,
     },
+    /// The cache of compiled modules cannot be used.
+    #[error("compiled modules cannot be kept")]
+    Cache(#[from] crate::cache::CacheError),
     /// The thread that compiles could not be started.
     #[error("no thread to compile on")]
     Thread(#[source] std::io::Error),

@@ -10,6 +10,7 @@
 //! not yet, and a plugin that asks for them is told so by a status its SDK survives.
 
 mod abi;
+mod cache;
 mod delivery;
 mod engine;
 mod error;
@@ -18,6 +19,7 @@ mod heads;
 mod host;
 mod instance;
 mod load;
+mod loaded;
 mod log;
 mod metrics;
 mod module;
@@ -31,8 +33,10 @@ mod ticker;
 mod upstream;
 
 pub use abi::AbiVersion;
+pub use cache::{CacheError, CacheSettings};
 pub use engine::{Engine, EngineSettings};
 pub use error::PluginError;
+pub use loaded::{Loaded, Origin, Started, Version};
 pub use module::Module;
 pub use places::WorkerPlace;
 

@@ -4,6 +4,7 @@ mod calls;
 mod crashes;
 mod foreign;
 mod grpc;
+mod kept;
 mod lifecycle;
 mod outside;
 mod sequences;
@@ -128,12 +129,15 @@ fn plugin(fail_strategy: FailStrategy, config: &str) -> WasmPlugin {
         targets: Vec::new(),
         url: "file:///test.wasm".into(),
         sha256: None,
+        pull_policy: None,
+        pull_secret: None,
         plugin_name: "root".into(),
         config: config.into(),
         phase: PluginPhase::Unspecified,
         priority: 0,
         fail_strategy,
         env: vec![("KEY".into(), "value".into())],
+        host_env: Vec::new(),
     }
 }
 
