@@ -1,6 +1,7 @@
 //! The crate at its edge: against a server of our own, and against Debian's registry of images.
 
 mod peer;
+mod puller;
 mod registry;
 mod server;
 mod web;
