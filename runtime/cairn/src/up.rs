@@ -436,6 +436,7 @@ impl Runner {
             ("--trust-domain", gateway.identity.trust_domain().to_owned()),
             ("--service-account", gateway.identity.service_account().to_owned()),
         ];
+        flags.extend(["--state-directory".into(), self.options.state.join("waypoints").join(name).into()]);
         flags.extend(pairs.into_iter().flat_map(|(flag, value)| [OsString::from(flag), value.into()]));
         flags.extend(["--jwks-cache".into(), self.options.state.join("jwks").join(name).into()]);
         if let Some(network) = &self.network {

@@ -1,8 +1,8 @@
 //! The admin server: what the waypoint knows and what it did.
 
 use crate::Waypoint;
-use crate::explain::{Explanation, Place, Question, View, explain};
-use crate::plugins::Standing;
+use crate::explain::{self, Explanation, Place, Question, explain};
+use crate::plugins::View;
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::routing::{get, post};
@@ -14,12 +14,14 @@ use serde_json::{Value, json};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// `GET /config_dump`: destinations, their filters, plugins, certificates. `GET /exchanges`: the last exchanges, newest
+/// `GET /config_dump`: destinations, their filters, plugins, certificates. `GET /plugins`: where each plugin's module came
+/// from, how it stands, which version runs and which exchanges have not left yet. `GET /exchanges`: the last exchanges, newest
 /// first, and what decided each; `?status=403` and `?service=catalog.shop` choose among them. `GET /denials`: the last
 /// denials of each service, newest first; `?service=` chooses. `POST /explain`: what would become of a request, and why.
 pub fn router(waypoint: Arc<Waypoint>) -> Router {
     Router::new()
         .route("/config_dump", get(config_dump))
+        .route("/plugins", get(list_plugins))
         .route("/exchanges", get(exchanges))
         .route("/denials", get(denials))
         .route("/explain", post(explain_request))
@@ -37,14 +39,7 @@ async fn config_dump(State(waypoint): State<Arc<Waypoint>>) -> Json<Value> {
             .into_iter()
             .map(|(name, filters)| json!({ "destination": name, "filters": filters }))
             .collect::<Vec<_>>(),
-        "plugins": plugins.iter().map(|(name, url, standing)| {
-            let (state, reason) = match standing {
-                Standing::Ready(_, reason) => ("ready", reason.as_deref()),
-                Standing::Loading => ("loading", None),
-                Standing::Failed(reason) => ("failed", Some(&**reason)),
-            };
-            json!({ "name": name, "url": url, "state": state, "reason": reason })
-        }).collect::<Vec<_>>(),
+        "plugins": plugins.iter().map(View::brief).collect::<Vec<_>>(),
         "certificates": waypoint.certificates.list().iter().map(|certificate| json!({
             "identity": certificate.identity.as_str(),
             "serialNumber": certificate.serial,
@@ -52,6 +47,10 @@ async fn config_dump(State(waypoint): State<Arc<Waypoint>>) -> Json<Value> {
             "expirationTime": unix_seconds(certificate.not_after),
         })).collect::<Vec<_>>(),
     }))
+}
+
+async fn list_plugins(State(waypoint): State<Arc<Waypoint>>) -> Json<Value> {
+    Json(waypoint.plugin_list.load().iter().map(View::whole).collect())
 }
 
 /// Which exchanges or denials are asked for. What is not known is refused rather than ignored.
@@ -93,7 +92,7 @@ async fn explain_request(
     };
     let ours = |workload: &Workload| (workload.identity == place.identity).then_some(&place);
     // The policies of ztunnels are not sent to waypoints.
-    let view = View { snapshot: &snapshot, knows_l4: false, waypoint: &ours };
+    let view = explain::View { snapshot: &snapshot, knows_l4: false, waypoint: &ours };
     explain(&view, &question).map(Json).map_err(|error| (StatusCode::BAD_REQUEST, error.to_string()))
 }
 

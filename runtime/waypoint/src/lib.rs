@@ -20,11 +20,12 @@ pub use explain::{
     offline, refusal,
 };
 pub use objects::{BROKEN, OBJECT_TYPES};
-pub use settings::{BalancerKind, Options, Settings};
+pub use settings::{BalancerKind, Options, PluginSettings, Settings, Startup};
 
 use anyhow::{Context, bail};
 use arc_swap::ArcSwap;
 use cairn_builtin::TokenCache;
+use cairn_fetch::{Credentials, FetchSettings, Fetcher, Puller, Store, StoreSettings};
 use cairn_filter::Chain;
 use cairn_http::{Balancer, MeshCallout, RouteTable, Site, SiteHandle, Tunnels, Worker, WorkerSettings};
 use cairn_identity::{CaClient, CaSettings, CertificateSettings, Certificates};
@@ -32,16 +33,23 @@ use cairn_mesh::{AppProtocol, PathNormalization, Snapshot};
 use cairn_net::{Drain, ListenOptions};
 use cairn_process::{Operators, Pending, Readiness, Workers};
 use cairn_telemetry::{Telemetry, TelemetrySettings};
-use cairn_wasm::{Engine, EngineSettings, WorkerPlace};
+use cairn_wasm::{CacheSettings, Engine, EngineSettings, WorkerPlace};
 use cairn_xds::{FollowSettings, Mesh};
 use keys::Keyring;
-use plugins::{Plugins, Standing};
+use plugins::{Loader, LoaderSettings, Plugins};
 use scope::Own;
 use sites::{Sites, Table};
 use std::net::SocketAddr;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
+
+/// How often modules that no plugin uses are removed, as Istio's agent does.
+const TIDYING_PERIOD: Duration = Duration::from_secs(3600);
 
 /// What all connections of the process share.
 struct Waypoint {
@@ -50,7 +58,7 @@ struct Waypoint {
     /// The state that the sites were compiled from, published with them.
     snapshot: Arc<ArcSwap<Snapshot>>,
     table: ArcSwap<Table>,
-    plugin_list: ArcSwap<Vec<(String, String, Standing)>>,
+    plugin_list: ArcSwap<Vec<plugins::View>>,
     certificates: Arc<Certificates>,
     telemetry: Arc<Telemetry>,
     keyring: Arc<Keyring>,
@@ -123,22 +131,29 @@ async fn serve(settings: Settings, workers: Workers) -> anyhow::Result<()> {
         ("metadata.NAMESPACE".to_owned(), waypoint.settings.gateway.namespace.to_string()),
         ("metadata.NAME".to_owned(), waypoint.settings.gateway.name.to_string()),
     ];
+    let state = state_directory(&waypoint.settings.plugins)?;
+    let cache = state.as_ref().map(|state| CacheSettings {
+        directory: state.join("compiled"),
+        bytes_max: waypoint.settings.plugins.cache_bytes_max,
+    });
     let wasm = Arc::new(Engine::new(EngineSettings {
+        cache,
         workers: waypoint.workers.count(),
         places: places(&waypoint),
         node,
         ..Default::default()
     })?);
+    let loader = Arc::new(loader(&waypoint.settings.plugins, state, &wasm)?);
     let readiness = Readiness::default();
     let (state, plugins) = (readiness.wait_for("state"), readiness.wait_for("plugins"));
     let (certificate, listening) = (readiness.wait_for("certificate"), readiness.wait_for("listener"));
-    start_operators(&waypoint, &wasm, readiness)?;
+    start_operators(&waypoint, &wasm, &loader, readiness)?;
     let listener = cairn_net::listen(waypoint.settings.hbone, &ListenOptions::default())?;
     let mut tasks = JoinSet::new();
     tasks.spawn(Arc::clone(&waypoint.certificates).renew());
     tasks.spawn(follow(Arc::clone(&waypoint)));
     let (compiled, first) = oneshot::channel();
-    tasks.spawn(compile(Arc::clone(&waypoint), wasm, compiled, plugins));
+    tasks.spawn(compile(Arc::clone(&waypoint), loader, compiled, plugins));
     let accepting = tokio::spawn({
         let waypoint = Arc::clone(&waypoint);
         async move {
@@ -221,17 +236,61 @@ fn nobodys_site() -> SiteHandle {
     Arc::new(ArcSwap::from_pointee(nobodys))
 }
 
-fn start_operators(waypoint: &Arc<Waypoint>, wasm: &Arc<Engine>, readiness: Readiness) -> anyhow::Result<()> {
+/// Makes the directory that outlives the process, if there is to be one.
+fn state_directory(settings: &PluginSettings) -> anyhow::Result<Option<PathBuf>> {
+    let Some(directory) = &settings.state_directory else { return Ok(None) };
+    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory);
+    made.with_context(|| format!("cannot make --state-directory {}", directory.display()))?;
+    Ok(Some(directory.clone()))
+}
+
+/// Loads plugins as the settings say.
+fn loader(settings: &PluginSettings, state: Option<PathBuf>, wasm: &Arc<Engine>) -> anyhow::Result<Loader> {
+    let fetcher = Fetcher::new(FetchSettings {
+        roots: settings.registry_roots.clone(),
+        insecure_registries: settings.insecure_registries.clone(),
+        blocked: settings.blocked.clone(),
+        ..FetchSettings::default()
+    });
+    let store = Arc::new(Store::open(StoreSettings {
+        directory: state.map(|state| state.join("modules")),
+        bytes_max: settings.cache_bytes_max,
+        ..StoreSettings::default()
+    })?);
+    let credentials = match &settings.registry_credentials {
+        Some(file) => {
+            let json = std::fs::read(file);
+            let json =
+                json.with_context(|| format!("cannot read --registry-credentials {}", file.display()))?;
+            Credentials::parse(&json)?
+        }
+        None => Credentials::default(),
+    };
+    let puller = Puller::new(fetcher, Arc::clone(&store));
+    let settings = LoaderSettings { credentials, environment: settings.environment.clone() };
+    Ok(Loader::new(Arc::clone(wasm), puller, store, settings))
+}
+
+fn start_operators(
+    waypoint: &Arc<Waypoint>,
+    wasm: &Arc<Engine>,
+    loader: &Arc<Loader>,
+    readiness: Readiness,
+) -> anyhow::Result<()> {
     let at = |port| SocketAddr::new(waypoint.settings.hbone.ip(), port);
     let (telemetry, wasm) = (Arc::clone(&waypoint.telemetry), Arc::clone(wasm));
     let keyring = Arc::clone(&waypoint.keyring);
+    let (loader, listing) = (Arc::clone(loader), Arc::clone(waypoint));
     Operators {
         readiness_address: at(15021),
         metrics_address: at(15020),
         admin_address: SocketAddr::new(waypoint.settings.admin_address, 15000),
         readiness,
         metrics: Arc::new(move || {
-            telemetry.metrics.encode() + &wasm.encode_metrics() + &keyring.encode_metrics()
+            telemetry.metrics.encode()
+                + &wasm.encode_metrics()
+                + &plugins::encode_metrics(&loader, &listing.plugin_list.load())
+                + &keyring.encode_metrics()
         }),
         admin: admin::router(Arc::clone(waypoint)),
     }
@@ -252,14 +311,19 @@ async fn first_certificate(waypoint: &Waypoint, pending: Pending) {
 }
 
 /// Compiles sites whenever the mesh or a plugin changes.
-async fn compile(waypoint: Arc<Waypoint>, wasm: Arc<Engine>, first: oneshot::Sender<()>, settled: Pending) {
+async fn compile(waypoint: Arc<Waypoint>, loader: Arc<Loader>, first: oneshot::Sender<()>, settled: Pending) {
     let own = Own { gateway: waypoint.settings.gateway.clone(), address: waypoint.settings.hbone.ip() };
     let observers = observers::Observers::new(&waypoint);
     let mut sites = Sites::new(own, Arc::clone(&waypoint.keyring), observers);
-    let (mut plugins, mut finished) = Plugins::new(wasm);
+    let (mut plugins, mut events) = Plugins::new(loader);
     let mut changes = waypoint.mesh.changes();
     waypoint.mesh.ready().await;
     let (mut first, mut settled) = (Some(first), Some(settled));
+    let PluginSettings { startup, wait, .. } = waypoint.settings.plugins;
+    // A plugin that takes long keeps only those from being served that use it.
+    let mut patience = pin!(tokio::time::sleep(wait));
+    let mut tidying = tokio::time::interval(TIDYING_PERIOD);
+    tidying.reset();
     loop {
         changes.borrow_and_update();
         let snapshot = waypoint.mesh.snapshot();
@@ -272,17 +336,24 @@ async fn compile(waypoint: Arc<Waypoint>, wasm: Arc<Engine>, first: oneshot::Sen
             // Nobody waits any more when the waypoint is ending.
             let _ending = first.send(());
         }
-        if plugins.settled()
+        if plugins.settled(startup)
             && let Some(settled) = settled.take()
         {
             settled.done();
         }
         tokio::select! {
             changed = changes.changed() => if changed.is_err() { return },
-            ended = finished.recv() => match ended {
-                Some(ended) => plugins.take(ended),
+            event = events.recv() => match event {
+                Some(event) => plugins.take(event),
                 None => return,
             },
+            () = &mut patience, if settled.is_some() && startup == Startup::Wait => {
+                tracing::warn!("plugins are still being loaded, and the waypoint does not wait for them");
+                if let Some(settled) = settled.take() {
+                    settled.done();
+                }
+            }
+            _ = tidying.tick() => plugins.purge(),
         }
     }
 }

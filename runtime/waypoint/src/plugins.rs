@@ -1,65 +1,33 @@
 //! The plugins of this waypoint: loaded in the background, swapped in when they are ready, kept when their next version
 //! is not.
 
+mod loader;
+mod metrics;
+mod view;
+
+pub use loader::{Event, Loader, LoaderSettings};
+pub use metrics::encode_metrics;
+pub use view::View;
+
+use crate::settings::Startup;
+use cairn_fetch::Digest;
 use cairn_filter::Factory;
-use cairn_mesh::{ResourceName, WasmPlugin};
-use cairn_wasm::{Engine, Module};
-use parking_lot::Mutex;
-use sha2::{Digest, Sha256};
+use cairn_mesh::{L7, PullSecret, ResourceName, WasmPlugin};
+use cairn_wasm::{Origin, Version};
+use loader::Outcome;
 use std::collections::HashMap;
-use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
 
-/// Modules up to this size are read (facts: Istio's agent has the same bound).
-const MODULE_BYTES_MAX: u64 = 256 * 1024 * 1024;
-
-/// Compiled modules kept for other plugins and for later versions of the same configuration.
-const MODULES_MAX: usize = 64;
-
-/// Loads finished and not yet taken up.
-const FINISHED_MAX: usize = 64;
-
-/// Why a plugin is not running.
-#[derive(Debug, thiserror::Error)]
-pub enum LoadError {
-    /// Its URL is of a kind that cannot be fetched yet.
-    #[error("url `{0}` is not a file:// URL; other sources cannot be fetched yet")]
-    Scheme(String),
-    /// Its module cannot be read.
-    #[error("cannot read module {path}")]
-    Read {
-        /// The file.
-        path: String,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
-    /// Its module is larger than [`MODULE_BYTES_MAX`].
-    #[error("module {path} has {bytes} bytes; at most {MODULE_BYTES_MAX} are read")]
-    Size {
-        /// The file.
-        path: String,
-        /// How many.
-        bytes: u64,
-    },
-    /// Its module is not the one that was pinned.
-    #[error("module has sha256 {actual}, the plugin wants {wanted}")]
-    Digest {
-        /// What was read.
-        actual: String,
-        /// What was asked for.
-        wanted: Arc<str>,
-    },
-    /// The module does not start.
-    #[error(transparent)]
-    Plugin(#[from] cairn_wasm::PluginError),
-}
+/// What loaders say and nobody has heard yet.
+const EVENTS_MAX: usize = 64;
 
 /// How a plugin stands.
 #[derive(Clone)]
 pub enum Standing {
-    /// It runs; if its latest version could not be loaded, this is the one before, with the reason.
+    /// It runs; if its latest version could not be had, this is the one before, with the reason.
     Ready(Arc<dyn Factory>, Option<Arc<str>>),
     /// It is being loaded for the first time.
     Loading,
@@ -67,24 +35,53 @@ pub enum Standing {
     Failed(Arc<str>),
 }
 
+/// The version of a plugin that runs.
+#[derive(Clone)]
+pub struct Running {
+    /// Counts the versions of the plugin, from 1.
+    pub number: u64,
+    /// The module's digest.
+    pub digest: Digest,
+    /// The digest of the manifest of the image that it came in.
+    pub manifest: Option<Digest>,
+    /// Where its code came from.
+    pub origin: Origin,
+    /// How long that took.
+    pub module_took: Duration,
+    /// How long its instances took to start.
+    pub start_took: Duration,
+    /// Since when it runs.
+    pub since: SystemTime,
+    /// Tells whether exchanges are in it.
+    pub version: Version,
+}
+
 struct Plugin {
     wanted: Arc<WasmPlugin>,
+    secret: Option<Arc<PullSecret>>,
     standing: Standing,
-    loading: bool,
+    running: Option<Running>,
+    /// Versions that exchanges which had begun may still be in.
+    draining: Vec<Running>,
+    /// The version that is wanted has been tried.
+    tried: bool,
+    /// When it will be tried again.
+    retry: Option<Duration>,
+    /// Counts the versions that ran.
+    versions: u64,
+    loader: AbortHandle,
 }
 
-/// A load that has ended.
-pub struct Finished {
-    spec: Arc<WasmPlugin>,
-    result: Result<Arc<dyn Factory>, LoadError>,
+impl Drop for Plugin {
+    fn drop(&mut self) {
+        self.loader.abort();
+    }
 }
-
-type Modules = Mutex<HashMap<String, Arc<Module>>>;
 
 /// Where sites find plugins.
 pub trait PluginSource {
-    /// Makes the plugins be `wanted`: new ones and new versions start to load, others are forgotten.
-    fn want(&mut self, wanted: &mut dyn Iterator<Item = &Arc<WasmPlugin>>);
+    /// Makes the plugins be those of `l7`: new ones and new versions start to load, others are forgotten.
+    fn want(&mut self, l7: &L7);
 
     /// How a plugin stands.
     fn standing(&self, name: &ResourceName) -> Standing;
@@ -92,49 +89,65 @@ pub trait PluginSource {
 
 /// The plugins of this waypoint, by name.
 pub struct Plugins {
-    engine: Arc<Engine>,
-    modules: Arc<Modules>,
+    loader: Arc<Loader>,
     plugins: HashMap<ResourceName, Plugin>,
-    finished: mpsc::Sender<Finished>,
+    events: mpsc::Sender<Event>,
 }
 
 impl Plugins {
-    /// None yet. Ended loads arrive at the receiver, to be given to [`Plugins::take`].
-    pub fn new(engine: Arc<Engine>) -> (Self, mpsc::Receiver<Finished>) {
-        let (finished, receiver) = mpsc::channel(FINISHED_MAX);
-        (Self { engine, modules: Arc::default(), plugins: HashMap::new(), finished }, receiver)
+    /// None yet. What loaders say arrives at the receiver, to be given to [`Plugins::take`].
+    pub fn new(loader: Arc<Loader>) -> (Self, mpsc::Receiver<Event>) {
+        let (events, receiver) = mpsc::channel(EVENTS_MAX);
+        (Self { loader, plugins: HashMap::new(), events }, receiver)
     }
 
-    /// Whether every plugin has been tried.
-    pub fn settled(&self) -> bool {
-        self.plugins.values().all(|plugin| !plugin.loading)
+    /// Whether the waypoint may take traffic, as far as plugins go.
+    pub fn settled(&self, startup: Startup) -> bool {
+        match startup {
+            Startup::Serve => true,
+            Startup::Wait => self.plugins.values().all(|plugin| plugin.tried),
+            Startup::Require => {
+                self.plugins.values().all(|plugin| matches!(plugin.standing, Standing::Ready(..)))
+            }
+        }
     }
 
-    /// All plugins: name, module's URL, and how it stands.
-    pub fn list(&self) -> Vec<(String, String, Standing)> {
-        let view = |plugin: &Plugin| {
-            (plugin.wanted.name.to_string(), plugin.wanted.url.to_string(), plugin.standing.clone())
-        };
-        let mut list: Vec<_> = self.plugins.values().map(view).collect();
-        list.sort_by(|a, b| a.0.cmp(&b.0));
+    /// All plugins, in order of their names.
+    pub fn list(&mut self) -> Vec<View> {
+        for plugin in self.plugins.values_mut() {
+            plugin.draining.retain(|old| old.version.is_in_use());
+        }
+        let mut list: Vec<View> = self.plugins.values().map(View::new).collect();
+        list.sort_by(|a, b| a.name.cmp(&b.name));
         list
     }
 
-    /// Takes up a load that ended. One of a version that is no longer wanted is dropped.
-    pub fn take(&mut self, finished: Finished) {
-        let name = &finished.spec.name;
-        let Some(plugin) = self.plugins.get_mut(name).filter(|plugin| plugin.wanted == finished.spec) else {
-            return;
-        };
-        plugin.loading = false;
-        match finished.result {
-            Ok(factory) => {
-                tracing::info!(plugin = %name, "plugin ready");
-                plugin.standing = Standing::Ready(factory, None);
+    /// Takes up what a loader says. What it says of a version that is no longer wanted is dropped.
+    pub fn take(&mut self, event: Event) {
+        let name = &event.spec.name;
+        let is_wanted = |plugin: &&mut Plugin| Arc::ptr_eq(&plugin.wanted, &event.spec);
+        let Some(plugin) = self.plugins.get_mut(name).filter(is_wanted) else { return };
+        (plugin.tried, plugin.retry) = (true, event.retry);
+        match event.outcome {
+            Outcome::Ready(loaded, note) => {
+                plugin.versions += 1;
+                let running = Running { number: plugin.versions, ..loaded.running };
+                tracing::info!(
+                    plugin = %name, sha256 = %running.digest, origin = running.origin.as_str(), version = running.number,
+                    module_ms = running.module_took.as_millis() as u64, start_ms = running.start_took.as_millis() as u64,
+                    "plugin ready"
+                );
+                plugin.draining.retain(|old| old.version.is_in_use());
+                plugin.draining.extend(plugin.running.replace(running));
+                plugin.standing = Standing::Ready(loaded.factory, note);
             }
-            Err(error) => {
-                let reason: Arc<str> = chain(&error).into();
-                tracing::error!(plugin = %name, %reason, "plugin not loaded");
+            Outcome::Unchanged(note) => {
+                if let Standing::Ready(_, reason) = &mut plugin.standing {
+                    *reason = note;
+                }
+            }
+            Outcome::Failed(reason) => {
+                tracing::error!(plugin = %name, %reason, retry = ?event.retry, "plugin not loaded");
                 plugin.standing = match &plugin.standing {
                     Standing::Ready(before, _) => Standing::Ready(Arc::clone(before), Some(reason)),
                     Standing::Loading | Standing::Failed(_) => Standing::Failed(reason),
@@ -143,31 +156,66 @@ impl Plugins {
         }
     }
 
-    fn start_load(&self, spec: Arc<WasmPlugin>) {
-        let (engine, modules) = (Arc::clone(&self.engine), Arc::clone(&self.modules));
-        let finished = self.finished.clone();
-        tokio::task::spawn_blocking(move || {
-            let result = load(&engine, &modules, &spec);
-            // Nobody listens any more when the waypoint is ending.
-            let _ending = finished.blocking_send(Finished { spec, result });
-        });
+    /// Removes fetched modules that no plugin uses, in the background.
+    pub fn purge(&self) {
+        let in_use = self.plugins.values().map(|plugin| loader::name(&plugin.wanted)).collect();
+        self.loader.purge(in_use);
+    }
+
+    fn load(&self, spec: &Arc<WasmPlugin>, secret: Option<&Arc<PullSecret>>) -> AbortHandle {
+        let loader = Arc::clone(&self.loader);
+        let load = loader.run(Arc::clone(spec), secret.cloned(), self.events.clone());
+        tokio::spawn(load).abort_handle()
     }
 }
 
 impl PluginSource for Plugins {
-    fn want(&mut self, wanted: &mut dyn Iterator<Item = &Arc<WasmPlugin>>) {
-        let wanted: HashMap<&ResourceName, &Arc<WasmPlugin>> =
-            wanted.map(|plugin| (&plugin.name, plugin)).collect();
-        self.plugins.retain(|name, _| wanted.contains_key(name));
-        for (name, spec) in wanted {
-            let known = self.plugins.get_mut(name);
-            if known.as_ref().is_some_and(|known| known.wanted == *spec) {
+    fn want(&mut self, l7: &L7) {
+        self.plugins.retain(|name, _| l7.plugins.contains_key(name));
+        for (name, spec) in &l7.plugins {
+            let secret = spec.pull_secret.as_ref();
+            let secret = secret.map(|secret| ResourceName::new(name.namespace.clone(), secret.clone()));
+            let secret = secret.and_then(|name| l7.pull_secrets.get(&name));
+            let known = self.plugins.get(name);
+            if known.is_some_and(|known| known.is_as(spec, secret)) {
                 continue;
             }
-            let standing = known.map_or(Standing::Loading, |known| known.standing.clone());
-            let standing = if let Standing::Failed(_) = standing { Standing::Loading } else { standing };
-            self.plugins.insert(name.clone(), Plugin { wanted: Arc::clone(spec), standing, loading: true });
-            self.start_load(Arc::clone(spec));
+            let loader = self.load(spec, secret);
+            let (wanted, secret) = (Arc::clone(spec), secret.cloned());
+            let plugin = match self.plugins.remove(name) {
+                Some(mut before) => {
+                    before.loader.abort();
+                    let standing = match &before.standing {
+                        Standing::Failed(_) => Standing::Loading,
+                        other => other.clone(),
+                    };
+                    let running = before.running.take();
+                    let (draining, versions) = (std::mem::take(&mut before.draining), before.versions);
+                    Plugin {
+                        wanted,
+                        secret,
+                        standing,
+                        running,
+                        draining,
+                        tried: false,
+                        retry: None,
+                        versions,
+                        loader,
+                    }
+                }
+                None => Plugin {
+                    wanted,
+                    secret,
+                    standing: Standing::Loading,
+                    running: None,
+                    draining: Vec::new(),
+                    tried: false,
+                    retry: None,
+                    versions: 0,
+                    loader,
+                },
+            };
+            self.plugins.insert(name.clone(), plugin);
         }
     }
 
@@ -176,46 +224,14 @@ impl PluginSource for Plugins {
     }
 }
 
-fn load(engine: &Engine, modules: &Modules, spec: &WasmPlugin) -> Result<Arc<dyn Factory>, LoadError> {
-    let path = spec.url.strip_prefix("file://").ok_or_else(|| LoadError::Scheme(spec.url.to_string()))?;
-    let read = |source| LoadError::Read { path: path.to_owned(), source };
-    let bytes = std::fs::metadata(path).map_err(read)?.len();
-    if bytes > MODULE_BYTES_MAX {
-        return Err(LoadError::Size { path: path.to_owned(), bytes });
+impl Plugin {
+    /// Whether there is nothing to load: it is what is wanted, and what another secret could open has been had.
+    fn is_as(&self, spec: &Arc<WasmPlugin>, secret: Option<&Arc<PullSecret>>) -> bool {
+        let is_had = matches!(self.standing, Standing::Ready(_, None));
+        self.wanted == *spec && (is_had || self.secret.as_ref() == secret)
     }
-    let bytes = std::fs::read(Path::new(path)).map_err(read)?;
-    let digest = hex(&Sha256::digest(&bytes));
-    if let Some(wanted) = spec.sha256.as_ref().filter(|wanted| ***wanted != *digest) {
-        return Err(LoadError::Digest { actual: digest, wanted: Arc::clone(wanted) });
-    }
-    let known = modules.lock().get(&digest).cloned();
-    let module = match known {
-        Some(module) => module,
-        None => {
-            let module = engine.compile(&bytes)?;
-            let mut modules = modules.lock();
-            if modules.len() >= MODULES_MAX {
-                modules.clear();
-            }
-            modules.insert(digest, Arc::clone(&module));
-            module
-        }
-    };
-    Ok(engine.factory(module, spec)?)
 }
 
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// An error with its causes, on one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(next) = cause {
-        text.push_str(": ");
-        text.push_str(&next.to_string());
-        cause = next.source();
-    }
-    text
-}
+#[cfg(test)]
+#[path = "plugins/tests.rs"]
+mod tests;

@@ -3,7 +3,9 @@
 use anyhow::Context;
 use cairn_mesh::ResourceName;
 use cairn_process::LogFormat;
+use ipnet::IpNet;
 use serde::Deserialize;
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -75,6 +77,34 @@ pub struct Options {
     /// starts while an issuer is down, if they are not older than a day [default: none].
     #[arg(long, env = "CAIRN_JWKS_CACHE")]
     pub jwks_cache: Option<PathBuf>,
+    /// A directory of the waypoint's own, where fetched and compiled modules of plugins are kept. Its parent must be there
+    /// [default: none: both are got again at every start].
+    #[arg(long, env = "CAIRN_STATE_DIRECTORY")]
+    pub state_directory: Option<PathBuf>,
+    /// How many MiB of fetched modules are kept, and again how many of compiled ones [default: 1024].
+    #[arg(long, env = "CAIRN_MODULE_CACHE_MIB")]
+    pub module_cache_mib: Option<u64>,
+    /// Root certificates, PEM, that registries and servers of modules may chain to beside the system's.
+    #[arg(long, env = "CAIRN_REGISTRY_ROOTS")]
+    pub registry_roots: Option<PathBuf>,
+    /// Registries, `host` or `host:port`, that need not prove who they are and may speak plain HTTP; `*` is any.
+    #[arg(long, env = "WASM_INSECURE_REGISTRIES", value_delimiter = ',')]
+    pub insecure_registries: Option<Vec<String>>,
+    /// Addresses, as blocks, that modules are never fetched from [default: none beside link-local and metadata addresses].
+    #[arg(long, env = "BLOCKED_CIDRS_IN_WASM_FETCH", value_delimiter = ',')]
+    pub blocked_module_addresses: Option<Vec<IpNet>>,
+    /// A docker configuration, JSON: who registries are told that we are by plugins that name no secret.
+    #[arg(long, env = "CAIRN_REGISTRY_CREDENTIALS")]
+    pub registry_credentials: Option<PathBuf>,
+    /// Environment variables of the waypoint that plugins may ask for [default: none].
+    #[arg(long, env = "CAIRN_PLUGIN_ENVIRONMENT", value_delimiter = ',')]
+    pub plugin_environment: Option<Vec<String>>,
+    /// What a waypoint that starts does about plugins that are not loaded yet [default: wait].
+    #[arg(long, env = "CAIRN_PLUGIN_STARTUP")]
+    pub plugin_startup: Option<Startup>,
+    /// For how many seconds it waits [default: 15].
+    #[arg(long, env = "CAIRN_PLUGIN_WAIT_SECONDS")]
+    pub plugin_wait_seconds: Option<u64>,
     /// After how many seconds without a request a label set of metrics is forgotten [default: never].
     #[arg(long, env = "CAIRN_METRICS_IDLE_SECONDS")]
     pub metrics_idle_seconds: Option<u64>,
@@ -84,6 +114,43 @@ pub struct Options {
     /// The form of log lines [default: text].
     #[arg(long, env = "CAIRN_LOG_FORMAT")]
     pub log_format: Option<LogFormat>,
+}
+
+/// What a waypoint that starts does about plugins that are not loaded yet. Their targets are refused meanwhile, unless
+/// their failStrategy lets traffic pass without them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Startup {
+    /// It is not ready until each has been tried, for a while.
+    #[default]
+    Wait,
+    /// It is ready at once.
+    Serve,
+    /// It is not ready until each runs.
+    Require,
+}
+
+/// How modules of plugins are had.
+#[derive(Clone, Debug)]
+pub struct PluginSettings {
+    /// Where they are kept.
+    pub state_directory: Option<PathBuf>,
+    /// How much of each kind is kept.
+    pub cache_bytes_max: u64,
+    /// Further root certificates of registries.
+    pub registry_roots: Option<PathBuf>,
+    /// Registries that need not prove who they are.
+    pub insecure_registries: Vec<String>,
+    /// Addresses that are not asked.
+    pub blocked: Vec<IpNet>,
+    /// A docker configuration.
+    pub registry_credentials: Option<PathBuf>,
+    /// What plugins may have of the environment.
+    pub environment: BTreeMap<String, String>,
+    /// What is done about plugins that are not loaded yet.
+    pub startup: Startup,
+    /// For how long they are waited for.
+    pub wait: Duration,
 }
 
 /// How an endpoint is chosen.
@@ -136,6 +203,8 @@ pub struct Settings {
     pub access_log: bool,
     /// How long a label set of metrics may count nothing until it is forgotten.
     pub metrics_idle: Option<Duration>,
+    /// How modules of plugins are had.
+    pub plugins: PluginSettings,
     /// Log filter.
     pub log: String,
     /// Log form.
@@ -149,6 +218,7 @@ impl Options {
     /// When the file is not valid or a needed setting is missing.
     pub fn resolve(self) -> anyhow::Result<Settings> {
         let file: Options = cairn_process::load_file(self.settings.as_deref())?;
+        let plugins = self.plugins(&file);
         let gateway = self.gateway.or(file.gateway).context("--gateway (CAIRN_GATEWAY) is needed")?;
         let gateway = ResourceName::parse(&gateway)
             .with_context(|| format!("--gateway `{gateway}` is not namespace/name"))?;
@@ -186,8 +256,36 @@ impl Options {
                 .metrics_idle_seconds
                 .or(file.metrics_idle_seconds)
                 .map(|seconds| Duration::from_secs(seconds.max(1))),
+            plugins,
             log: self.log.or(file.log).unwrap_or_else(|| "info".to_owned()),
             log_format: self.log_format.or(file.log_format).unwrap_or_default(),
         })
+    }
+
+    /// The part about plugins, of flags and environment over `file`.
+    fn plugins(&self, file: &Self) -> PluginSettings {
+        fn either<T: Clone>(own: &Option<T>, file: &Option<T>) -> Option<T> {
+            own.clone().or_else(|| file.clone())
+        }
+        let allowed = either(&self.plugin_environment, &file.plugin_environment).unwrap_or_default();
+        let value = |name: String| {
+            std::env::var(&name).map(|value| (name.clone(), value)).unwrap_or((name, String::new()))
+        };
+        let wait = either(&self.plugin_wait_seconds, &file.plugin_wait_seconds).unwrap_or(15);
+        PluginSettings {
+            state_directory: either(&self.state_directory, &file.state_directory),
+            cache_bytes_max: either(&self.module_cache_mib, &file.module_cache_mib)
+                .unwrap_or(1024)
+                .saturating_mul(1 << 20),
+            registry_roots: either(&self.registry_roots, &file.registry_roots),
+            insecure_registries: either(&self.insecure_registries, &file.insecure_registries)
+                .unwrap_or_default(),
+            blocked: either(&self.blocked_module_addresses, &file.blocked_module_addresses)
+                .unwrap_or_default(),
+            registry_credentials: either(&self.registry_credentials, &file.registry_credentials),
+            environment: allowed.into_iter().map(value).collect(),
+            startup: either(&self.plugin_startup, &file.plugin_startup).unwrap_or_default(),
+            wait: Duration::from_secs(wait),
+        }
     }
 }

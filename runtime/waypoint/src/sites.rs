@@ -137,7 +137,7 @@ impl Sites {
     /// Compiles what changed and returns the table of all. `plugins` starts to load what is new.
     pub fn update(&mut self, snapshot: &Snapshot, plugins: &mut dyn PluginSource) -> Table {
         let l7 = snapshot.l7();
-        plugins.want(&mut l7.plugins.values());
+        plugins.want(l7);
         let mut table = Table::default();
         let mut known = std::mem::take(&mut self.known);
         for (key, parts, port, protocol) in self.wanted(snapshot, plugins) {

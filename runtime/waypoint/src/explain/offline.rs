@@ -8,7 +8,7 @@ use crate::sites::Sites;
 use cairn_builtin::TokenCache;
 use cairn_filter::{Exchange, Factory, Filter, NoCallout, Phases};
 use cairn_manifest::{Object, decode};
-use cairn_mesh::{Change, Identity, MeshSettings, ResourceName, Store, WasmPlugin};
+use cairn_mesh::{Change, Identity, L7, MeshSettings, ResourceName, Store};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -35,7 +35,7 @@ pub fn offline<'a>(
 struct StandIns;
 
 impl PluginSource for StandIns {
-    fn want(&mut self, _wanted: &mut dyn Iterator<Item = &Arc<WasmPlugin>>) {}
+    fn want(&mut self, _l7: &L7) {}
 
     fn standing(&self, name: &ResourceName) -> Standing {
         Standing::Ready(Arc::new(StandIn { name: name.to_string() }), None)

@@ -1,8 +1,10 @@
 //! Tests of sites: whose traffic is ours, what each is made of, and what happens while a plugin is not there.
 
 use super::*;
-use crate::plugins::Plugins;
+use crate::plugins::{Event, Loader, LoaderSettings, Plugins};
+use crate::settings::Startup;
 use cairn_builtin::TokenCache;
+use cairn_fetch::{FetchSettings, Fetcher, Puller, StoreSettings};
 use cairn_filter::NoCallout;
 use cairn_mesh::{
     Change, GatewayAddress, GatewayTarget, HttpRoute, Identity, Kind, PolicyAction, ResourceKey,
@@ -60,12 +62,15 @@ fn plugin(strategy: FailStrategy) -> Change {
         targets: target(TargetKind::Gateway, "wp"),
         url: "file:///nonexistent/p.wasm".into(),
         sha256: None,
+        pull_policy: None,
+        pull_secret: None,
         plugin_name: "".into(),
         config: "".into(),
         phase: PluginPhase::Authn,
         priority: 0,
         fail_strategy: strategy,
         env: Vec::new(),
+        host_env: Vec::new(),
     })
 }
 
@@ -87,17 +92,20 @@ fn mesh(more: Vec<Change>) -> Store {
 struct Bench {
     sites: Sites,
     plugins: Plugins,
-    finished: tokio::sync::mpsc::Receiver<crate::plugins::Finished>,
+    events: tokio::sync::mpsc::Receiver<Event>,
 }
 
 impl Bench {
     fn new() -> Self {
         let engine = Arc::new(Engine::new(EngineSettings::default()).unwrap());
-        let (plugins, finished) = Plugins::new(engine);
+        let modules = Arc::new(cairn_fetch::Store::open(StoreSettings::default()).unwrap());
+        let puller = Puller::new(Fetcher::new(FetchSettings::default()), Arc::clone(&modules));
+        let loader = Loader::new(engine, puller, modules, LoaderSettings::default());
+        let (plugins, events) = Plugins::new(Arc::new(loader));
         let telemetry = Telemetry::new("test", "0", &TelemetrySettings::default(), std::io::sink());
         let observers = Observers::of_process(cairn_observe::Own::default(), telemetry, drop);
         let keyring = Arc::new(Keyring::new(Arc::new(NoCallout), None, TokenCache::default()));
-        Self { sites: Sites::new(own(), keyring, observers), plugins, finished }
+        Self { sites: Sites::new(own(), keyring, observers), plugins, events }
     }
 
     fn update(&mut self, store: &Store) -> Table {
@@ -167,14 +175,15 @@ async fn a_plugin_that_cannot_run_closes_or_opens_as_it_says() {
         let store = mesh(vec![plugin(strategy)]);
         let table = bench.update(&store);
         assert_eq!(filters(&table, "10.1.0.2:80"), loading, "{strategy:?} while it loads");
-        assert!(!bench.plugins.settled());
-        let ended = bench.finished.recv().await.expect("a load that ended");
-        bench.plugins.take(ended);
-        assert!(bench.plugins.settled());
+        assert!(!bench.plugins.settled(Startup::Wait));
+        let event = bench.events.recv().await.expect("a load that ended");
+        bench.plugins.take(event);
+        assert!(bench.plugins.settled(Startup::Wait));
         let table = bench.update(&store);
         assert_eq!(filters(&table, "10.1.0.2:80"), failed, "{strategy:?} when it failed");
-        let (_, _, standing) = bench.plugins.list().remove(0);
-        assert!(matches!(standing, Standing::Failed(reason) if reason.contains("/nonexistent/p.wasm")));
+        let brief = bench.plugins.list().remove(0).brief();
+        assert_eq!(brief["state"], "failed");
+        assert!(brief["reason"].as_str().is_some_and(|reason| reason.contains("/nonexistent/p.wasm")));
     }
 }
 

@@ -1,0 +1,256 @@
+//! Delivery of plugins: swapped under traffic, waited for by those alone that use them, fetched with a secret.
+
+use crate::client::{ANSWER_MAX, Client, Who, admin, get, metrics};
+use crate::edits::SMALL;
+use crate::harness::{Mesh, SOON};
+use anyhow::{Context, Result, ensure};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use cairn_fetch::Digest;
+use http::{Request, Response};
+use http_body_util::Full;
+use hyper::body::{Bytes, Incoming};
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use serde_json::{Value, json};
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+
+/// A module that adds its configuration to each request, as the header `x-swap-` and a letter of its own.
+fn module(letter: char) -> Vec<u8> {
+    let text = format!(
+        r#"(module
+          (import "env" "proxy_get_buffer_bytes" (func $buffer (param i32 i32 i32 i32 i32) (result i32)))
+          (import "env" "proxy_add_header_map_value" (func $add (param i32 i32 i32 i32 i32) (result i32)))
+          (memory (export "memory") 2)
+          (global $free (mut i32) (i32.const 65536))
+          (data (i32.const 512) "x-swap-{letter}")
+          (func (export "proxy_abi_version_0_2_1"))
+          (func (export "proxy_on_memory_allocate") (param $size i32) (result i32)
+            (local $at i32)
+            (local.set $at (global.get $free))
+            (global.set $free (i32.add (global.get $free) (local.get $size)))
+            (local.get $at))
+          (func (export "proxy_on_configure") (param i32 i32) (result i32)
+            (drop (call $buffer (i32.const 7) (i32.const 0) (local.get 1) (i32.const 8) (i32.const 12)))
+            (i32.const 1))
+          (func (export "proxy_on_request_headers") (param i32 i32 i32) (result i32)
+            (drop (call $add (i32.const 0)
+              (i32.const 512) (i32.const 8) (i32.load (i32.const 8)) (i32.load (i32.const 12))))
+            (i32.const 0)))"#
+    );
+    wat::parse_str(text).unwrap()
+}
+
+/// A plugin of the waypoint, or of one service.
+fn plugin(name: &str, target: &str, url: &str, further: &str) -> String {
+    format!(
+        "apiVersion: extensions.istio.io/v1alpha1
+kind: WasmPlugin
+metadata: {{ name: {name}, namespace: shop }}
+spec:
+  targetRefs: [{{ {target} }}]
+  url: {url}
+{further}
+---
+"
+    )
+}
+
+const GATEWAY: &str = "group: gateway.networking.k8s.io, kind: Gateway, name: gate";
+const OWN: &str = "group: '', kind: Service, name: own";
+
+/// Plugins that are edited together, edits, and clients that ask meanwhile.
+const PLUGINS: u64 = 4;
+const EDITS: u64 = 25;
+const CLIENTS: usize = 4;
+
+#[tokio::test]
+async fn a_hundred_swaps_under_traffic_and_no_request_fails() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    for letter in ['a', 'b'] {
+        std::fs::write(home.path().join(format!("{letter}.wasm")), module(letter))?;
+    }
+    // Every edit is of the configuration, every second one of the code, too.
+    let edit = |number: u64| {
+        let letter = if number / 2 % 2 == 0 { 'a' } else { 'b' };
+        let url = format!("file://{}/{letter}.wasm", home.path().display());
+        let config = format!("  pluginConfig: {{ n: {number} }}");
+        let all =
+            (0..PLUGINS).map(|plugin_number| plugin(&format!("p{plugin_number}"), GATEWAY, &url, &config));
+        (all.collect::<String>(), format!("header: x-swap-{letter}: {{\"n\":{number}}}"))
+    };
+    let mesh = Mesh::start(&[SMALL, ("plugins.yaml", &edit(0).0)], &[])?;
+    let (web, catalog) = (Who::Pod(mesh.pod("shop/web")?), mesh.service("shop/catalog", 8000)?);
+    let (stop, asked) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+    let mut clients = Vec::new();
+    for _ in 0..CLIENTS {
+        let (stop, asked) = (Arc::clone(&stop), Arc::clone(&asked));
+        let mut client = Client::open(web, catalog).await?;
+        clients.push(tokio::spawn(async move {
+            while !stop.load(Ordering::Relaxed) {
+                let answer = client.get("/").await?;
+                ensure!(answer.status == 200, "{}: {}", answer.status, answer.body);
+                let marks = answer.body.lines().filter(|line| line.starts_with("header: x-swap-")).count();
+                ensure!(marks as u64 == PLUGINS, "{marks} plugins ran:\n{}", answer.body);
+                asked.fetch_add(1, Ordering::Relaxed);
+            }
+            anyhow::Ok(())
+        }));
+    }
+    let mut client = Client::open(web, catalog).await?;
+    let start = Instant::now();
+    for number in 0..=EDITS {
+        let (text, expected) = edit(number);
+        mesh.write("plugins.yaml", &text)?;
+        let deadline = Instant::now() + SOON;
+        loop {
+            let answer = client.get("/").await?;
+            let new = answer.body.lines().filter(|line| **line == expected).count() as u64;
+            if new == PLUGINS {
+                break;
+            }
+            ensure!(Instant::now() < deadline, "edit {number} is not in effect:\n{}", answer.body);
+        }
+    }
+    let taken = start.elapsed();
+    stop.store(true, Ordering::Relaxed);
+    for client in clients {
+        client.await??;
+    }
+    let waypoint = mesh.waypoint("shop/gate")?;
+    let plugins = admin(waypoint, "/plugins").await?;
+    let versions: u64 = plugins
+        .as_array()
+        .context("no list")?
+        .iter()
+        .filter_map(|one| one["running"]["version"].as_u64())
+        .sum();
+    println!("{} swaps in {taken:?} under {} requests", versions - PLUGINS, asked.load(Ordering::Relaxed));
+    assert_eq!(versions, PLUGINS * (EDITS + 1), "{plugins:#}");
+    // Two modules were compiled, once each, however many plugins and versions there were.
+    let metrics = metrics(waypoint).await?;
+    assert!(metrics.contains("cairn_wasm_modules_loaded_total{origin=\"compiled\"} 2\n"), "{metrics}");
+    Ok(())
+}
+
+/// A registry of images with one image and one user. It ends when dropped.
+struct FakeRegistry {
+    address: SocketAddr,
+    is_up: Arc<AtomicBool>,
+    task: JoinHandle<()>,
+}
+
+impl Drop for FakeRegistry {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl FakeRegistry {
+    async fn start(module: Vec<u8>) -> Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let (address, is_up) = (listener.local_addr()?, Arc::new(AtomicBool::new(false)));
+        let (up, module) = (Arc::clone(&is_up), Bytes::from(module));
+        let task = tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let (up, module) = (Arc::clone(&up), module.clone());
+                let service = service_fn(move |request: Request<Incoming>| {
+                    let response = if up.load(Ordering::Relaxed) {
+                        respond(&request, &module)
+                    } else {
+                        Response::builder().status(503).body(Full::default())
+                    };
+                    async move { Ok::<_, Infallible>(response.unwrap_or_default()) }
+                });
+                tokio::spawn(
+                    hyper::server::conn::http1::Builder::new()
+                        .serve_connection(TokioIo::new(stream), service),
+                );
+            }
+        });
+        Ok(Self { address, is_up, task })
+    }
+}
+
+fn respond(request: &Request<Incoming>, module: &Bytes) -> http::Result<Response<Full<Bytes>>> {
+    let known = format!("Basic {}", STANDARD.encode("me:open sesame"));
+    if request.headers().get("authorization").is_none_or(|value| *value != *known) {
+        return Response::builder()
+            .status(401)
+            .header("www-authenticate", "Basic realm=x")
+            .body(Full::default());
+    }
+    let digest = Digest::of(module).qualified();
+    let manifest = json!({
+        "schemaVersion": 2,
+        "layers": [{ "mediaType": "application/wasm", "digest": digest, "size": module.len() }],
+    });
+    let path = request.uri().path();
+    let body = if path == "/v2/team/swap/manifests/v1" {
+        Bytes::from(manifest.to_string())
+    } else if path == format!("/v2/team/swap/blobs/{digest}") {
+        module.clone()
+    } else {
+        return Response::builder().status(404).body(Full::default());
+    };
+    Response::builder().body(Full::new(body))
+}
+
+async fn the_plugin(mesh: &Mesh) -> Result<Value> {
+    Ok(admin(mesh.waypoint("shop/gate")?, "/plugins").await?[0].clone())
+}
+
+#[tokio::test]
+async fn only_those_wait_for_a_plugin_who_use_it_and_it_comes_with_its_secret() -> Result<()> {
+    let registry = FakeRegistry::start(module('a')).await?;
+    let url = format!("oci://{}/team/swap:v1", registry.address);
+    let config =
+        json!({ "auths": { registry.address.to_string(): { "username": "me", "password": "open sesame" } } });
+    let secret = format!(
+        "apiVersion: v1\nkind: Secret\nmetadata: {{ name: login, namespace: shop }}\ntype: kubernetes.io/dockerconfigjson\n\
+         data: {{ .dockerconfigjson: {} }}\n",
+        STANDARD.encode(config.to_string())
+    );
+    let plugin = plugin("late", OWN, &url, "  imagePullSecret: login\n  pluginConfig: { n: 1 }");
+    // The mesh comes up although the registry does not answer.
+    let mesh = Mesh::start(&[SMALL, ("plugin.yaml", &plugin), ("secret.yaml", &secret)], &[])?;
+    let _application = crate::servers::Parrot::start(
+        mesh.twin("shop/own", 9000)?,
+        "HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n",
+    )
+    .await?;
+    let web = Who::Pod(mesh.pod("shop/web")?);
+    let (catalog, own) = (mesh.service("shop/catalog", 8000)?, mesh.service("shop/own", 8000)?);
+    assert_eq!(get(web, catalog, "/").await?.status, 200, "it does not use the plugin");
+    assert_eq!(get(web, own, "/").await?.status, 503, "it does, and the plugin fails closed");
+    let failed = the_plugin(&mesh).await?;
+    assert_eq!(failed["state"], "failed", "{failed:#}");
+    assert!(failed["reason"].as_str().is_some_and(|reason| reason.contains("503")), "{failed:#}");
+    assert!(failed["retryAfterSeconds"].is_number(), "{failed:#}");
+
+    // It is tried again without anybody doing anything.
+    registry.is_up.store(true, Ordering::Relaxed);
+    let deadline = Instant::now() + ANSWER_MAX * 2;
+    while get(web, own, "/").await?.status != 200 {
+        ensure!(Instant::now() < deadline, "{:#}", the_plugin(&mesh).await?);
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    let ready = the_plugin(&mesh).await?;
+    assert_eq!((&ready["state"], &ready["reason"]), (&json!("ready"), &Value::Null), "{ready:#}");
+    assert_eq!(ready["running"]["sha256"], Digest::of(&module('a')).to_string());
+    // Nothing of the secret is said anywhere.
+    let waypoint = mesh.waypoint("shop/gate")?;
+    for text in [admin(waypoint, "/config_dump").await?.to_string(), mesh.log("waypoint")?, mesh.up_log()?] {
+        assert!(
+            !text.contains("open sesame") && !text.contains(&STANDARD.encode("me:open sesame")),
+            "{text}"
+        );
+    }
+    Ok(())
+}
