@@ -222,12 +222,15 @@ async fn run(module: &[u8], lines: &Lines) {
         targets: Vec::new(),
         url: "file:///probe.wasm".into(),
         sha256: None,
+        pull_policy: None,
+        pull_secret: None,
         plugin_name: "my-root".into(),
         config: "{\"the configuration\": 1}".into(),
         phase: PluginPhase::Unspecified,
         priority: 0,
         fail_strategy: FailStrategy::Close,
         env: Vec::new(),
+        host_env: Vec::new(),
     };
     let factory = engine.factory(engine.compile(module).unwrap(), &plugin).unwrap();
     let answered = || lines.of_probe().iter().filter(|line| line.starts_with("CALLMAP")).count() == 2;
