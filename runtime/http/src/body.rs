@@ -8,10 +8,12 @@ use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use std::collections::VecDeque;
+use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 /// How far a request's body has come.
 #[derive(Debug, Default)]
@@ -58,6 +60,10 @@ enum Rest {
     Fed(Box<dyn CalloutFeed>),
 }
 
+/// How much is read after an early answer, and for how long.
+const ASIDE_BYTES_MAX: usize = 1 << 20;
+const ASIDE_MAX: Duration = Duration::from_secs(1);
+
 impl RequestBody {
     pub(crate) fn none() -> Self {
         Self { read: VecDeque::new(), rest: Rest::Nothing, messages: None }
@@ -98,6 +104,25 @@ impl RequestBody {
         let messages = grpc.then(Messages::default);
         let rest = Rest::Client { incoming, progress: Arc::clone(&progress), http2 };
         (Self { read: VecDeque::new(), rest, messages }, Some(progress))
+    }
+
+    /// Reads what a client of HTTP/1.1 still sends after an early answer, aside and within bounds: were the connection
+    /// closed with something unread in it, the answer could be lost on its way.
+    pub(crate) fn read_aside(self) {
+        let Rest::Client { mut incoming, http2: false, .. } = self.rest else { return };
+        tokio::spawn(async move {
+            let reading = async {
+                let mut left = ASIDE_BYTES_MAX;
+                while let Some(Ok(frame)) = poll_fn(|cx| Pin::new(&mut incoming).poll_frame(cx)).await {
+                    left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
+                    if left == 0 {
+                        return;
+                    }
+                }
+            };
+            // Whatever has not come by then is the client's own loss.
+            let _over = tokio::time::timeout(ASIDE_MAX, reading).await;
+        });
     }
 
     /// Puts back what was read of it.

@@ -19,7 +19,8 @@ use crate::{Failure, Site, decision};
 use bytes::{Bytes, BytesMut};
 use cairn_filter::{Chain, Exchange, LocalReply, Outcome, Piece, Protocol, RequestHead, ResponseHead, Side};
 use cairn_mesh::AppProtocol;
-use http::{HeaderMap, Method, Request, Response, StatusCode, Version};
+use http::header::{CONTENT_LENGTH, EXPECT};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version};
 use hyper::body::Incoming;
 use smallvec::SmallVec;
 use std::future::poll_fn;
@@ -135,7 +136,13 @@ async fn go(
     record.keep_request(&head);
     match outcome {
         Outcome::Continue => {}
-        ended => return Turn::from(Stopped::By(ended)),
+        ended => {
+            // Who waits to be told to go on has sent nothing, and reading would tell it.
+            if !head.headers.contains_key(EXPECT) {
+                body.read_aside();
+            }
+            return Turn::from(Stopped::By(ended));
+        }
     }
     let is_touched = site.routes.depends_on_filters()
         || (&head.method, &head.path, &head.authority) != (&before.0, &before.1, &before.2);
@@ -410,7 +417,13 @@ async fn reply_here(
     // The body of an answer to HEAD is not read, so there is none.
     let body = if is_head { Bytes::new() } else { body };
     match show_reply(&mut record, &mut head, body).await {
-        Ok(body) => Ok(finish_reply(record, head, body)),
+        Ok(body) => {
+            // A filter may have made another body of it.
+            if !is_head && head.headers.contains_key(CONTENT_LENGTH) {
+                head.headers.insert(CONTENT_LENGTH, HeaderValue::from(body.len()));
+            }
+            Ok(finish_reply(record, head, body))
+        }
         Err(Outcome::Reply(reply)) => Ok(answer_with(record, *reply, is_head)),
         Err(Outcome::TooLarge) => answer_failure(record, &Failure::ResponseTooLarge),
         Err(Outcome::Reset | Outcome::BodyBroken | Outcome::Continue) => {
@@ -477,7 +490,7 @@ fn response_of(
 /// A status without a body has no length to declare but what the upstream says of a GET.
 fn without_length_of_another_body(mut headers: HeaderMap, status: StatusCode) -> HeaderMap {
     if status.is_informational() || status == StatusCode::NO_CONTENT {
-        headers.remove(http::header::CONTENT_LENGTH);
+        headers.remove(CONTENT_LENGTH);
     }
     headers
 }

@@ -22,6 +22,10 @@ pub(crate) fn local_response(reply: LocalReply, grpc: bool) -> (ResponseHead, By
         if !body.is_empty() && !headers.contains_key(CONTENT_TYPE) {
             headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain"));
         }
+        // Filters see it, as in Envoy, and so does who asks by HEAD.
+        if !body.is_empty() {
+            headers.insert(CONTENT_LENGTH, HeaderValue::from(body.len()));
+        }
         return (ResponseHead { status, headers }, body, None);
     }
     let code = grpc_status.unwrap_or_else(|| grpc_status_of(status));
@@ -75,5 +79,6 @@ mod tests {
         let (head, body, code) = local_response(LocalReply::access_denied("d"), false);
         assert_eq!((head.status.as_u16(), &*body, code), (403, &b"RBAC: access denied"[..], None));
         assert_eq!(head.headers["content-type"], "text/plain");
+        assert_eq!(head.headers["content-length"], "19");
     }
 }
