@@ -13,7 +13,8 @@ pub(crate) struct Upstream {
 }
 
 /// The service that a name means: a cluster as Istio names it (`outbound|80||host`), or, for people, `host:port`,
-/// `service.namespace:port`, and `service:port` for one of the plugin's own namespace.
+/// `service.namespace:port`, and `service:port` for one of the plugin's own namespace. A name alone, as plugins that were
+/// made for a cluster of their own have it, means port 80.
 pub(crate) fn find(callout: &dyn Callout, name: &str, namespace: &str) -> Option<Upstream> {
     let (host, port) = split(name)?;
     let local = |rest: &str| format!("{host}{rest}");
@@ -37,7 +38,7 @@ fn split(name: &str) -> Option<(&str, u16)> {
             // Subsets are made by DestinationRules, which waypoints do not have.
             subset.is_empty().then_some((host, port))?
         }
-        None => name.rsplit_once(':')?,
+        None => name.rsplit_once(':').unwrap_or((name, "80")),
     };
     let port = port.parse().ok()?;
     (!host.is_empty() && port != 0).then_some((host, port))
@@ -75,7 +76,9 @@ mod tests {
             ("outbound|80|v1|auth.shop.svc.cluster.local", "", false),
             ("outbound|80||", "", false),
             ("outbound|80", "", false),
-            ("auth.shop", "", false),
+            ("auth.shop", "", true),
+            ("auth", "shop", true),
+            ("auth", "other", false),
             ("auth.shop:x", "", false),
             ("auth.shop:65616", "", false),
             ("", "", false),
