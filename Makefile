@@ -12,6 +12,7 @@ test: ## run all tests
 	@tests/setup
 	@tests/peers
 	@plugins/build
+	@tests/modules/build
 	cargo build --package cairn
 	cargo test --workspace
 

@@ -1,0 +1,55 @@
+//! A module: where it is, and what is known of it.
+
+use crate::catalogue::{Known, known};
+use crate::run::Line;
+use anyhow::{Context, Result};
+use std::path::{Path, PathBuf};
+
+/// A module with its configuration.
+pub struct Module {
+    /// Its file's name, without the ending.
+    pub name: String,
+    pub file: PathBuf,
+    /// What is known of it.
+    pub known: Known,
+}
+
+impl Module {
+    /// The module in `file`, and beside it, if it is there, its configuration in a file that ends in `.config` or `.json`.
+    ///
+    /// # Errors
+    /// When the file is not there.
+    pub fn at(file: &Path) -> Result<Self> {
+        let name = file.file_stem().and_then(|stem| stem.to_str()).context("a file name")?.to_owned();
+        std::fs::metadata(file).with_context(|| format!("no {}", file.display()))?;
+        let mut known = known(&name);
+        for ending in ["config", "json"] {
+            if let Ok(text) = std::fs::read_to_string(file.with_extension(ending)) {
+                known.config = text;
+            }
+        }
+        Ok(Self { name, file: file.to_owned(), known })
+    }
+
+    /// Lines that are compared: all but those that come whenever they come.
+    pub fn of_requests(&self, lines: Vec<Line>) -> Vec<Line> {
+        let is_loose = |line: &Line| self.known.loose.iter().any(|text| line.text.contains(text));
+        lines.into_iter().filter(|line| !is_loose(line)).collect()
+    }
+
+    /// Lines as they are compared.
+    pub fn comparable(&self, lines: &[Line]) -> Vec<Line> {
+        let text = |line: &Line| steady(line.text.trim_end()).replace('\n', "\\n");
+        lines.iter().map(|line| Line { level: line.level.clone(), text: text(line) }).collect()
+    }
+}
+
+/// A line without what the clock says in it.
+fn steady(text: &str) -> String {
+    for name in ["date", "x-envoy-upstream-service-time"] {
+        if let Some(at) = text.find(&format!("{name}: ")).or_else(|| text.find(&format!("{name} -> "))) {
+            return format!("{}{name}: *", &text[..at]);
+        }
+    }
+    text.to_owned()
+}
