@@ -100,10 +100,12 @@ impl Call {
     /// A call with this method.
     pub fn new(method: &str, cluster: impl Into<String>, path: impl AsRef<[u8]>) -> Self {
         let cluster = cluster.into();
+        // What stands before the host in Istio's names of clusters is no part of an authority.
+        let authority = cluster.rsplit('|').next().unwrap_or_default().as_bytes().to_vec();
         let headers = vec![
             (":method".to_owned(), method.as_bytes().to_vec()),
             (":path".to_owned(), path.as_ref().to_vec()),
-            (":authority".to_owned(), cluster.as_bytes().to_vec()),
+            (":authority".to_owned(), authority),
         ];
         Self { cluster, headers, body: Vec::new(), timeout: TIMEOUT }
     }
@@ -118,7 +120,7 @@ impl Call {
         Self { body: body.as_ref().to_vec(), ..Self::new("POST", cluster, path) }
     }
 
-    /// The same to this authority; otherwise it is the cluster's name.
+    /// The same to this authority; otherwise it is the cluster's host.
     pub fn authority(mut self, authority: impl AsRef<[u8]>) -> Self {
         self.headers[2].1 = authority.as_ref().to_vec();
         self

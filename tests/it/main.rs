@@ -17,6 +17,7 @@ mod jwt;
 mod netns;
 mod observe;
 mod peers;
+mod plugin;
 mod plugins;
 mod policy;
 mod rotation;

@@ -32,7 +32,7 @@ pub struct Config {
     cookie: String,
     /// The cluster of the authentication service.
     cluster: String,
-    /// Its authority; default the cluster's name.
+    /// Its authority; default the cluster's host.
     authority: Option<HeaderText>,
     path: HeaderText,
     /// Headers of its answer that the upstream gets. What clients send in them is removed.
@@ -112,8 +112,10 @@ impl Plugin for Sessions {
 impl Shared {
     fn call(&self, request: Request, session: &str) -> Call {
         let config = &self.config;
-        let authority = config.authority.as_ref().map_or(config.cluster.as_str(), HeaderText::as_str);
-        let call = Call::get(&config.cluster, config.path.as_str()).authority(authority);
+        let mut call = Call::get(&config.cluster, config.path.as_str());
+        if let Some(authority) = &config.authority {
+            call = call.authority(authority.as_str());
+        }
         let call = call.header("cookie", format!("{}={session}", config.cookie));
         let call =
             call.header("x-original-method", request.method()).header("x-original-path", request.path());

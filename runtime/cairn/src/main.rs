@@ -11,6 +11,7 @@ mod explain;
 mod forward;
 mod netns;
 mod output;
+mod plugin;
 mod supervise;
 mod up;
 mod xds;
@@ -47,6 +48,8 @@ enum Command {
     Waypoint(Box<cairn_waypoint::Options>),
     /// Runs an application that answers with what it saw of each request.
     Echo(echo::Options),
+    /// Makes plugins: from nothing to one in a registry.
+    Plugin(plugin::Options),
     /// Becomes a program that ends with the process that started it. For `up`.
     #[command(hide = true)]
     Child(child::ChildOptions),
@@ -78,6 +81,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Up(options) => here(&log, up::run(options)).map(done),
         Command::Demo(options) => here(&log, demo::run(options)),
         Command::Explain(options) => here(&log, explain::run(*options)).map(done),
+        Command::Plugin(options) => here(&log, plugin::run(options)),
         Command::Xds(options) => here(&log, xds::run(options)).map(done),
         Command::Guard(program) => here(&log, child::guard(program)),
         Command::Echo(options) => here(&log, echo::run(options)).map(done),
