@@ -123,6 +123,7 @@ fn factory(engine: &Engine, module: &Module) -> Result<Arc<dyn Factory>> {
         fail_strategy: FailStrategy::Close,
         env: Vec::new(),
         host_env: Vec::new(),
+        holds_heads: false,
     };
     Ok(engine.factory(compiled, &plugin)?)
 }

@@ -61,14 +61,7 @@ impl Chunk {
             Piece::Trailers(trailers) => self.trailers = Some(trailers),
             Piece::Data { bytes, end_of_stream } => {
                 self.end_of_stream = end_of_stream;
-                if self.bytes.is_empty() {
-                    self.bytes = bytes;
-                } else if !bytes.is_empty() {
-                    let held = std::mem::take(&mut self.bytes);
-                    let mut joined = held.try_into_mut().unwrap_or_else(|held| BytesMut::from(&held[..]));
-                    joined.extend_from_slice(&bytes);
-                    self.bytes = joined.freeze();
-                }
+                append(&mut self.bytes, bytes);
             }
         }
     }
@@ -76,6 +69,18 @@ impl Chunk {
     /// Whether nothing more will come.
     pub(crate) fn is_last(&self) -> bool {
         self.end_of_stream || self.trailers.is_some()
+    }
+}
+
+/// Puts bytes behind others, in place where nobody else looks at them.
+pub fn append(bytes: &mut Bytes, more: Bytes) {
+    if bytes.is_empty() {
+        *bytes = more;
+    } else if !more.is_empty() {
+        let held = std::mem::take(bytes);
+        let mut joined = held.try_into_mut().unwrap_or_else(|held| BytesMut::from(&held[..]));
+        joined.extend_from_slice(&more);
+        *bytes = joined.freeze();
     }
 }
 

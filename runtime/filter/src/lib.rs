@@ -22,7 +22,7 @@ mod running;
 mod token;
 
 pub use body::{
-    Body, BodyBroken, BodyRead, Chunk, HeldHead, Hold, NoBody, Part, Piece, Side, Until, WhenFull,
+    Body, BodyBroken, BodyRead, Chunk, HeldHead, Hold, NoBody, Part, Piece, Side, Until, WhenFull, append,
 };
 pub use callout::{
     Callout, CalloutAnswer, CalloutError, CalloutFeed, CalloutFuture, CalloutOpening, CalloutPart,

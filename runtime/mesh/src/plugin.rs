@@ -84,4 +84,6 @@ pub struct WasmPlugin {
     pub env: Vec<(Arc<str>, Arc<str>)>,
     /// Environment variables of the proxy that it is to be given too.
     pub host_env: Vec<Arc<str>>,
+    /// Whether it sees the body while it holds the head. As in Istio it does not, unless it says so.
+    pub holds_heads: bool,
 }

@@ -121,6 +121,7 @@ fn plugin(config: &str) -> WasmPlugin {
         fail_strategy: FailStrategy::Close,
         env: Vec::new(),
         host_env: Vec::new(),
+        holds_heads: false,
     }
 }
 

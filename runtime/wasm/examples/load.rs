@@ -93,6 +93,7 @@ fn plugin(number: usize) -> WasmPlugin {
         fail_strategy: FailStrategy::Close,
         env: Vec::new(),
         host_env: Vec::new(),
+        holds_heads: false,
     }
 }
 

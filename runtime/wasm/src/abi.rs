@@ -1,5 +1,7 @@
 //! The numbers of the proxy-wasm ABI (0.1.0, 0.2.0, 0.2.1), and how host functions refuse.
 
+use cairn_filter::Side;
+
 /// The version of the ABI that a module was built for, told by a marker export.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum AbiVersion {
@@ -63,8 +65,8 @@ pub(crate) enum MapKind {
     ResponseHeaders,
     /// What a callback outside of streams brings, by its place in [`crate::delivery::Delivery`].
     Delivered(usize),
-    /// Trailers: they exist in the ABI, and hold nothing in the phases run today.
-    Other,
+    /// What follows a body.
+    Trailers(Side),
 }
 
 impl MapKind {
@@ -73,7 +75,8 @@ impl MapKind {
             0 => Ok(Self::RequestHeaders),
             2 => Ok(Self::ResponseHeaders),
             4..=7 => Ok(Self::Delivered(number as usize - 4)),
-            1 | 3 => Ok(Self::Other),
+            1 => Ok(Self::Trailers(Side::Request)),
+            3 => Ok(Self::Trailers(Side::Response)),
             _ => Err(Status::BadArgument),
         }
     }
@@ -87,7 +90,11 @@ pub(crate) enum Callback {
     VmStart,
     Configure,
     RequestHeaders,
+    RequestBody,
+    RequestTrailers,
     ResponseHeaders,
+    ResponseBody,
+    ResponseTrailers,
     Tick,
     QueueReady,
     HttpCallResponse,
@@ -108,7 +115,11 @@ impl Callback {
             Self::VmStart => "proxy_on_vm_start",
             Self::Configure => "proxy_on_configure",
             Self::RequestHeaders => "proxy_on_request_headers",
+            Self::RequestBody => "proxy_on_request_body",
+            Self::RequestTrailers => "proxy_on_request_trailers",
             Self::ResponseHeaders => "proxy_on_response_headers",
+            Self::ResponseBody => "proxy_on_response_body",
+            Self::ResponseTrailers => "proxy_on_response_trailers",
             Self::Tick => "proxy_on_tick",
             Self::QueueReady => "proxy_on_queue_ready",
             Self::HttpCallResponse => "proxy_on_http_call_response",

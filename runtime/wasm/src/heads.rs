@@ -223,16 +223,21 @@ fn pseudo_of(name: &[u8]) -> Option<Pseudo> {
     }
 }
 
-fn header_pairs(headers: &HeaderMap) -> impl Iterator<Item = (&[u8], &[u8])> {
+pub(crate) fn header_pairs(headers: &HeaderMap) -> impl Iterator<Item = (&[u8], &[u8])> {
     headers.iter().map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()))
 }
 
-fn header_value<'a>(headers: &'a HeaderMap, name: &[u8]) -> Option<&'a [u8]> {
+pub(crate) fn header_value<'a>(headers: &'a HeaderMap, name: &[u8]) -> Option<&'a [u8]> {
     let name = std::str::from_utf8(name).ok()?;
     headers.get(name).map(HeaderValue::as_bytes)
 }
 
-fn write_header(headers: &mut HeaderMap, name: &[u8], value: &[u8], edit: Edit) -> Result<(), EditError> {
+pub(crate) fn write_header(
+    headers: &mut HeaderMap,
+    name: &[u8],
+    value: &[u8],
+    edit: Edit,
+) -> Result<(), EditError> {
     let name = HeaderName::from_bytes(name).map_err(|_| EditError::Invalid)?;
     let value = header_value_from(value)?;
     // Both fail only when the map holds its maximum of 24,576 entries.
@@ -243,7 +248,7 @@ fn write_header(headers: &mut HeaderMap, name: &[u8], value: &[u8], edit: Edit) 
     .map_err(|_| EditError::Invalid)
 }
 
-fn remove_header(headers: &mut HeaderMap, name: &[u8]) {
+pub(crate) fn remove_header(headers: &mut HeaderMap, name: &[u8]) {
     if let Ok(name) = std::str::from_utf8(name) {
         headers.remove(name);
     }

@@ -2,17 +2,19 @@
 
 mod grpc;
 mod outside;
+mod parts;
 
-use crate::abi::{Callback, ROOT_CONTEXT, VM_CONTEXT};
+use crate::abi::{Callback, MapKind, ROOT_CONTEXT, VM_CONTEXT};
 use crate::engine::EngineSettings;
 use crate::error::PluginError;
 use crate::host::Exit;
 use crate::module::{Exports, Module};
 use crate::pairs;
-use crate::state::{Facts, State, Stream};
+use crate::state::{Facts, State, Stream, number_of};
 use crate::ticker::{CALLBACK_DEADLINE, START_DEADLINE, ticks};
-use cairn_filter::{Exchange, LocalReply, RequestHead, ResponseHead};
+use cairn_filter::{Exchange, LocalReply, RequestHead, ResponseHead, Side};
 use outside::OutsideCallbacks;
+use parts::PartCallbacks;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -48,11 +50,17 @@ pub(crate) enum Phase<'a> {
 }
 
 impl Phase<'_> {
-    /// The number of its stream in the ABI.
-    fn index(&self) -> usize {
+    pub(crate) fn side(&self) -> Side {
         match self {
-            Self::Request(_) => 0,
-            Self::Response(_) => 1,
+            Self::Request(_) => Side::Request,
+            Self::Response(_) => Side::Response,
+        }
+    }
+
+    fn map(&self) -> MapKind {
+        match self {
+            Self::Request(_) => MapKind::RequestHeaders,
+            Self::Response(_) => MapKind::ResponseHeaders,
         }
     }
 }
@@ -65,6 +73,7 @@ struct Callbacks {
     log: Option<TypedFunc<u32, ()>>,
     done: Option<TypedFunc<u32, u32>>,
     delete: Option<TypedFunc<u32, ()>>,
+    parts: PartCallbacks,
     outside: OutsideCallbacks,
 }
 
@@ -150,7 +159,8 @@ impl Instance {
         mut phase: Phase<'_>,
         end_of_stream: bool,
     ) -> Result<Outcome, Crash> {
-        let index = phase.index();
+        let side = phase.side();
+        let index = number_of(side);
         self.enter(context, exchange, &mut phase);
         let called = self.call_headers(context, index, end_of_stream);
         let missing = self.leave(context, exchange, &mut phase);
@@ -160,7 +170,7 @@ impl Instance {
         }
         let outcome = self.outcome(context, index, paused);
         if matches!(outcome, Outcome::Paused(_)) {
-            self.hold(context, exchange, &phase);
+            self.hold(context, exchange, side, Some(&phase));
         }
         Ok(outcome)
     }
@@ -175,16 +185,17 @@ impl Instance {
         }
         let resumed = stream.resumed.get(index).copied().unwrap_or_default();
         if !paused || resumed {
-            stream.waiting = None;
+            stream.waiting[index] = None;
             return Outcome::Continue;
         }
-        Outcome::Paused(Arc::clone(stream.waiting.get_or_insert_default()))
+        Outcome::Paused(Arc::clone(stream.waiting[index].get_or_insert_default()))
     }
 
     fn enter(&mut self, context: u32, exchange: &mut Exchange, phase: &mut Phase<'_>) {
         let state = self.store.data_mut();
         let live = &mut state.live;
         live.context = context;
+        live.head = Some(phase.map());
         live.changes.clear();
         std::mem::swap(&mut live.exchange, exchange);
         match phase {
@@ -207,7 +218,12 @@ impl Instance {
         exchange: &mut Exchange,
         phase: &mut Phase<'_>,
     ) -> Option<&'static str> {
-        let keeps = self.exports.log || matches!(phase, Phase::Request(_)) && self.exports.response_headers;
+        let exports = &self.exports;
+        let [request_body, response_body] = exports.body;
+        let keeps = match phase {
+            Phase::Request(_) => request_body || exports.response_headers || response_body || exports.log,
+            Phase::Response(_) => response_body || exports.log,
+        };
         let State { live, streams, facts, .. } = self.store.data_mut();
         let stream = streams.get_mut(&context).filter(|_| keeps);
         let missing = match phase {
@@ -228,6 +244,7 @@ impl Instance {
         };
         std::mem::swap(&mut live.exchange, exchange);
         live.context = VM_CONTEXT;
+        live.head = None;
         if !live.changes.is_empty() {
             let side = if matches!(phase, Phase::Request(_)) { "request: " } else { "response: " };
             let mut text = String::with_capacity(side.len() + live.changes.len());
@@ -268,7 +285,7 @@ impl Instance {
             }
         };
         self.settle()?;
-        // 0 continues; 2, from the C++ SDK, continues and ends the body, which only matters with bodies.
+        // 0 continues, and so does 2 of the C++ SDK, "continue and end the stream", in Envoy. All others hold.
         Ok(!matches!(action, 0 | 2))
     }
 
@@ -463,6 +480,7 @@ fn callbacks(store: &mut Store<State>, instance: &wasmtime::Instance) -> Callbac
         log: instance.get_typed_func(&mut *store, "proxy_on_log").ok(),
         done: instance.get_typed_func(&mut *store, "proxy_on_done").ok(),
         delete: instance.get_typed_func(&mut *store, "proxy_on_delete").ok(),
+        parts: PartCallbacks::resolve(store, instance),
         outside: OutsideCallbacks::resolve(store, instance),
     }
 }

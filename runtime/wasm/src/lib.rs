@@ -6,10 +6,11 @@
 //! wants too much memory ends with that call: the exchange at hand follows the plugin's fail strategy, and the next one
 //! meets a new instance.
 //!
-//! ABI 0.1.0, 0.2.0 and 0.2.1 are spoken. The header phases, calls of other services, timers and queues run; bodies do
-//! not yet, and a plugin that asks for them is told so by a status its SDK survives.
+//! ABI 0.1.0, 0.2.0 and 0.2.1 are spoken. Heads, bodies, trailers, calls of other services, timers and queues run; a plugin
+//! that asks for anything else is told so by a status its SDK survives.
 
 mod abi;
+mod bodies;
 mod cache;
 mod delivery;
 mod engine;

@@ -23,6 +23,10 @@ pub(crate) struct Exports {
     pub(crate) allocator: &'static str,
     pub(crate) request_headers: bool,
     pub(crate) response_headers: bool,
+    /// `proxy_on_request_body` and `proxy_on_response_body`.
+    pub(crate) body: [bool; 2],
+    /// `proxy_on_request_trailers` and `proxy_on_response_trailers`.
+    pub(crate) trailers: [bool; 2],
     /// `proxy_on_log`.
     pub(crate) log: bool,
 }
@@ -66,13 +70,17 @@ fn abi_version(module: &wasmtime::Module) -> Result<AbiVersion, PluginError> {
 }
 
 /// The callbacks that are called, with the numbers of their parameters and whether they have a result.
-const CALLED: [(&str, &[usize], bool); 21] = [
+const CALLED: [(&str, &[usize], bool); 25] = [
     ("proxy_on_context_create", &[2], false),
     ("proxy_on_vm_start", &[2], true),
     ("proxy_on_configure", &[2], true),
     // ABI 0.1.0 has no `end_of_stream`; modules mix that up, so the function's own type decides.
     ("proxy_on_request_headers", &[2, 3], true),
     ("proxy_on_response_headers", &[2, 3], true),
+    ("proxy_on_request_body", &[3], true),
+    ("proxy_on_response_body", &[3], true),
+    ("proxy_on_request_trailers", &[2], true),
+    ("proxy_on_response_trailers", &[2], true),
     ("proxy_on_tick", &[1], false),
     ("proxy_on_queue_ready", &[2], false),
     ("proxy_on_http_call_response", &[5], false),
@@ -116,6 +124,8 @@ fn exports(module: &wasmtime::Module) -> Result<Exports, PluginError> {
         allocator,
         request_headers: has("proxy_on_request_headers"),
         response_headers: has("proxy_on_response_headers"),
+        body: ["proxy_on_request_body", "proxy_on_response_body"].map(has),
+        trailers: ["proxy_on_request_trailers", "proxy_on_response_trailers"].map(has),
         log: has("proxy_on_log"),
     })
 }

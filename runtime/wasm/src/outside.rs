@@ -190,6 +190,11 @@ impl Outside {
         self.tick_changed || !self.errands.is_empty()
     }
 
+    /// Whether the guest may be called outside of streams: something is under way, or will be when it has returned.
+    pub(crate) fn may_call(&self) -> bool {
+        !self.calls.is_empty() || self.tick_period.is_some() || self.is_waiting()
+    }
+
     pub(crate) fn take_errands(&mut self) -> Vec<Errand> {
         std::mem::take(&mut self.errands)
     }

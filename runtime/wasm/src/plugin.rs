@@ -3,12 +3,16 @@
 mod grpc;
 mod outside;
 
+use crate::bodies::Bodies;
 use crate::engine::Environment;
 use crate::error::PluginError;
 use crate::instance::{Crash, Instance, Outcome, Phase};
 use crate::module::Module;
-use crate::state::Facts;
-use cairn_filter::{Exchange, Factory, Filter, LocalReply, Phases, RequestHead, ResponseHead, Verdict};
+use crate::state::{Facts, number_of};
+use cairn_filter::{
+    Exchange, Factory, Filter, Hold, LocalReply, Part, Phases, RequestHead, ResponseHead, Side, Until,
+    Verdict, append,
+};
 use cairn_mesh::{FailStrategy, WasmPlugin};
 use http::StatusCode;
 use parking_lot::Mutex;
@@ -16,12 +20,15 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+use tokio::sync::Notify;
 
 /// One version of one plugin: code and configuration do not change.
 pub(crate) struct Plugin {
     module: Arc<Module>,
     facts: Arc<Facts>,
     fail_strategy: FailStrategy,
+    /// Whether it sees the body while it holds the head.
+    holds_heads: bool,
     /// How long the slowest start took; decides whether a worker may do the next one itself.
     start_nanos: AtomicU64,
     workers: Box<[Mutex<Slot>]>,
@@ -81,6 +88,7 @@ impl Plugin {
             module,
             facts,
             fail_strategy: plugin.fail_strategy,
+            holds_heads: plugin.holds_heads,
             start_nanos: AtomicU64::new(start_nanos),
             workers: slots.into_boxed_slice(),
         });
@@ -255,6 +263,10 @@ impl PluginFactory {
         let mut phases = Phases::empty();
         phases.set(Phases::REQUEST_HEADERS, exports.request_headers);
         phases.set(Phases::RESPONSE_HEADERS, exports.response_headers);
+        phases.set(Phases::REQUEST_BODY, exports.body[0]);
+        phases.set(Phases::RESPONSE_BODY, exports.body[1]);
+        phases.set(Phases::REQUEST_TRAILERS, exports.trailers[0]);
+        phases.set(Phases::RESPONSE_TRAILERS, exports.trailers[1]);
         if exports.log || !phases.is_empty() {
             phases |= Phases::FINISH;
         }
@@ -276,7 +288,10 @@ impl Factory for PluginFactory {
             plugin: Arc::clone(&self.plugin),
             worker: exchange.connection.worker,
             stream: StreamState::None,
-            paused_until: None,
+            is_held: [false; 2],
+            held_until: [None; 2],
+            bodies: None,
+            has_changed: [false; 2],
             failed: false,
         }))
     }
@@ -287,8 +302,14 @@ struct PluginFilter {
     plugin: Arc<Plugin>,
     worker: usize,
     stream: StreamState,
-    /// The guest holds the exchange, until then at most.
-    paused_until: Option<Instant>,
+    /// The guest holds the head of the request, or of the response.
+    is_held: [bool; 2],
+    /// The guest holds the request, or the response, and nothing more will come of it; until then at most.
+    held_until: [Option<Instant>; 2],
+    /// What the guest was shown of bodies, and holds.
+    bodies: Option<Arc<Bodies>>,
+    /// It was noted that the guest changed the body of the request, or of the response.
+    has_changed: [bool; 2],
     /// The plugin failed this exchange and takes no further part in it.
     failed: bool,
 }
@@ -306,56 +327,151 @@ enum StreamState {
     Closed,
 }
 
+/// What a guest is shown of a body.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Shown {
+    Body,
+    Trailers,
+    /// Nothing new: it may have let go of what it holds.
+    Nothing,
+}
+
+/// Resolves when something about a held stream may have changed, or when its time is over; which of the two is found out
+/// by who asks then.
+fn woken(notify: Arc<Notify>, until: Option<Instant>) -> Until {
+    Box::pin(async move {
+        match until {
+            Some(until) => drop(tokio::time::timeout_at(until.into(), notify.notified()).await),
+            None => notify.notified().await,
+        }
+    })
+}
+
+/// Why an exchange failed that nobody let go.
+const TOO_LONG: &str = "the plugin held the exchange for too long";
+
 /// Envoy's response code details for an exchange that a plugin failed.
 const FAILED: &str = "wasm_fail_stream";
 
 impl PluginFilter {
-    /// Runs a phase, or finds out what became of one that was held.
-    fn phase(&mut self, exchange: &mut Exchange, phase: Phase<'_>, end_of_stream: bool) -> Verdict {
+    /// Shows the guest a head, or finds out what became of one that it held.
+    fn head(&mut self, exchange: &mut Exchange, phase: Phase<'_>, end_of_stream: bool) -> Verdict {
+        let side = phase.side();
+        let is_held = std::mem::take(&mut self.is_held[number_of(side)]);
+        let outcome = self.with_guest(exchange, |instance, context, exchange| match is_held {
+            true => Ok(instance.resumed(context, exchange, phase)),
+            false => instance.headers(context, exchange, phase, end_of_stream),
+        });
+        match outcome {
+            Ok(Outcome::Paused(notify)) if self.plugin.holds_heads && !end_of_stream => {
+                Verdict::Hold(Hold { until: Some(woken(notify, None)), ..Hold::default() })
+            }
+            Ok(Outcome::Paused(notify)) => match self.held_until(side) {
+                Some(until) => {
+                    self.is_held[number_of(side)] = true;
+                    Verdict::Wait(woken(notify, Some(until)))
+                }
+                None => self.fail(exchange, TOO_LONG),
+            },
+            Ok(outcome) => self.verdict(exchange, side, outcome),
+            Err(why) => self.fail(exchange, why),
+        }
+    }
+
+    /// Shows the guest a part of a body, or finds out what became of one that it held.
+    fn part(&mut self, exchange: &mut Exchange, mut part: Part<'_>, shown: Shown) -> Verdict {
+        let side = part.side;
+        let bodies = Arc::clone(self.bodies.get_or_insert_default());
+        append(&mut bodies.side(side).bytes, std::mem::take(&mut part.chunk.bytes));
+        let outcome = self.with_guest(exchange, |instance, context, exchange| match shown {
+            Shown::Nothing => Ok(instance.part_resumed(context, exchange, &mut part)),
+            shown => instance.part(context, exchange, &mut part, shown == Shown::Trailers, &bodies),
+        });
+        let verdict = match outcome {
+            Ok(Outcome::Paused(notify)) => {
+                let is_last = part.chunk.end_of_stream || part.chunk.trailers.is_some();
+                // As long as more is to come, it is the sender's time that passes.
+                let until = if is_last { self.held_until(side) } else { None };
+                if until.is_some() || !is_last {
+                    let body = bodies.side(side);
+                    let until = Some(woken(notify, until));
+                    return Verdict::Hold(Hold { until, kept: body.bytes.len(), when_full: body.when_full });
+                }
+                self.fail(exchange, TOO_LONG)
+            }
+            Ok(outcome) => self.verdict(exchange, side, outcome),
+            Err(why) => self.fail(exchange, why),
+        };
+        let mut body = bodies.side(side);
+        part.chunk.bytes = body.take();
+        if std::mem::take(&mut body.is_changed) {
+            part.chunk.is_changed = true;
+            if std::mem::replace(&mut self.has_changed[number_of(side)], true) {
+                return verdict;
+            }
+            let whose = if side == Side::Request { "request" } else { "response" };
+            exchange.note(&self.plugin.facts.name, format!("{whose}: changed the body"));
+        }
+        verdict
+    }
+
+    /// Enters the guest's context for the exchange.
+    ///
+    /// # Errors
+    /// Why the plugin failed the exchange.
+    fn with_guest(
+        &mut self,
+        exchange: &mut Exchange,
+        run: impl FnOnce(&mut Instance, u32, &mut Exchange) -> Result<Outcome, Crash>,
+    ) -> Result<Outcome, &'static str> {
         if self.failed {
-            return Verdict::Continue;
+            return Ok(Outcome::Continue);
         }
         let plugin = Arc::clone(&self.plugin);
-        let Some(slot) = plugin.slot(self.worker) else { return Verdict::Continue };
+        let Some(slot) = plugin.slot(self.worker) else { return Ok(Outcome::Continue) };
         let mut slot = slot.lock();
         let generation = slot.generation;
         let Some(instance) = slot.ready(&plugin, self.worker) else {
-            return self.fail(exchange, "the plugin is not running");
+            return Err("the plugin is not running");
         };
         let outcome = match self.stream {
             StreamState::Open { generation: ours, .. } if ours != generation => {
-                return self.fail(exchange, "the plugin crashed in another exchange");
+                return Err("the plugin crashed in another exchange");
             }
-            StreamState::Open { context, .. } if self.paused_until.is_some() => {
-                Ok(instance.resumed(context, exchange, phase))
-            }
-            StreamState::Open { context, .. } => instance.headers(context, exchange, phase, end_of_stream),
-            StreamState::Closed => return Verdict::Continue,
+            StreamState::Open { context, .. } => run(instance, context, exchange),
+            StreamState::Closed => return Ok(Outcome::Continue),
             StreamState::None => match instance.open() {
                 Ok(Some(context)) => {
                     self.stream = StreamState::Open { generation, context };
-                    instance.headers(context, exchange, phase, end_of_stream)
+                    run(instance, context, exchange)
                 }
-                Ok(None) => return self.fail(exchange, "the plugin has too many streams"),
+                Ok(None) => return Err("the plugin has too many streams"),
                 Err(crash) => Err(crash),
             },
         };
         match outcome {
             Ok(outcome) => {
                 plugin.run_errands(&mut slot, self.worker);
-                self.verdict(exchange, outcome)
+                Ok(outcome)
             }
             Err(crash) => {
                 plugin.crashed(&mut slot, self.worker, &crash);
-                self.fail(exchange, "the plugin crashed")
+                Err("the plugin crashed")
             }
         }
     }
 
-    fn verdict(&mut self, exchange: &mut Exchange, outcome: Outcome) -> Verdict {
-        let paused_until = self.paused_until.take();
+    /// Until when the guest may hold a side of which nothing more comes; `None` when that time is over.
+    fn held_until(&mut self, side: Side) -> Option<Instant> {
+        let pause_max = self.plugin.facts.environment.settings.pause_max;
+        let until = *self.held_until[number_of(side)].get_or_insert_with(|| Instant::now() + pause_max);
+        (Instant::now() < until).then_some(until)
+    }
+
+    fn verdict(&mut self, exchange: &mut Exchange, side: Side, outcome: Outcome) -> Verdict {
+        self.held_until[number_of(side)] = None;
         match outcome {
-            Outcome::Continue => Verdict::Continue,
+            Outcome::Continue | Outcome::Paused(_) => Verdict::Continue,
             Outcome::Reset => Verdict::Reset,
             Outcome::Reply(reply) => {
                 exchange.note(&self.plugin.facts.name, format!("answered {}", reply.status.as_u16()));
@@ -365,18 +481,6 @@ impl PluginFilter {
                 tracing::warn!(plugin = %self.plugin.facts.name, header = name, "the plugin removed a header that is needed");
                 let details = format!("filter_removed_required_headers{{{name}}}:{}", self.plugin.facts.name);
                 Verdict::Reply(Box::new(LocalReply::text(StatusCode::SERVICE_UNAVAILABLE, "", details)))
-            }
-            Outcome::Paused(notify) => {
-                let until = paused_until
-                    .unwrap_or_else(|| Instant::now() + self.plugin.facts.environment.settings.pause_max);
-                if Instant::now() >= until {
-                    return self.fail(exchange, "the plugin held the exchange for too long");
-                }
-                self.paused_until = Some(until);
-                Verdict::Wait(Box::pin(async move {
-                    // Running out of time is found by the phase that is called next.
-                    let _ = tokio::time::timeout_at(until.into(), notify.notified()).await;
-                }))
             }
         }
     }
@@ -394,9 +498,15 @@ impl PluginFilter {
             }
         }
     }
+
     /// Closes the guest's context. An exchange that was answered before the plugin's turn gets one now, since plugins that
     /// keep an access log count it too (Envoy does the same).
     fn close(&mut self, exchange: Option<&mut Exchange>) {
+        if let Some(bodies) = &self.bodies {
+            for side in [Side::Request, Side::Response] {
+                bodies.side(side).is_at_hand = false;
+            }
+        }
         let unseen = matches!(self.stream, StreamState::None);
         let wants_log = self.plugin.module.exports.log && exchange.is_some() && !self.failed;
         if matches!(self.stream, StreamState::Closed) || unseen && !wants_log {
@@ -431,7 +541,7 @@ impl Filter for PluginFilter {
         head: &mut RequestHead,
         end_of_stream: bool,
     ) -> Verdict {
-        self.phase(exchange, Phase::Request(head), end_of_stream)
+        self.head(exchange, Phase::Request(head), end_of_stream)
     }
 
     fn response_headers(
@@ -440,7 +550,19 @@ impl Filter for PluginFilter {
         head: &mut ResponseHead,
         end_of_stream: bool,
     ) -> Verdict {
-        self.phase(exchange, Phase::Response(head), end_of_stream)
+        self.head(exchange, Phase::Response(head), end_of_stream)
+    }
+
+    fn body(&mut self, exchange: &mut Exchange, part: Part<'_>) -> Verdict {
+        self.part(exchange, part, Shown::Body)
+    }
+
+    fn trailers(&mut self, exchange: &mut Exchange, part: Part<'_>) -> Verdict {
+        self.part(exchange, part, Shown::Trailers)
+    }
+
+    fn resumed(&mut self, exchange: &mut Exchange, part: Part<'_>) -> Verdict {
+        self.part(exchange, part, Shown::Nothing)
     }
 
     fn finish(&mut self, exchange: &mut Exchange) {

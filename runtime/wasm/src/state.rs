@@ -1,13 +1,15 @@
 //! What the host keeps about one instance: which callback runs, what the guest may see in it, and its streams.
 
 use crate::abi::{AbiVersion, Callback, MapKind, VM_CONTEXT};
+use crate::bodies::Bodies;
 use crate::engine::Environment;
 use crate::heads::{Request, Response};
 use crate::host::{Declared, Expressions};
 use crate::log::LogGate;
 use crate::metrics::{Metric, PluginCounters};
 use crate::outside::Outside;
-use cairn_filter::{Connection, Exchange, LocalReply, Peer, Protocol};
+use cairn_filter::{Connection, Exchange, LocalReply, Peer, Protocol, Side};
+use http::HeaderMap;
 use parking_lot::Mutex;
 use std::collections::{BTreeSet, HashMap};
 use std::hash::{BuildHasherDefault, Hasher};
@@ -51,9 +53,13 @@ pub(crate) struct Stream {
     /// The guest wants the request, and the response, to go on.
     pub(crate) resumed: [bool; 2],
     /// Wakes the exchange that waits.
-    pub(crate) waiting: Option<Arc<Notify>>,
-    /// What the guest may see and change of the stream while it holds it.
-    pub(crate) held: Option<Box<Held>>,
+    pub(crate) waiting: [Option<Arc<Notify>>; 2],
+    /// What the guest may see and change of the stream while it holds its request or its response.
+    pub(crate) held: [Option<Box<Held>>; 2],
+    /// The bodies of the request and of the response, once the guest was shown some.
+    pub(crate) bodies: Option<Arc<Bodies>>,
+    /// The trailers of the request and of the response.
+    pub(crate) trailers: [Trailers; 2],
     /// The exchange is over and the guest asked for time until it calls `proxy_done`.
     pub(crate) done_pending: bool,
 }
@@ -61,9 +67,23 @@ pub(crate) struct Stream {
 impl Stream {
     /// Wakes the exchange, which then looks for what changed.
     pub(crate) fn wake(&self) {
-        if let Some(waiting) = &self.waiting {
-            waiting.notify_one();
-        }
+        self.waiting.iter().flatten().for_each(|waiting| waiting.notify_one());
+    }
+}
+
+/// What follows a body.
+#[derive(Default)]
+pub(crate) struct Trailers {
+    pub(crate) map: Option<HeaderMap>,
+    /// The guest may change them.
+    pub(crate) is_open: bool,
+}
+
+/// The number of a side's stream in the ABI.
+pub(crate) fn number_of(side: Side) -> usize {
+    match side {
+        Side::Request => 0,
+        Side::Response => 1,
     }
 }
 
@@ -109,8 +129,10 @@ pub(crate) struct Live {
     pub(crate) response: Response,
     /// What the guest did to headers, in words.
     pub(crate) changes: String,
-    /// It is on loan from a stream that is held, of which this map is at hand.
-    pub(crate) on_loan: Option<MapKind>,
+    /// The head that is at hand.
+    pub(crate) head: Option<MapKind>,
+    /// It is on loan from a stream that is held: from the request's or the response's place.
+    pub(crate) on_loan: Option<usize>,
 }
 
 /// The exchange of a stream that the guest holds, for callbacks that are about something else: its facts as they were, and
@@ -119,8 +141,8 @@ pub(crate) struct Held {
     pub(crate) exchange: Exchange,
     pub(crate) request: Request,
     pub(crate) response: Response,
-    /// Whose head it is.
-    pub(crate) map: MapKind,
+    /// Whose head it is, if that is held too.
+    pub(crate) map: Option<MapKind>,
     pub(crate) changes: String,
 }
 
@@ -167,6 +189,7 @@ impl Live {
             request: Request::none(),
             response: Response::none(),
             changes: String::new(),
+            head: None,
             on_loan: None,
         }
     }
@@ -305,9 +328,9 @@ impl State {
         self.live.context != VM_CONTEXT && self.live.context == self.effective
     }
 
-    /// Whether host functions speak of a stream that is held with this map.
+    /// Whether host functions speak of a stream whose head this map is, and that is at hand.
     pub(crate) fn is_at_hand(&self, map: MapKind) -> bool {
-        self.live.on_loan == Some(map) && self.is_live()
+        self.live.head == Some(map) && self.is_live()
     }
 
     /// Makes host functions speak of another context. If that is a stream that the guest holds, its exchange is at hand until
@@ -318,21 +341,26 @@ impl State {
         if self.live.context != VM_CONTEXT {
             return;
         }
-        let held = self.streams.get_mut(&context).and_then(|stream| stream.held.as_deref_mut());
-        if let Some(held) = held {
+        let Some(stream) = self.streams.get_mut(&context) else { return };
+        let [request, response] = &stream.held;
+        // Whichever has a head to show.
+        let has_head = |held: &Option<Box<Held>>| held.as_ref().is_some_and(|held| held.map.is_some());
+        let index = usize::from(request.is_none() || has_head(response) && !has_head(request));
+        if let Some(held) = stream.held.get_mut(index).and_then(Option::as_deref_mut) {
             self.live.context = context;
-            self.live.on_loan = Some(held.map);
+            self.live.on_loan = Some(index);
+            self.live.head = held.map;
             self.live.swap(held);
         }
     }
 
     /// Gives a stream that is held its exchange back.
     pub(crate) fn hand_back(&mut self) {
-        if self.live.on_loan.take().is_none() {
-            return;
-        }
+        let Some(index) = self.live.on_loan.take() else { return };
+        self.live.head = None;
         let context = std::mem::replace(&mut self.live.context, VM_CONTEXT);
-        if let Some(held) = self.streams.get_mut(&context).and_then(|stream| stream.held.as_deref_mut()) {
+        let held = self.streams.get_mut(&context).and_then(|stream| stream.held.get_mut(index));
+        if let Some(held) = held.and_then(Option::as_deref_mut) {
             self.live.swap(held);
         }
     }

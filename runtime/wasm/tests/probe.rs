@@ -231,6 +231,7 @@ async fn run(module: &[u8], lines: &Lines) {
         fail_strategy: FailStrategy::Close,
         env: Vec::new(),
         host_env: Vec::new(),
+        holds_heads: false,
     };
     let factory = engine.factory(engine.compile(module).unwrap(), &plugin).unwrap();
     let answered = || lines.of_probe().iter().filter(|line| line.starts_with("CALLMAP")).count() == 2;

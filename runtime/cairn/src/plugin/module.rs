@@ -78,5 +78,6 @@ pub fn plugin(name: &str, config: &str) -> WasmPlugin {
         fail_strategy: FailStrategy::Close,
         env: Vec::new(),
         host_env: Vec::new(),
+        holds_heads: false,
     }
 }

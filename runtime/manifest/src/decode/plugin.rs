@@ -9,6 +9,9 @@ use cairn_mesh::{Change, FailStrategy, MeshSettings, PluginPhase, PullPolicy, Re
 use serde_json::{Number, Value};
 use std::sync::Arc;
 
+/// The annotation that lets a plugin see the body while it holds the head.
+const HOLD_HEADERS: &str = "cairn.dev/hold-headers";
+
 /// Istio's limits.
 const NAME_LEN_MAX: usize = 256;
 const ENV_MAX: usize = 256;
@@ -77,6 +80,7 @@ pub(super) fn decode(
             .unwrap_or_default(),
         env,
         host_env,
+        holds_heads: holds_heads(object, findings),
     };
     plugin_type(&spec, &mut obstacle, findings);
     let runs = selects_servers(&spec, &mut obstacle, findings);
@@ -142,6 +146,19 @@ fn sha256(spec: &Entries<'_>, findings: &mut Findings) -> Option<Arc<str>> {
         findings.refuse("invalid-value", &node.at, "must be 64 lower-case hex digits");
     }
     Some(text.into())
+}
+
+/// Envoy's `allow_on_headers_stop_iteration`, for which `WasmPlugin` has no field.
+fn holds_heads(object: &Object, findings: &mut Findings) -> bool {
+    match object.annotations.get(HOLD_HEADERS).map(String::as_str) {
+        None | Some("false") => false,
+        Some("true") => true,
+        Some(other) => {
+            let at = FieldPath::of(&["metadata", "annotations", HOLD_HEADERS]);
+            findings.note(Severity::Error, "invalid-value", &at, format!("is `{other}`, not true or false"));
+            false
+        }
+    }
 }
 
 fn plugin_name(spec: &Entries<'_>, findings: &mut Findings) -> Arc<str> {

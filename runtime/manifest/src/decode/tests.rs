@@ -521,6 +521,24 @@ fn every_field_of_a_plugin_is_read() {
 }
 
 #[test]
+fn a_plugin_may_hold_heads_when_it_is_annotated() {
+    for (value, expected, said) in [
+        ("true", true, &[][..]),
+        ("false", false, &[]),
+        ("yes", false, &["error invalid-value metadata.annotations[\"cairn.dev/hold-headers\"]"]),
+    ] {
+        let head = format!(
+            "apiVersion: extensions.istio.io/v1alpha1\nkind: WasmPlugin\nmetadata: {{name: w, namespace: n, \
+             annotations: {{cairn.dev/hold-headers: '{value}'}}}}"
+        );
+        let decoded = read(&head, &format!("{TARGET}url: file:///p.wasm"));
+        assert_eq!(shorts(&decoded), said, "{value}");
+        let [Change::Plugin(plugin)] = decoded.changes.as_slice() else { panic!("{:?}", decoded.changes) };
+        assert_eq!(plugin.holds_heads, expected, "{value}");
+    }
+}
+
+#[test]
 fn an_unset_priority_is_the_lowest() {
     assert_eq!(the_plugin(plugin(&format!("{TARGET}url: file:///p.wasm"))).priority, i32::MIN);
 }

@@ -1,14 +1,18 @@
-//! Header maps and buffers.
+//! Header maps.
 //!
 //! A map can be changed while its head is at hand, and read for as long as the stream lives: Envoy forgets the request's
 //! headers after their phase, which only ever crashed plugins.
 
 use super::Guest;
 use super::memory::{give, read, split, write_u32};
-use crate::abi::{AbiVersion, Callback, Done, MapKind, Refusal, Status, answer};
-use crate::heads::{Edit, EditError, refuse_injection};
+use crate::abi::{AbiVersion, Done, MapKind, Refusal, Status, answer};
+use crate::heads::{
+    Edit, EditError, header_pairs, header_value, refuse_injection, remove_header, write_header as write_to,
+};
 use crate::pairs::{self, Pairs};
-use crate::state::State;
+use crate::state::{State, Trailers, number_of};
+use cairn_filter::Side;
+use http::HeaderMap;
 use wasmtime::Linker;
 
 pub(super) fn define(linker: &mut Linker<State>) -> wasmtime::Result<()> {
@@ -57,34 +61,6 @@ pub(super) fn define(linker: &mut Linker<State>) -> wasmtime::Result<()> {
             answer(remove(&mut guest, map, (name, name_length)))
         },
     )?;
-    linker.func_wrap(
-        "env",
-        "proxy_get_buffer_bytes",
-        |mut guest: Guest<'_>, buffer: u32, start: u32, max: u32, pointer_at: u32, length_at: u32| {
-            answer(buffer_bytes(&mut guest, buffer, (start, max), (pointer_at, length_at)))
-        },
-    )?;
-    linker.func_wrap(
-        "env",
-        "proxy_get_buffer_status",
-        |mut guest: Guest<'_>, buffer: u32, length_at: u32, flags_at: u32| {
-            answer(buffer_status(&mut guest, buffer, length_at, flags_at))
-        },
-    )?;
-    linker.func_wrap(
-        "env",
-        "proxy_set_buffer_bytes",
-        |guest: Guest<'_>, buffer: u32, _start: u32, _size: u32, _at: u32, _length: u32| {
-            answer(set_buffer(&guest, buffer))
-        },
-    )?;
-    linker.func_wrap(
-        "env",
-        "proxy_get_configuration",
-        |mut guest: Guest<'_>, pointer_at: u32, length_at: u32| {
-            answer(configuration(&mut guest, pointer_at, length_at))
-        },
-    )?;
     Ok(())
 }
 
@@ -99,6 +75,8 @@ enum Map<'a> {
     Response,
     /// What was kept of a head.
     Kept(Pairs<'a>),
+    /// What follows a body.
+    Trailers(&'a Trailers),
     /// Nothing, in a stream: it has no such headers, yet or at all.
     Absent,
     /// Nothing, outside of streams.
@@ -107,8 +85,6 @@ enum Map<'a> {
 
 fn map_of(state: &State, kind: MapKind) -> Map<'_> {
     match (kind, state.callback) {
-        (MapKind::RequestHeaders, Callback::RequestHeaders) if state.is_live() => return Map::Request,
-        (MapKind::ResponseHeaders, Callback::ResponseHeaders) if state.is_live() => return Map::Response,
         (MapKind::RequestHeaders, _) if state.is_at_hand(kind) => return Map::Request,
         (MapKind::ResponseHeaders, _) if state.is_at_hand(kind) => return Map::Response,
         (MapKind::Delivered(index), callback) if callback.is_delivery() => {
@@ -120,7 +96,8 @@ fn map_of(state: &State, kind: MapKind) -> Map<'_> {
     match kind {
         MapKind::RequestHeaders => kept(&stream.request),
         MapKind::ResponseHeaders => kept(&stream.response),
-        MapKind::Delivered(_) | MapKind::Other => Map::Absent,
+        MapKind::Trailers(side) => Map::Trailers(&stream.trailers[number_of(side)]),
+        MapKind::Delivered(_) => Map::Absent,
     }
 }
 
@@ -140,6 +117,7 @@ pub(super) fn find<'a>(state: &'a State, kind: MapKind, name: &[u8]) -> Option<O
             let name = if name.eq_ignore_ascii_case(b"host") { b":authority" } else { name };
             Some(pairs.find(name))
         }
+        Map::Trailers(trailers) => Some(trailers.map.as_ref().and_then(|map| header_value(map, name))),
         Map::Absent => Some(None),
         Map::Nowhere => None,
     }
@@ -151,6 +129,10 @@ pub(super) fn for_each(state: &State, kind: MapKind, mut each: impl FnMut(&[u8],
         Map::Request => state.live.request.pairs().for_each(|(name, value)| each(name, value)),
         Map::Response => state.live.response.pairs().for_each(|(name, value)| each(name, value)),
         Map::Kept(pairs) => pairs.iter().for_each(|(name, value)| each(name, value)),
+        Map::Trailers(trailers) => {
+            let pairs = trailers.map.iter().flat_map(header_pairs);
+            pairs.for_each(|(name, value)| each(name, value));
+        }
         Map::Absent => {}
         Map::Nowhere => return false,
     }
@@ -174,7 +156,10 @@ fn all(guest: &mut Guest<'_>, map: u32, pointer_at: u32, length_at: u32) -> Done
             Map::Request => pairs::write(out, state.live.request.count(), state.live.request.pairs()),
             Map::Response => pairs::write(out, state.live.response.count(), state.live.response.pairs()),
             Map::Kept(kept) => pairs::write(out, kept.count(), kept.iter()),
-            Map::Absent | Map::Nowhere => {}
+            Map::Trailers(Trailers { map: Some(map), .. }) if !map.is_empty() => {
+                pairs::write(out, map.len() as u32, header_pairs(map));
+            }
+            Map::Trailers(_) | Map::Absent | Map::Nowhere => {}
         }
         Ok(())
     })
@@ -195,12 +180,17 @@ fn value(guest: &mut Guest<'_>, map: u32, name: Slice, result: Slice) -> Done {
     })
 }
 
-/// The one map that may be changed now, if it is the one asked for.
+/// Whether the map asked for may be changed now.
 fn changeable(state: &State, kind: MapKind) -> Result<(), Status> {
     match map_of(state, kind) {
         Map::Request | Map::Response => Ok(()),
-        Map::Kept(_) | Map::Absent | Map::Nowhere => Err(Status::BadArgument),
+        Map::Trailers(trailers) if trailers.is_open => Ok(()),
+        Map::Trailers(_) | Map::Kept(_) | Map::Absent | Map::Nowhere => Err(Status::BadArgument),
     }
+}
+
+fn trailers_of(state: &mut State, side: Side) -> Option<&mut Option<HeaderMap>> {
+    state.stream_mut().map(|stream| &mut stream.trailers[number_of(side)].map)
 }
 
 fn edit(guest: &mut Guest<'_>, map: u32, edit: Edit, name: Slice, value: Slice) -> Done {
@@ -226,9 +216,12 @@ fn write_header(
     let written = match kind {
         MapKind::RequestHeaders => state.live.request.write(name, value, edit),
         MapKind::ResponseHeaders => state.live.response.write(name, value, edit),
-        MapKind::Delivered(_) | MapKind::Other => {
-            return Err(Status::BadArgument.into());
+        MapKind::Trailers(side) => {
+            let map = trailers_of(state, side).ok_or(Status::BadArgument)?;
+            refuse_injection(name, value)
+                .and_then(|()| write_to(map.get_or_insert_default(), name, value, edit))
         }
+        MapKind::Delivered(_) => return Err(Status::BadArgument.into()),
     };
     match written {
         Ok(()) => Ok(()),
@@ -257,7 +250,12 @@ fn remove(guest: &mut Guest<'_>, map: u32, name: Slice) -> Done {
     match kind {
         MapKind::RequestHeaders => state.live.request.remove(name),
         MapKind::ResponseHeaders => state.live.response.remove(name),
-        MapKind::Delivered(_) | MapKind::Other => {}
+        MapKind::Trailers(side) => {
+            if let Some(Some(map)) = trailers_of(state, side) {
+                remove_header(map, name);
+            }
+        }
+        MapKind::Delivered(_) => {}
     }
     if present {
         note(state, "removed ", name);
@@ -283,7 +281,12 @@ fn set_all(guest: &mut Guest<'_>, map: u32, at: u32, length: u32) -> Done {
     match kind {
         MapKind::RequestHeaders => state.live.request.clear(),
         MapKind::ResponseHeaders => state.live.response.clear(),
-        MapKind::Delivered(_) | MapKind::Other => {}
+        MapKind::Trailers(side) => {
+            if let Some(map) = trailers_of(state, side) {
+                *map = None;
+            }
+        }
+        MapKind::Delivered(_) => {}
     }
     for (name, value) in pairs.iter() {
         write_header(state, kind, name, value, Edit::Add)?;
@@ -306,60 +309,4 @@ fn note(state: &mut State, verb: &str, name: &[u8]) {
     changes.push_str(verb);
     // Names are tokens, or were just found in the map: ASCII.
     changes.push_str(std::str::from_utf8(name).unwrap_or("?"));
-}
-
-/// The buffers of the ABI that exist today, by number.
-fn buffer(state: &State, buffer: u32) -> Result<&[u8], Status> {
-    match buffer {
-        // Bodies and stream data: there are none in the header phases.
-        0..=3 | 8 => Ok(&[]),
-        5 => Ok(&state.outside.delivery.message),
-        // The body of the answer to a call, while it is delivered.
-        4 => state.outside.delivery.body.as_deref().ok_or(Status::NotFound),
-        // The configuration of the VM, which WasmPlugin has no field for.
-        6 => Ok(&[]),
-        7 if state.callback == Callback::Configure => Ok(state.facts.config.as_bytes()),
-        7 => Err(Status::NotFound),
-        _ => Err(Status::BadArgument),
-    }
-}
-
-fn buffer_bytes(guest: &mut Guest<'_>, number: u32, (start, max): (u32, u32), result: Slice) -> Done {
-    give(guest, result.0, result.1, |_, state, out| {
-        let bytes = buffer(state, number)?;
-        // Envoy refuses a range whose end does not fit 32 bits, but takes "everything".
-        if start.checked_add(max).is_none() {
-            return Err(Status::BadArgument.into());
-        }
-        let rest = bytes.get(start as usize..).unwrap_or_default();
-        out.extend_from_slice(&rest[..rest.len().min(max as usize)]);
-        Ok(())
-    })
-}
-
-fn buffer_status(guest: &mut Guest<'_>, number: u32, length_at: u32, flags_at: u32) -> Done {
-    let (memory, state) = split(guest)?;
-    let length = buffer(state, number)?.len() as u32;
-    write_u32(memory, length_at, length)?;
-    Ok(write_u32(memory, flags_at, 0)?)
-}
-
-fn set_buffer(guest: &Guest<'_>, number: u32) -> Done {
-    match number {
-        0 | 1 => {
-            guest.data().in_vain("proxy_set_buffer_bytes");
-            Ok(())
-        }
-        _ => Err(Status::BadArgument.into()),
-    }
-}
-
-/// ABI 0.1.0: the VM's or the plugin's configuration, whichever callback runs.
-fn configuration(guest: &mut Guest<'_>, pointer_at: u32, length_at: u32) -> Done {
-    give(guest, pointer_at, length_at, |_, state, out| {
-        if state.callback == Callback::Configure {
-            out.extend_from_slice(state.facts.config.as_bytes());
-        }
-        Ok(())
-    })
 }

@@ -3,6 +3,7 @@
 //! Pointers are the guest's: every one is checked, and results are written only after all of them were. Statuses stay
 //! within what the official SDKs survive; where that leaves no honest one, the call traps.
 
+mod buffers;
 mod calls;
 mod foreign;
 mod grpc;
@@ -32,6 +33,7 @@ pub(crate) fn define(linker: &mut Linker<State>) -> wasmtime::Result<()> {
     foreign::define(linker)?;
     grpc::define(linker)?;
     log::define(linker)?;
+    buffers::define(linker)?;
     headers::define(linker)?;
     metrics::define(linker)?;
     properties::define(linker)?;

@@ -14,7 +14,7 @@ use super::headers::{find, for_each};
 use super::memory::{give, read, split};
 use crate::abi::{Callback, Done, MapKind, Status, answer};
 use crate::state::State;
-use cairn_filter::Measures;
+use cairn_filter::{Measures, Side};
 use std::borrow::Cow;
 use std::time::Instant;
 use wasmtime::Linker;
@@ -199,9 +199,9 @@ fn response<'a>(state: &'a State, rest: &[u8]) -> Option<Value<'a>> {
         b"headers_bytes" => Some(Value::Int(state.exchange().map(|_| bytes(state, kind))? as i64)),
         b"backend_latency" => Some(Value::duration(measures(state)?.upstream_duration?)),
         b"headers" => all(state, kind),
-        b"trailers" => all(state, MapKind::Other),
+        b"trailers" => all(state, MapKind::Trailers(Side::Response)),
         _ => match rest.strip_prefix(b"trailers\0") {
-            Some(name) => joined(state, MapKind::Other, name),
+            Some(name) => joined(state, MapKind::Trailers(Side::Response), name),
             None => joined(state, kind, rest.strip_prefix(b"headers\0")?),
         },
     }

@@ -3,12 +3,12 @@
 
 use super::grpc::GrpcCallbacks;
 use super::{Crash, Instance, Outcome, Phase, call};
-use crate::abi::{Callback, MapKind, ROOT_CONTEXT};
+use crate::abi::{Callback, ROOT_CONTEXT};
 use crate::delivery::Delivery;
 use crate::heads::{Request, Response};
 use crate::outside::Errand;
-use crate::state::{Held, State, copy_of};
-use cairn_filter::{CalloutAnswer, CalloutError, Exchange};
+use crate::state::{Held, State, copy_of, number_of};
+use cairn_filter::{CalloutAnswer, CalloutError, Exchange, Side};
 use std::time::Duration;
 use tokio::task::AbortHandle;
 use wasmtime::{Store, TypedFunc};
@@ -103,43 +103,54 @@ impl Instance {
     }
 
     /// Keeps what the guest may see and change of a stream that it holds, for callbacks outside of it.
-    pub(super) fn hold(&mut self, context: u32, exchange: &Exchange, phase: &Phase<'_>) {
+    pub(super) fn hold(&mut self, context: u32, exchange: &Exchange, side: Side, phase: Option<&Phase<'_>>) {
         let Some(stream) = self.store.data_mut().streams.get_mut(&context) else { return };
         let mut held = Held {
             exchange: copy_of(exchange),
             request: Request::none(),
             response: Response::none(),
-            map: MapKind::RequestHeaders,
+            map: phase.map(Phase::map),
             changes: String::new(),
         };
         match phase {
-            Phase::Request(head) => held.request.head = (*head).clone(),
-            Phase::Response(head) => {
-                held.response.head = (*head).clone();
-                held.map = MapKind::ResponseHeaders;
-            }
+            Some(Phase::Request(head)) => held.request.head = (*head).clone(),
+            Some(Phase::Response(head)) => held.response.head = (*head).clone(),
+            None => {}
         }
-        stream.held = Some(Box::new(held));
+        stream.held[number_of(side)] = Some(Box::new(held));
+    }
+
+    /// What was kept of a stream that the guest held.
+    pub(super) fn take_held(&mut self, context: u32, side: Side) -> Option<Box<Held>> {
+        self.store.data_mut().streams.get_mut(&context)?.held[number_of(side)].take()
+    }
+
+    /// Puts what was changed of a head while it was held into the one at hand.
+    pub(super) fn take_up(&mut self, held: Held, side: Side) {
+        if held.map.is_none() {
+            return;
+        }
+        let live = &mut self.store.data_mut().live;
+        live.changes = held.changes;
+        match side {
+            Side::Request => live.request = held.request,
+            Side::Response => live.response = held.response,
+        }
     }
 
     /// What has become of a stream that was held in this phase: what was changed meanwhile is put into its head.
     pub(crate) fn resumed(&mut self, context: u32, exchange: &mut Exchange, mut phase: Phase<'_>) -> Outcome {
-        let held = self.store.data_mut().streams.get_mut(&context).and_then(|stream| stream.held.take());
-        if let Some(held) = held {
+        let side = phase.side();
+        if let Some(held) = self.take_held(context, side) {
             self.enter(context, exchange, &mut phase);
-            let live = &mut self.store.data_mut().live;
-            live.changes = held.changes;
-            match phase {
-                Phase::Request(_) => live.request = held.request,
-                Phase::Response(_) => live.response = held.response,
-            }
+            self.take_up(*held, side);
             if let Some(name) = self.leave(context, exchange, &mut phase) {
                 return Outcome::Incomplete(name);
             }
         }
-        let outcome = self.outcome(context, phase.index(), true);
+        let outcome = self.outcome(context, number_of(side), true);
         if matches!(outcome, Outcome::Paused(_)) {
-            self.hold(context, exchange, &phase);
+            self.hold(context, exchange, side, Some(&phase));
         }
         outcome
     }

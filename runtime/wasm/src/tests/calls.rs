@@ -355,10 +355,10 @@ fn buffers_logs_and_time() {
         "",
     );
     check(
-        "set body",
+        "set body, not in its phase",
         "",
         "(call $set_buffer (i32.const 0) (i32.const 0) (i32.const 0) (i32.const 0) (i32.const 0))",
-        0,
+        2,
         "",
     );
     check("log", "hi", "(call $log (i32.const 2) (i32.const 1024) (i32.const 2))", 0, "");

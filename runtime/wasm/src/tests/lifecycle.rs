@@ -303,7 +303,7 @@ fn pausing(act: &str) -> String {
     guest("", &body)
 }
 
-fn poll(future: &mut Pin<Box<dyn Future<Output = ()> + Send>>) -> Poll<()> {
+pub(super) fn poll(future: &mut Pin<Box<dyn Future<Output = ()> + Send>>) -> Poll<()> {
     future.as_mut().poll(&mut Context::from_waker(Waker::noop()))
 }
 

@@ -1,5 +1,6 @@
 //! Tests of the whole host with guests written as text: what a chain sees of a plugin, whatever the plugin does.
 
+mod bodies;
 mod calls;
 mod crashes;
 mod foreign;
@@ -138,6 +139,7 @@ fn plugin(fail_strategy: FailStrategy, config: &str) -> WasmPlugin {
         fail_strategy,
         env: vec![("KEY".into(), "value".into())],
         host_env: Vec::new(),
+        holds_heads: false,
     }
 }
 
@@ -160,6 +162,13 @@ impl Host {
         let engine = Engine::new(settings()).unwrap();
         let factory = load(&engine, guest, &plugin(fail_strategy, config)).unwrap();
         Self { engine, factory }
+    }
+
+    /// How often the plugin crashed.
+    fn traps(&self) -> u64 {
+        let text = self.engine.encode_metrics();
+        let line = text.lines().find(|line| line.starts_with("cairn_wasm_traps_total{"));
+        line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).unwrap_or(0)
     }
 
     fn start(&self) -> Run {

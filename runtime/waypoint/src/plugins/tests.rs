@@ -32,6 +32,7 @@ fn spec(url: &str, config: &str) -> L7 {
         fail_strategy: FailStrategy::Close,
         env: Vec::new(),
         host_env: Vec::new(),
+        holds_heads: false,
     };
     let mut l7 = L7::default();
     l7.plugins.insert(plugin.name.clone(), Arc::new(plugin));

@@ -71,6 +71,7 @@ fn plugin(strategy: FailStrategy) -> Change {
         fail_strategy: strategy,
         env: Vec::new(),
         host_env: Vec::new(),
+        holds_heads: false,
     })
 }
 
