@@ -244,9 +244,10 @@ mod tests {
         UNIX_EPOCH + Duration::from_secs(1_000_000 + hours * 3600)
     }
 
-    fn open(directory: &Path) -> Store {
-        let settings =
-            StoreSettings { directory: Some(directory.into()), bytes_max: 100, ..Default::default() };
+    /// In a folder of its own in `home`.
+    fn open(home: &Path) -> Store {
+        let directory = Some(home.join("modules"));
+        let settings = StoreSettings { directory, bytes_max: 100, ..Default::default() };
         Store::open(settings).unwrap()
     }
 
@@ -280,11 +281,11 @@ mod tests {
         let module = fetched(1, 10);
         let store = open(home.path());
         store.keep("a", &module, at(0)).unwrap();
-        std::fs::write(home.path().join(format!("{}.wasm", module.digest)), "other").unwrap();
+        std::fs::write(home.path().join(format!("modules/{}.wasm", module.digest)), "other").unwrap();
         assert!(
             store.holds(module.digest) && store.bytes(module.digest).is_none() && !store.holds(module.digest)
         );
-        std::fs::write(home.path().join(INDEX), "{").unwrap();
+        std::fs::write(home.path().join("modules").join(INDEX), "{").unwrap();
         assert_eq!(open(home.path()).known("a", at(0)), None);
     }
 
@@ -304,6 +305,10 @@ mod tests {
         store.purge(&BTreeSet::from(["c"]), at(27)).unwrap();
         assert_eq!((held(&a), held(&c)), (false, true));
         assert_eq!(open(home.path()).known("a", at(0)), None);
-        assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 2, "a module and the index");
+        assert_eq!(
+            std::fs::read_dir(home.path().join("modules")).unwrap().count(),
+            2,
+            "a module and the index"
+        );
     }
 }

@@ -10,8 +10,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
-fn puller(directory: &Path) -> Puller {
-    let settings = StoreSettings { directory: Some(directory.into()), ..StoreSettings::default() };
+fn puller(home: &Path) -> Puller {
+    let settings = StoreSettings { directory: Some(home.join("modules")), ..StoreSettings::default() };
     Puller::new(Fetcher::new(quick()), Arc::new(Store::open(settings).unwrap()))
 }
 
@@ -56,7 +56,8 @@ async fn a_tag_is_asked_for_again_as_the_policy_says() {
     let again = puller(home.path());
     assert_eq!(pull(&again, &wanted, Asking::IfNotPresent).await.unwrap(), (digest(1), false, false));
     assert_eq!(pull(&again, &wanted, Asking::Always).await.unwrap(), (digest(1), false, true));
-    let elsewhere = puller(&home.path().join("other"));
+    let other = tempfile::tempdir().unwrap();
+    let elsewhere = puller(other.path());
     assert!(pull(&elsewhere, &wanted, Asking::IfNotPresent).await.unwrap_err().contains("cannot connect"));
     assert_eq!(again.counts.present.load(Ordering::Relaxed), 1);
     assert_eq!(again.counts.failed.load(Ordering::Relaxed), 1);
