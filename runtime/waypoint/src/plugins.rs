@@ -24,6 +24,9 @@ use tokio::task::AbortHandle;
 /// What loaders say and nobody has heard yet.
 const EVENTS_MAX: usize = 64;
 
+/// Versions of one plugin that are told of while they drain.
+const DRAINING_MAX: usize = 64;
+
 /// How a plugin stands.
 #[derive(Clone)]
 pub enum Standing {
@@ -139,6 +142,8 @@ impl Plugins {
                 );
                 plugin.draining.retain(|old| old.version.is_in_use());
                 plugin.draining.extend(plugin.running.replace(running));
+                let over = plugin.draining.len().saturating_sub(DRAINING_MAX);
+                plugin.draining.drain(..over);
                 plugin.standing = Standing::Ready(loaded.factory, note);
             }
             Outcome::Unchanged(note) => {
