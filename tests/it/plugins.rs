@@ -78,7 +78,7 @@ async fn a_hundred_swaps_under_traffic_and_no_request_fails() -> Result<()> {
     }
     // Every edit is of the configuration, every second one of the code, too.
     let edit = |number: u64| {
-        let letter = if number / 2 % 2 == 0 { 'a' } else { 'b' };
+        let letter = if (number / 2).is_multiple_of(2) { 'a' } else { 'b' };
         let url = format!("file://{}/{letter}.wasm", home.path().display());
         let config = format!("  pluginConfig: {{ n: {number} }}");
         let all =
@@ -206,7 +206,8 @@ async fn the_plugin(mesh: &Mesh) -> Result<Value> {
     Ok(admin(mesh.waypoint("shop/gate")?, "/plugins").await?[0].clone())
 }
 
-#[tokio::test]
+// The registry answers while the mesh is started, which blocks.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn only_those_wait_for_a_plugin_who_use_it_and_it_comes_with_its_secret() -> Result<()> {
     let registry = FakeRegistry::start(module('a')).await?;
     let url = format!("oci://{}/team/swap:v1", registry.address);

@@ -197,8 +197,7 @@ pub fn differences(module: &Module, envoy: &Observed, ours: &Observed) -> Vec<Di
         }
         (envoy, ours) => differ("answer", brief(envoy), brief(ours)),
     }
-    let seen =
-        |observed: &Observed| observed.seen.iter().map(|seen| sight(seen)).collect::<Vec<_>>().join("; ");
+    let seen = |observed: &Observed| observed.seen.iter().map(sight).collect::<Vec<_>>().join("; ");
     differ("seen upstream", seen(envoy), seen(ours));
     let lines = |observed: &Observed| {
         let lines = module.comparable(&observed.lines);

@@ -55,7 +55,7 @@ struct Shared {
 #[derive(Debug)]
 enum Decision {
     /// The request may pass, with these changes.
-    Allow(Changes),
+    Allow(Box<Changes>),
     /// It may not: the provider's own answer, and the status that the explanation names.
     Deny(Box<LocalReply>),
     /// It could not decide. What it answers where that means no, and the status of that, if it says one.
@@ -271,7 +271,7 @@ impl Asking {
         let decision = answer.map_err(|error| error.to_string()).and_then(|answer| self.decision(&answer));
         match decision {
             Ok(Decision::Allow(changes)) => {
-                self.allow(exchange, head, changes);
+                self.allow(exchange, head, *changes);
                 Verdict::Continue
             }
             Ok(Decision::Deny(reply)) => {

@@ -140,8 +140,8 @@ pub(super) fn decision(answer: &CalloutAnswer) -> Result<Decision, String> {
             let status = status_of(&error);
             Decision::Fail(status, Box::new(LocalReply { details: ERROR.into(), ..reply(error) }))
         }
-        Some(HttpResponse::OkResponse(ok)) if is_ok => Decision::Allow(changes(ok, said)),
-        _ if is_ok => Decision::Allow(changes(OkHttpResponse::default(), said)),
+        Some(HttpResponse::OkResponse(ok)) if is_ok => Decision::Allow(Box::new(changes(ok, said))),
+        _ if is_ok => Decision::Allow(Box::new(changes(OkHttpResponse::default(), said))),
         Some(HttpResponse::DeniedResponse(denied)) => Decision::Deny(Box::new(reply(denied))),
         _ => Decision::Deny(Box::new(reply(DeniedHttpResponse::default()))),
     })

@@ -73,7 +73,7 @@ pub(super) fn decision(check: &HttpCheck, answer: &CalloutAnswer) -> Result<Deci
         return Err(format!("its status is {}", status.as_u16()));
     }
     if status == StatusCode::OK {
-        return Ok(Decision::Allow(changes(check, headers)));
+        return Ok(Decision::Allow(Box::new(changes(check, headers))));
     }
     let all = check.downstream_on_deny.is_empty();
     let always = |name: &HeaderName| *name == WWW_AUTHENTICATE || *name == LOCATION;

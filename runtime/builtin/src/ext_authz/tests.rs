@@ -359,7 +359,6 @@ async fn an_answer_over_grpc_decides_and_changes_headers() {
             QueryParameter { key: "a&b".into(), value: "c".into() },
         ],
         query_parameters_to_remove: vec!["a".into()],
-        ..OkHttpResponse::default()
     };
     let message = CheckResponse {
         status: status(0),

@@ -261,7 +261,7 @@ fn asks_for(report: &Report) -> Vec<&'static str> {
         |name: &&str| report.callbacks.contains(*name) || report.imports.contains(&format!("env.{name}"));
     PURPOSES
         .iter()
-        .filter(|(_, names)| names.iter().any(|name| has(&name)))
+        .filter(|(_, names)| names.iter().any(|name| has(name)))
         .map(|(purpose, _)| *purpose)
         .collect()
 }
@@ -339,6 +339,6 @@ mod tests {
         std::fs::write(&path, "nothing").unwrap();
         assert!(inspect(&path).unwrap_err().to_string().contains("is no WebAssembly module"));
         std::fs::write(&path, wat::parse_str("(module)").unwrap()).unwrap();
-        assert!(inspect(&path).unwrap().refused.unwrap().contains("ABI"));
+        assert!(inspect(&path).unwrap().refused.unwrap().contains("proxy_abi_version"));
     }
 }

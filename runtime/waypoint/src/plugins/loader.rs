@@ -121,7 +121,7 @@ impl Loader {
         loop {
             let (outcome, again) = match self.load(&spec, secret.as_deref(), running).await {
                 Ok((loaded, stale)) => {
-                    let note = stale.as_ref().map(|error| outdated(error));
+                    let note = stale.as_ref().map(outdated);
                     running = loaded.as_ref().map(|loaded| loaded.running.digest).or(running);
                     let outcome = match loaded {
                         Some(loaded) => Outcome::Ready(loaded, note),
