@@ -261,7 +261,7 @@ fn asks_for(report: &Report) -> Vec<&'static str> {
         |name: &&str| report.callbacks.contains(*name) || report.imports.contains(&format!("env.{name}"));
     PURPOSES
         .iter()
-        .filter(|(_, names)| names.iter().any(|name| has(name)))
+        .filter(|(_, names)| names.iter().any(&has))
         .map(|(purpose, _)| *purpose)
         .collect()
 }
