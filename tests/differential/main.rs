@@ -229,7 +229,8 @@ fn only(scenario: &Scenario, ask: &Ask) -> Scenario {
 async fn shrink(program: &Path, ours: &Arc<Ours>, difference: Difference) -> Result<Difference> {
     let mut smallest = difference;
     for _ in 0..STEPS_MAX {
-        let readable = |scenario: &Scenario| ours::site(scenario).is_ok();
+        let readable =
+            |scenario: &Scenario| token::forges_what_is_written(scenario) && ours::site(scenario).is_ok();
         let candidates: Vec<Scenario> =
             shrink::smaller(&smallest.scenario).into_iter().filter(readable).take(SCENARIOS_MAX).collect();
         let judged = judge(program, ours, &candidates).await?;

@@ -38,10 +38,7 @@ impl Issuers {
         for index in 0..generator.number(0..=2) {
             objects.push(policy(generator, index));
         }
-        // What no rule of the scenario writes may be another's at Envoy, whose rules are all in one filter.
-        let written = Value::from(objects.clone()).to_string();
-        let forged: Vec<&str> =
-            ["x-payload", "x-claim"].into_iter().filter(|name| written.contains(name)).collect();
+        let forged = written(&objects);
         let asks = (0..asks).map(|_| self.ask(generator, &forged)).collect();
         let trust_domains = vec!["cluster.local".to_owned()];
         Scenario { normalization: PathNormalization::Base, trust_domains, tcp: false, objects, asks }
@@ -268,4 +265,18 @@ fn value(generator: &mut Generator, key: &str) -> String {
             generator.pattern(word)
         }
     }
+}
+
+/// Which of the headers that rules write for upstreams these objects' rules write. What none of them writes may be
+/// another scenario's at Envoy, whose rules are all in one filter.
+fn written(objects: &[Value]) -> Vec<&'static str> {
+    let text = Value::from(objects.to_vec()).to_string();
+    ["x-payload", "x-claim"].into_iter().filter(|name| text.contains(name)).collect()
+}
+
+/// Whether requests forge no header but those that rules of the scenario write.
+pub fn forges_what_is_written(scenario: &Scenario) -> bool {
+    let written = written(&scenario.objects);
+    let forged = |name: &str| scenario.asks.iter().any(|ask| ask.header(name).next().is_some());
+    ["x-payload", "x-claim"].into_iter().all(|name| written.contains(&name) || !forged(name))
 }

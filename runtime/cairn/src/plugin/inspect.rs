@@ -259,11 +259,7 @@ fn parse(bytes: &[u8]) -> Result<Report> {
 fn asks_for(report: &Report) -> Vec<&'static str> {
     let has =
         |name: &&str| report.callbacks.contains(*name) || report.imports.contains(&format!("env.{name}"));
-    PURPOSES
-        .iter()
-        .filter(|(_, names)| names.iter().any(&has))
-        .map(|(purpose, _)| *purpose)
-        .collect()
+    PURPOSES.iter().filter(|(_, names)| names.iter().any(&has)).map(|(purpose, _)| *purpose).collect()
 }
 
 fn is_in_envoy(import: &str) -> bool {
