@@ -150,8 +150,21 @@ impl Run<'_> {
     }
 
     fn lines(&self, host: &impl Logged) -> Vec<Line> {
-        self.module.of_requests(host.lines())
+        let mut lines = self.module.of_requests(host.lines());
+        lines.iter_mut().for_each(|line| line.text = without_random_ids(&line.text));
+        lines
     }
+}
+
+/// A line of coraza's names its transaction by random letters.
+fn without_random_ids(text: &str) -> String {
+    let mut masked = text.to_owned();
+    for before in ["tx_id=\"", "[unique_id \""] {
+        let Some(start) = masked.find(before).map(|at| at + before.len()) else { continue };
+        let length = masked.get(start..).and_then(|rest| rest.find('"')).unwrap_or_default();
+        masked.replace_range(start..start + length, "…");
+    }
+    masked
 }
 
 impl Report {
