@@ -85,8 +85,8 @@ pub const CODES: &[Code] = &[
     ),
     warning(
         "header-sent-twice",
-        "Values of a repeated header are compared joined by commas, so a client gets round an excluded value.",
-        "Name the values that may pass instead of those that may not.",
+        "A client gets round a condition on a header by sending it twice: lines are compared joined by commas, or one by one.",
+        "Name the values that may pass in place of those that may not, or the reverse, as the message says.",
     ),
     warning(
         "host-without-port",
@@ -186,6 +186,11 @@ pub const CODES: &[Code] = &[
         "port-not-served",
         "A policy at a waypoint names a port that no Service it is for has: there ports are the Service's.",
         "Use a port of the Service, not of its pods.",
+    ),
+    warning(
+        "preflight-refused",
+        "A route answers the preflights of browsers, which have no token, and policies refuse them before it does.",
+        "Let OPTIONS pass without a token.",
     ),
     warning(
         "private-key",

@@ -17,6 +17,7 @@ pub(crate) mod virtual_service;
 pub use settings::written_mesh_config;
 
 use crate::diagnostic::{Finding, Severity};
+use crate::field::FieldPath;
 use crate::object::Object;
 use crate::reader::Findings;
 use cairn_mesh::{Change, Kind, MeshSettings, ResourceKey, ResourceName, TargetRef, Unenforceable};
@@ -63,6 +64,7 @@ pub fn decode(object: &Object, settings: &MeshSettings) -> Decoded {
         findings.broken = true;
         unreadable(object, &key, reason)
     } else {
+        look_for_trial(object, key.kind, &mut findings);
         match key.kind {
             Kind::Gateway => gateway::decode(object, &mut findings),
             Kind::HttpRoute => route::decode(object, &mut findings),
@@ -78,6 +80,16 @@ pub fn decode(object: &Object, settings: &MeshSettings) -> Decoded {
         }
     };
     Decoded { changes, findings: findings.list, broken: findings.broken }
+}
+
+/// Notes that what was meant to be on trial is in effect: of what guards traffic only AuthorizationPolicy can be tried.
+fn look_for_trial(object: &Object, kind: Kind, findings: &mut Findings) {
+    let is_guard = matches!(kind, Kind::RequestAuthentication | Kind::WasmPlugin);
+    if is_guard && object.annotations.contains_key(policy::DRY_RUN) {
+        let at = FieldPath::of(&["metadata", "annotations", policy::DRY_RUN]);
+        let reason = "only an AuthorizationPolicy can be tried without effect: this is in effect";
+        findings.note(Severity::Error, "invalid-value", &at, reason);
+    }
 }
 
 /// A document that is not YAML: what it would guard in its namespace is refused.

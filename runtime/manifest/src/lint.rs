@@ -4,6 +4,7 @@
 //! Every rule has a code of [`crate::CODES`], where its meaning and mending are.
 
 mod attachment;
+mod cors;
 mod cover;
 mod providers;
 mod routes;
@@ -32,6 +33,7 @@ pub fn lint(objects: &[Object], world: &World, settings: &MeshSettings) -> Vec<D
     shadow::look(&mut survey);
     routes::look(&mut survey);
     tokens::look(&mut survey);
+    cors::look(&mut survey);
     providers::look(&mut survey);
     survey.diagnostics()
 }

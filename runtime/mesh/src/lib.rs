@@ -9,6 +9,7 @@ mod authentication;
 mod authorization;
 mod balance;
 mod identity;
+mod joined;
 mod name;
 mod path;
 mod plan;
@@ -33,6 +34,7 @@ pub use authorization::{Authorization, Clause, L4Match, L4Rule, PolicyAction, Sc
 pub use authorization::{Decision, DenyReason, L4Considered, L4Peer, Trial, consider, decide, on_trial};
 pub use balance::{Random, candidates, pick};
 pub use identity::{Identity, IdentityError};
+pub use joined::is_joined_header;
 pub use name::{Kind, ResourceKey, ResourceName};
 pub use path::normalize_path;
 pub use plan::{HBONE_PORT, Plan, Refusal, Tunnel, plan, resolve_waypoint};

@@ -4,7 +4,8 @@ use super::check::{ConnectionFacts, Miss};
 use super::template::Template;
 use cairn_filter::{Exchange, Metadata as Said, RequestHead, Token};
 use cairn_mesh::{
-    ClaimPath, HostMatch, IpMatch, MetadataKey, MetadataMatch, PathMatch, RequestPrincipal, TextMatch, Values,
+    ClaimPath, HostMatch, IpMatch, MetadataKey, MetadataMatch, PathMatch, RequestPrincipal, TextMatch,
+    Values, is_joined_header,
 };
 use http::HeaderName;
 use serde_json::Value;
@@ -153,7 +154,7 @@ impl<'a> Asked<'a> {
 
     /// The last address of `x-forwarded-for`, which the nearest proxy wrote; without a readable one the peer's own
     /// (Envoy with `use_remote_address` off and no trusted hops, as Istio sets its waypoints).
-    fn remote_ip(&self) -> IpAddr {
+    pub(super) fn remote_ip(&self) -> IpAddr {
         let last = self.head.headers.get_all("x-forwarded-for").iter().next_back();
         let text = last.and_then(|value| value.to_str().ok()).and_then(|value| value.rsplit(',').next());
         let told = text.and_then(|text| text.trim().parse::<IpAddr>().ok());
@@ -351,52 +352,12 @@ fn any_value(head: &RequestHead, name: &HeaderName, mut test: impl FnMut(&str) -
     let mut lines = head.headers.get_all(name).iter().map(|value| String::from_utf8_lossy(value.as_bytes()));
     let Some(first) = lines.next() else { return false };
     let Some(second) = lines.next() else { return test(&first) };
-    if !IN_ONE.contains(&name.as_str()) {
+    if !is_joined_header(name.as_str()) {
         return test(&first) || test(&second) || lines.any(|line| test(&line));
     }
     let lines = [first, second].into_iter().chain(lines).filter(|line| !line.is_empty());
     test(&lines.collect::<Vec<_>>().join(","))
 }
-
-/// Headers whose lines Envoy joins by `,` when it reads them, empty ones left out (found by asking Envoy 1.40).
-const IN_ONE: [&str; 36] = [
-    "accept",
-    "accept-encoding",
-    "access-control-request-headers",
-    "access-control-request-method",
-    "access-control-request-private-network",
-    "authorization",
-    "cache-control",
-    "cdn-loop",
-    "content-encoding",
-    "content-type",
-    "grpc-accept-encoding",
-    "grpc-timeout",
-    "if-match",
-    "if-modified-since",
-    "if-none-match",
-    "if-range",
-    "if-unmodified-since",
-    "origin",
-    "pragma",
-    "proxy-status",
-    "referer",
-    "user-agent",
-    "via",
-    "x-client-trace-id",
-    "x-envoy-attempt-count",
-    "x-envoy-decorator-operation",
-    "x-envoy-downstream-service-cluster",
-    "x-envoy-external-address",
-    "x-envoy-is-timeout-retry",
-    "x-envoy-original-host",
-    "x-envoy-original-path",
-    "x-forwarded-for",
-    "x-forwarded-host",
-    "x-forwarded-port",
-    "x-forwarded-proto",
-    "x-request-id",
-];
 
 /// A header that is there and empty counts as present, unlike any other empty text (Envoy's header matcher).
 fn header_matches(text: &TextMatch, value: &str) -> bool {

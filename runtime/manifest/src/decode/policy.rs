@@ -22,6 +22,9 @@ const RULES_MAX: usize = 512;
 /// Istio's limit on service accounts of one source.
 const SERVICE_ACCOUNTS_MAX: usize = 16;
 
+/// The annotation of a policy that only says what it would do.
+pub(crate) const DRY_RUN: &str = "istio.io/dry-run";
+
 /// What a policy does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Action {
@@ -178,9 +181,8 @@ fn asks_who(condition: &Condition) -> bool {
 }
 
 fn dry_run(object: &Object, action: Action, findings: &mut Findings) -> bool {
-    const NAME: &str = "istio.io/dry-run";
-    let Some(text) = object.annotations.get(NAME) else { return false };
-    let at = FieldPath::of(&["metadata", "annotations", NAME]);
+    let Some(text) = object.annotations.get(DRY_RUN) else { return false };
+    let at = FieldPath::of(&["metadata", "annotations", DRY_RUN]);
     let Ok(dry_run) = text.parse::<bool>() else {
         findings.refuse("invalid-value", &at, "must be `true` or `false`");
         return false;

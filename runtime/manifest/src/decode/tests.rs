@@ -351,6 +351,24 @@ fn dry_run_is_read_from_its_annotation() {
 }
 
 #[test]
+fn what_cannot_be_tried_is_in_effect_and_says_so() {
+    let said = ["error invalid-value metadata.annotations[\"istio.io/dry-run\"]"];
+    let metadata = "metadata: {name: a, namespace: n, annotations: {istio.io/dry-run: \"true\"}}";
+    let keys = "'{\"keys\":[{\"kty\":\"oct\",\"k\":\"a2V5\"}]}'";
+    for (kind, spec) in [
+        (
+            "security.istio.io/v1\nkind: RequestAuthentication",
+            format!("jwtRules: [{{issuer: me, jwks: {keys}}}]"),
+        ),
+        ("extensions.istio.io/v1alpha1\nkind: WasmPlugin", "url: file:///plugins/a.wasm".to_owned()),
+    ] {
+        let decoded = read(&format!("apiVersion: {kind}\n{metadata}"), &format!("{TARGET}{spec}"));
+        assert_eq!(shorts(&decoded), said, "{kind}");
+        assert!(!decoded.broken && decoded.changes.len() == 1, "{kind}: {:?}", decoded.changes);
+    }
+}
+
+#[test]
 fn a_document_that_is_not_yaml_refuses_its_namespace() {
     let mut broken = object(
         "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p, namespace: n}",

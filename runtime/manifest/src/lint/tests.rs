@@ -232,19 +232,31 @@ fn values_that_match_other_texts_than_it_seems() {
             ],
         ),
         (
-            "a header to be denied",
-            "action: DENY\nrules: [{when: [{key: 'request.headers[x-role]', values: [admin]}]}]",
+            "a header of one value to be denied",
+            "action: DENY\nrules: [{when: [{key: 'request.headers[User-Agent]', values: [bot]}]}]",
             &["warning header-sent-twice p spec.rules[0].when[0].values[0]"],
         ),
         (
-            "a header to be allowed without a value",
-            "rules: [{when: [{key: 'request.headers[x-role]', notValues: [admin]}]}]",
+            "a header of one value to be allowed without a value",
+            "rules: [{when: [{key: 'request.headers[authorization]', notValues: [admin]}]}]",
+            &["warning header-sent-twice p spec.rules[0].when[0].notValues[0]"],
+        ),
+        (
+            "a header to be denied without a value",
+            "action: DENY\nrules: [{when: [{key: 'request.headers[x-role]', notValues: [user]}]}]",
             &["warning header-sent-twice p spec.rules[0].when[0].notValues[0]"],
         ),
         (
             "headers that are safe",
-            "action: DENY\nrules: [{when: [{key: 'request.headers[x]', values: ['*']}]}, {when: [{key: \
-             'request.headers[:method]', values: [PUT]}]}, {when: [{key: 'request.headers[y]', notValues: [a]}]}]",
+            "action: DENY\nrules: [{when: [{key: 'request.headers[origin]', values: ['*']}]}, {when: [{key: \
+             'request.headers[:method]', values: [PUT]}]}, {when: [{key: 'request.headers[y]', values: [a]}]}, {when: \
+             [{key: 'request.headers[origin]', notValues: [a]}]}]",
+            &[],
+        ),
+        (
+            "headers that are safe to allow by",
+            "rules: [{when: [{key: 'request.headers[x]', values: [a]}]}, {when: [{key: 'request.headers[y]', notValues: \
+             [b]}]}, {when: [{key: 'request.headers[origin]', values: [a]}]}]",
             &[],
         ),
     ] {
@@ -436,4 +448,90 @@ data:
     ] {
         check(name, &text, expected);
     }
+}
+
+/// A route of the service `api` that answers preflights.
+const CORS: &str = "---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: browsers, namespace: shop}
+spec:
+  parentRefs: [{group: \"\", kind: Service, name: api}]
+  rules:
+  - filters: [{type: CORS, cors: {allowOrigins: ['https://shop.example']}}]
+    backendRefs: [{name: api, port: 8000}]
+";
+
+#[test]
+fn preflights_that_policies_refuse() {
+    let said = ["warning preflight-refused browsers spec.rules[0].filters[0]"];
+    let a_token = "from: [{source: {requestPrincipals: ['*']}}]";
+    for (name, policies, is_refused) in [
+        ("no policy", String::new(), false),
+        ("other methods", on_api("p", "rules: [{to: [{operation: {methods: [GET, POST]}}]}]"), true),
+        ("all methods", on_api("p", "rules: [{to: [{operation: {paths: ['/a*']}}]}]"), false),
+        ("all but this one", on_api("p", "rules: [{to: [{operation: {notMethods: [OPTIONS]}}]}]"), true),
+        ("with a token", AUTHENTICATION.to_owned() + &on_api("p", &format!("rules: [{{{a_token}}}]")), true),
+        (
+            "with a claim",
+            AUTHENTICATION.to_owned()
+                + &on_api("p", "rules: [{when: [{key: 'request.auth.claims[groups]', values: [staff]}]}]"),
+            true,
+        ),
+        (
+            "without one claim",
+            AUTHENTICATION.to_owned()
+                + &on_api("p", "rules: [{when: [{key: 'request.auth.claims[groups]', notValues: [guest]}]}]"),
+            false,
+        ),
+        (
+            "by another policy",
+            AUTHENTICATION.to_owned()
+                + &on_api("p", &format!("rules: [{{{a_token}}}]"))
+                + &on_api("q", "rules: [{to: [{operation: {methods: [OPTIONS]}}]}]"),
+            false,
+        ),
+        (
+            "denied without a token",
+            AUTHENTICATION.to_owned()
+                + &on_api("p", "action: DENY\nrules: [{from: [{source: {notRequestPrincipals: ['*']}}]}]"),
+            true,
+        ),
+        (
+            "denied without a token but for preflights",
+            AUTHENTICATION.to_owned()
+                + &on_api(
+                    "p",
+                    "action: DENY\nrules: [{from: [{source: {notRequestPrincipals: ['*']}}], to: [{operation: {notMethods: \
+                     [OPTIONS]}}]}]",
+                ),
+            false,
+        ),
+        ("on trial", policy_on_trial(), false),
+        (
+            "of another service",
+            policy(
+                "p",
+                "targetRefs: [{group: \"\", kind: Service, name: web}]\nrules: [{to: [{operation: {methods: [GET]}}]}]",
+            ),
+            false,
+        ),
+    ] {
+        let expected = if is_refused { &said[..] } else { &[] };
+        check(name, &format!("{CORS}{policies}"), expected);
+    }
+    let virtual_service = "---
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: pages, namespace: shop}
+spec: {hosts: [api], http: [{corsPolicy: {allowOrigins: [{exact: 'https://a'}]}, route: [{destination: {host: api}}]}]}
+";
+    let get = on_api("p", "rules: [{to: [{operation: {methods: [GET]}}]}]");
+    let expected = ["warning preflight-refused pages spec.http[0].corsPolicy"];
+    check("a VirtualService", &format!("{virtual_service}{get}"), &expected);
+}
+
+fn policy_on_trial() -> String {
+    let get = on_api("p", "rules: [{to: [{operation: {methods: [GET]}}]}]");
+    get.replace("name: p,", "name: p, annotations: {istio.io/dry-run: 'true'},")
 }

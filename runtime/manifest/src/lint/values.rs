@@ -4,7 +4,7 @@ use super::{Remark, Survey, elements, parts, texts};
 use crate::decode::policy::Action;
 use crate::diagnostic::Severity;
 use crate::field::FieldPath;
-use cairn_mesh::Service;
+use cairn_mesh::{Service, is_joined_header};
 use serde_json::Value;
 use std::collections::BTreeSet;
 
@@ -85,33 +85,49 @@ fn is_text_key(condition: &Value) -> bool {
     key == "source.principal" || key.starts_with("request.") || key == "connection.sni"
 }
 
-/// Headers of which a client can send several: they are compared joined by commas.
+/// Headers of which a client can send several lines: of some they are compared joined by commas, of others each by itself.
 fn headers(rule: &Value, at: &FieldPath, action: Action, found: &mut Vec<Found>) {
-    let evaded = match action {
-        Action::Deny => "values",
-        Action::Allow => "notValues",
-        Action::Audit | Action::Custom => return,
-    };
     for (at, condition) in elements(rule, "when", at) {
         let key = condition.get("key").and_then(Value::as_str).unwrap_or_default();
         let name = key.strip_prefix("request.headers[").and_then(|name| name.strip_suffix(']'));
-        let Some(name) = name.filter(|name| !name.starts_with(':') && !name.eq_ignore_ascii_case("host"))
+        let name = name.map(str::to_ascii_lowercase).filter(|name| !name.starts_with(':') && name != "host");
+        let Some((evaded, name)) = name.and_then(|name| Some((evaded(action, &name)?, name))) else {
+            continue;
+        };
+        let Some((at, value)) =
+            texts(condition, evaded.field, &at).into_iter().find(|(_, value)| *value != "*")
         else {
             continue;
         };
-        let Some((at, value)) = texts(condition, evaded, &at).into_iter().find(|(_, value)| *value != "*")
-        else {
-            continue;
+        let reason = match evaded.is_joined {
+            true => format!("the values are joined by `,`, and then are not `{value}`"),
+            false => format!("each is compared by itself, and one that is `{value}` suffices"),
         };
-        let reason = format!(
-            "a client gets round it by sending {name} twice: the values are joined by `,`, and then are not `{value}`"
-        );
-        let fix = match action {
-            Action::Deny => "name what may pass instead: DENY with `notValues`, or ALLOW with `values`",
-            _ => "name what may pass instead, with `values`",
-        };
-        found.push(Found { code: "header-sent-twice", at, reason, fix: fix.to_owned() });
+        let reason = format!("a client gets round it by sending {name} twice: {reason}");
+        found.push(Found { code: "header-sent-twice", at, reason, fix: evaded.fix.to_owned() });
     }
+}
+
+/// The field of a condition that a header sent twice gets round.
+struct Evaded {
+    field: &'static str,
+    is_joined: bool,
+    fix: &'static str,
+}
+
+/// What a policy with this action cannot rely on for the header `name`. ALLOW with `values` is left out for headers whose
+/// lines are compared one by one: whoever sends the value at all is let pass as meant.
+fn evaded(action: Action, name: &str) -> Option<Evaded> {
+    let is_joined = is_joined_header(name);
+    let (field, fix) = match (action, is_joined) {
+        (Action::Deny, true) => {
+            ("values", "name what may pass instead: DENY with `notValues`, or ALLOW with `values`")
+        }
+        (Action::Allow, true) => ("notValues", "name what may pass instead, with `values`"),
+        (Action::Deny, false) => ("notValues", "name what may not pass instead, with `values`"),
+        (Action::Allow, false) | (Action::Audit | Action::Custom, _) => return None,
+    };
+    Some(Evaded { field, is_joined, fix })
 }
 
 /// Hosts without the port that clients send with them.
