@@ -1,6 +1,7 @@
 //! AuthorizationPolicy as a filter: the compiled policies of a destination, asked once per request.
 
 mod authorizer;
+mod block_index;
 mod check;
 mod index;
 mod l4;

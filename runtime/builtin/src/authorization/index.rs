@@ -3,11 +3,13 @@
 //! Most rules demand one thing that few others do: a path, a header, a claim. Each rule is filed under the demand that
 //! it shares with the fewest, and only rules filed under what a request has are tried on it.
 
+use super::block_index::BlockIndex;
 use super::request::{Asked, OfRequest, Path};
 use super::rule::{Checks, Rule};
 use super::text_index::TextIndex;
 use cairn_mesh::{ClaimPath, RequestPrincipal, TextMatch};
 use http::HeaderName;
+use ipnet::IpNet;
 use serde_json::Value;
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -22,6 +24,7 @@ pub(super) struct Index {
     subjects: TextIndex,
     headers: HashMap<HeaderName, TextIndex>,
     claims: HashMap<ClaimPath, TextIndex>,
+    remote_ips: BlockIndex,
     /// Rules that demand nothing that is looked up.
     others: Vec<u32>,
 }
@@ -36,14 +39,16 @@ pub(super) enum Attribute<'a> {
     Subject,
     Header(&'a HeaderName),
     Claim(&'a ClaimPath),
+    RemoteIp,
 }
 
-/// A text, or what it begins or ends with.
+/// A text, or what it begins or ends with, or the block that an address is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Key<'a> {
     Exact(&'a str),
     Prefix(&'a str),
     Suffix(&'a str),
+    Block(IpNet),
 }
 
 /// A request matches only when one of the keys matches the attribute.
@@ -87,6 +92,14 @@ impl Index {
             Attribute::Subject => &mut self.subjects,
             Attribute::Header(name) => self.headers.entry(name.clone()).or_default(),
             Attribute::Claim(path) => self.claims.entry(path.clone()).or_default(),
+            Attribute::RemoteIp => {
+                for key in &demand.keys {
+                    if let Key::Block(block) = key {
+                        self.remote_ips.insert(*block, position);
+                    }
+                }
+                return;
+            }
         };
         for key in &demand.keys {
             texts.insert(*key, position);
@@ -110,6 +123,9 @@ impl Index {
             self.hosts.find(&lower_case(asked.host()), each);
         }
         self.by_header(asked, each);
+        if !self.remote_ips.is_empty() {
+            self.remote_ips.find(asked.remote_ip(), each);
+        }
         if asked.known.token.is_some() {
             self.by_token(asked, each);
         }
@@ -157,8 +173,10 @@ impl Key<'_> {
     fn breadth(self) -> usize {
         match self {
             Self::Exact(_) => 1,
+            Self::Block(block) if block.prefix_len() == block.max_prefix_len() => 1,
+            Self::Block(block) if block.prefix_len() > 0 => 2,
             Self::Prefix(text) | Self::Suffix(text) if text.len() > 1 => 2,
-            Self::Prefix(_) | Self::Suffix(_) => 1_000,
+            Self::Prefix(_) | Self::Suffix(_) | Self::Block(_) => 1_000,
         }
     }
 }
@@ -207,6 +225,10 @@ fn of_check(check: &OfRequest) -> Vec<Demand<'_>> {
                 Demand { attribute: Attribute::Subject, keys: keys(RequestPrincipal::subject) },
                 Demand { attribute: Attribute::Issuer, keys: keys(RequestPrincipal::issuer) },
             ]
+        }
+        OfRequest::RemoteIp(values) if !values.any.is_empty() => {
+            let keys = values.any.iter().copied().map(Key::Block).collect();
+            vec![Demand { attribute: Attribute::RemoteIp, keys }]
         }
         OfRequest::Path(_)
         | OfRequest::RequestPrincipal(_)

@@ -34,6 +34,8 @@ impl TextIndex {
             Key::Exact(text) => self.exact.entry(text.into()).or_default(),
             Key::Prefix(text) => self.prefixes.rules_of(text.bytes().collect()),
             Key::Suffix(text) => self.suffixes.rules_of(text.bytes().rev().collect()),
+            // No text is in a block of addresses.
+            Key::Block(_) => return,
         };
         if rules.last() != Some(&position) {
             rules.push(position);

@@ -38,7 +38,8 @@ fn some_operation() -> impl Strategy<Value = Operation> {
 
 fn some_condition() -> impl Strategy<Value = Condition> {
     let values = some_texts(&["a", "b", "a*", "*b", "*", "ab"]);
-    (0..7, values).prop_map(|(kind, values)| match kind {
+    (0..8, values, some_blocks()).prop_map(|(kind, values, some_blocks)| match kind {
+        7 => Condition::RemoteIp(any(some_blocks)),
         0 => Condition::RequestHeader("x-a".into(), values),
         1 => Condition::RequestHeader("x-b".into(), values),
         2 => Condition::RequestHeader(":method".into(), any(texts(["GET"]))),
@@ -49,10 +50,17 @@ fn some_condition() -> impl Strategy<Value = Condition> {
     })
 }
 
+fn some_blocks() -> impl Strategy<Value = Vec<cairn_mesh::IpMatch>> {
+    const BLOCKS: [&str; 6] = ["10.0.0.1", "10.0.0.0/8", "10.9.0.0/8", "172.16.0.0/12", "::/0", "0.0.0.0/0"];
+    prop::sample::subsequence(&BLOCKS[..], 0..3)
+        .prop_map(|some| some.into_iter().flat_map(|one| blocks([one])).collect())
+}
+
 fn some_source() -> impl Strategy<Value = Source> {
     let principals = prop::sample::subsequence(&["i/a", "i/*", "*/b", "j/a", "*"][..], 0..3);
     let namespaces = prop::sample::subsequence(&["ns1", "ns2"][..], 0..2);
-    (principals, namespaces).prop_map(|(principals, namespaces)| Source {
+    (principals, namespaces, some_blocks()).prop_map(|(principals, namespaces, some_blocks)| Source {
+        remote_ip_blocks: any(some_blocks),
         request_principals: any(principals.into_iter().map(RequestPrincipal::parse)),
         namespaces: any(namespaces.into_iter().map(Arc::from)),
         ..Source::default()
@@ -77,8 +85,12 @@ prop_compose! {
         headers in prop::collection::vec(("x-(a|b|c|d)", "(a|b|ab|)"), 0..4),
         claims in prop::option::of(("[ij]", "[ab]", "(a|b|ab)", "(a|b|ab)")),
         client in prop::sample::select(&[A, B, PLAINTEXT][..]),
+        forwarded in prop::option::of(prop::sample::select(&["172.17.0.1", "fd00::1", "10.9.9.9", "unknown"][..])),
     ) -> Request {
         let mut request = get(&path).method(method).host(host).by(client);
+        if let Some(forwarded) = forwarded {
+            request = request.header("x-forwarded-for", forwarded);
+        }
         for (name, value) in headers {
             request.head.headers.append(HeaderName::try_from(name).unwrap(), value.parse().unwrap());
         }
