@@ -4,7 +4,7 @@ use crate::scenario::{
     AUDITED, Answer, Ask, DETAILS, Outcome, PEER, SCENARIO, SEEN, Scenario, TRIAL_ALLOW, TRIAL_DENY,
     seen_name,
 };
-use crate::{jwt, rbac, tcp};
+use crate::{custom, http2, jwt, rbac, tcp};
 use anyhow::{Context, Result, bail, ensure};
 use cairn_mesh::PathNormalization;
 use serde_json::{Value, json};
@@ -118,7 +118,7 @@ impl Envoy {
     pub async fn ask(&self, index: usize, normalization: PathNormalization, ask: &Ask) -> Result<Outcome> {
         match self.listeners.get(&tcp::name(index)) {
             Some(listener) => Self::connect(*listener, ask).await,
-            None => Ok(Answer::outcome(self.answer(index, normalization, ask).await?)),
+            None => Ok(Answer::outcome(self.answer(index, normalization, ask).await?, ask)),
         }
     }
 
@@ -147,9 +147,11 @@ impl Envoy {
             let mut stream = TcpStream::connect(listener).await?;
             // Nothing is left behind when it closes, so that ports do not run out.
             socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
-            let mut bytes = proxy_header(ask)?.into_bytes();
-            bytes.extend(ask.bytes(index));
-            stream.write_all(&bytes).await?;
+            stream.write_all(proxy_header(ask)?.as_bytes()).await?;
+            if ask.http2 {
+                return http2::answer(stream, ask, index).await;
+            }
+            stream.write_all(&ask.bytes(index)).await?;
             let mut answer = Vec::new();
             // A reset after the answer is as good an end as any.
             let _end = stream.read_to_end(&mut answer).await;
@@ -195,7 +197,7 @@ fn bootstrap(scenarios: &[Scenario]) -> Value {
         of_http.chain(of_tcp.map(|(index, scenario)| tcp::listener(index, scenario))).collect();
     json!({
         "admin": { "address": loopback() },
-        "static_resources": { "listeners": listeners },
+        "static_resources": { "listeners": listeners, "clusters": custom::clusters() },
         "layered_runtime": { "layers": [{ "name": "static", "static_layer": {
             // As Istio sets it: a fragment is dropped, not refused.
             "envoy.reloadable_features.http_reject_path_with_fragment": false,
@@ -272,7 +274,7 @@ pub fn proxy_protocol(config: Value) -> Value {
 /// The JWT filter's name.
 const TOKENS: &str = "envoy.filters.http.jwt_authn";
 
-/// Identity first, then tokens, then the three decisions in Istio's order. What they decide by stands at the routes.
+/// Identity first, then providers, then tokens, then the three decisions in Istio's order. What they decide by stands at the routes.
 fn filters(tokens: impl Iterator<Item = (usize, Vec<(String, Value)>, Value)>) -> Vec<Value> {
     let (mut providers, mut requirements) = (json!({}), json!({}));
     for (index, all, required) in tokens {
@@ -291,6 +293,7 @@ fn filters(tokens: impl Iterator<Item = (usize, Vec<(String, Value)>, Value)>) -
         "skip_if_empty": true,
     }] });
     let mut filters = vec![extension("identity", "filters.http.set_filter_state.v3.Config", identity)];
+    filters.extend(custom::filters());
     let kind = "filters.http.jwt_authn.v3.JwtAuthentication";
     // Where RBAC looks for what a token says.
     filters.push(extension(TOKENS, kind, authentication));
@@ -324,6 +327,7 @@ fn route(index: usize, scenario: &Scenario) -> Value {
             ((*action).to_owned(), typed("filters.http.rbac.v3.RBACPerRoute", json!({ "rbac": rbac })))
         })
         .collect();
+    decisions.extend(custom::marks(scenario));
     if jwt::translate(&scenario.objects, index).is_some() {
         let required = json!({ "requirement_name": index.to_string() });
         decisions.insert(TOKENS.to_owned(), typed("filters.http.jwt_authn.v3.PerRouteConfig", required));

@@ -1,6 +1,7 @@
 //! Makes up policies and requests from a seed: every field and every form of value that AuthorizationPolicy has, over
 //! few enough words that requests and policies meet.
 
+use crate::http2;
 use crate::scenario::{Ask, Scenario};
 use cairn_mesh::PathNormalization;
 use fastrand::Rng;
@@ -411,14 +412,18 @@ impl Generator {
         }
         let method = *self.pick(&METHODS);
         let target = self.target();
-        Ask {
+        let mut ask = Ask {
             peer,
             source: SocketAddr::new(address, 40_000),
             destination: destination.into(),
             method: method.to_owned(),
             target,
             headers,
-        }
+            body: String::new(),
+            http2: self.chance(30),
+        };
+        ask.http2 &= http2::request(&ask, 0).is_some();
+        ask
     }
 
     fn forwarded_for(&mut self) -> String {

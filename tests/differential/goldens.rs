@@ -71,6 +71,8 @@ fn get(target: &str) -> Ask {
         method: "GET".to_owned(),
         target: target.to_owned(),
         headers: vec![("host".to_owned(), "exact.com".to_owned())],
+        body: String::new(),
+        http2: false,
     }
 }
 

@@ -6,14 +6,17 @@
 // All of it is a test, helpers included: what does not hold ends it.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod custom;
 mod envoy;
 #[path = "../fuzz/src/lib.rs"]
 mod fuzz;
 mod generate;
 mod goldens;
+mod http2;
 mod jwt;
 mod known;
 mod ours;
+mod provider;
 mod rbac;
 mod scenario;
 mod seeds;
@@ -67,6 +70,11 @@ async fn tokens_are_judged_as_envoy_judges_them() -> Result<()> {
     compare(PAIRS * 2 / 5, &["refused token", "denied by default"], scenario).await
 }
 
+#[tokio::test]
+async fn providers_are_asked_as_envoy_asks_them() -> Result<()> {
+    compare(PAIRS / 5, &["refused by a provider"], custom::scenario).await
+}
+
 /// How many pairs both tests have together, unless more are asked for.
 const PAIRS: usize = 500;
 
@@ -89,7 +97,7 @@ async fn compare(
         let count = (pairs - tally.pairs).div_ceil(ASKS).min(SCENARIOS_MAX);
         let scenarios = (0..count).map(|_| scenario(&mut generator, ASKS)).collect::<Vec<_>>();
         let judged = judge(&program, &ours, &scenarios).await?;
-        tally.add(&scenarios, &judged);
+        tally.add(&ours, &scenarios, &judged).await?;
     }
     println!("seed {seed}: {tally}");
     let mut shown = String::new();
@@ -168,7 +176,7 @@ struct Tally {
 }
 
 impl Tally {
-    fn add(&mut self, scenarios: &[Scenario], judged: &[Judged]) {
+    async fn add(&mut self, engine: &Ours, scenarios: &[Scenario], judged: &[Judged]) -> Result<()> {
         for (scenario, outcomes) in scenarios.iter().zip(judged) {
             for (ask, (envoy, ours)) in scenario.asks.iter().zip(outcomes) {
                 self.pairs += 1;
@@ -176,16 +184,17 @@ impl Tally {
                 if envoy == ours {
                     continue;
                 }
-                match known::intended(scenario, ask, envoy, ours) {
+                let scenario = only(scenario, ask);
+                match known::intended(engine, &scenario, envoy, ours).await? {
                     Some(name) => *self.intended.entry(name).or_default() += 1,
-                    None => self.differences.push(Difference {
-                        scenario: only(scenario, ask),
-                        envoy: envoy.clone(),
-                        ours: ours.clone(),
-                    }),
+                    None => {
+                        let (envoy, ours) = (envoy.clone(), ours.clone());
+                        self.differences.push(Difference { scenario, envoy, ours });
+                    }
                 }
             }
         }
+        Ok(())
     }
 
     /// Fails when the requests were all of one kind, so that agreement would mean little.
@@ -213,6 +222,9 @@ fn kind(outcome: &Outcome) -> String {
     match outcome {
         Outcome::Allowed { .. } => "allowed".to_owned(),
         Outcome::Denied { details, .. } if details.starts_with("jwt") => "refused token".to_owned(),
+        Outcome::Denied { details, .. } if details.starts_with("ext_authz") => {
+            "refused by a provider".to_owned()
+        }
         Outcome::Denied { details, .. } if details.contains("[none]") => "denied by default".to_owned(),
         Outcome::Denied { .. } => "denied by a rule".to_owned(),
         Outcome::Malformed => "malformed".to_owned(),
@@ -237,11 +249,14 @@ async fn shrink(program: &Path, ours: &Arc<Ours>, difference: Difference) -> Res
         let same = |(envoy, ours): &(Outcome, Outcome)| {
             (kind(envoy), kind(ours)) == (kind(&smallest.envoy), kind(&smallest.ours)) && envoy != ours
         };
-        let found = candidates.into_iter().zip(judged).find_map(|(scenario, mut outcomes)| {
-            let (envoy, ours) = outcomes.pop().filter(same)?;
-            let is_new = known::intended(&scenario, &scenario.asks[0], &envoy, &ours).is_none();
-            is_new.then_some(Difference { scenario, envoy, ours })
-        });
+        let mut found = None;
+        for (scenario, mut outcomes) in candidates.into_iter().zip(judged) {
+            let Some((envoy, own)) = outcomes.pop().filter(same) else { continue };
+            if known::intended(ours, &scenario, &envoy, &own).await?.is_none() {
+                found = Some(Difference { scenario, envoy, ours: own });
+                break;
+            }
+        }
         match found {
             Some(smaller) => smallest = smaller,
             None => break,

@@ -1,15 +1,17 @@
 //! Our own decision on the same bytes: the policies decoded, compiled and put into a chain as the waypoint does, and
 //! the request served by the HTTP engine.
 
+use crate::provider::Asking;
 use crate::scenario::{
     AUDITED, Answer, Ask, DETAILS, Outcome, PASSED, SEEN, Scenario, TRIAL_ALLOW, TRIAL_DENY, seen_name,
 };
+use crate::{custom, http2};
 use anyhow::{Context, Result, bail, ensure};
 use arc_swap::ArcSwap;
-use cairn_builtin::{TokenCache, authentication, authorization, inline_keys};
+use cairn_builtin::{TokenCache, authentication, authorization, external_authorization, inline_keys};
 use cairn_filter::{
-    Admission, Chain, Connection, Exchange, Factory, Filter, LocalReply, NoCallout, Peer, Phases, Position,
-    RequestHead, ResponseHead, Slot, Verdict, sort_factories,
+    Admission, Chain, Connection, Exchange, Factory, Filter, LocalReply, Peer, Phases, Position, RequestHead,
+    ResponseHead, Slot, Verdict, sort_factories,
 };
 use cairn_http::{RouteTable, Site, SiteHandle, Worker, WorkerSettings, serve};
 use cairn_manifest::{Object, decode};
@@ -52,7 +54,7 @@ impl Ours {
                 Admission::Refuse(_) => Outcome::Closed,
             });
         }
-        Ok(Answer::outcome(self.answer(site, index, ask).await?))
+        Ok(Answer::outcome(self.answer(site, index, ask).await?, ask))
     }
 
     /// The answer itself.
@@ -61,7 +63,10 @@ impl Ours {
         let (mut client, server) = tokio::io::duplex(64 << 10);
         let (site, worker) = (Arc::clone(site), Arc::clone(&self.worker));
         let served = tokio::spawn(serve(server, Arc::new(connection), site, worker, self.drain.clone()));
-        let asking = async {
+        let asking = async move {
+            if ask.http2 {
+                return http2::answer(client, ask, index).await;
+            }
             client.write_all(&ask.bytes(index)).await?;
             let mut answer = Vec::new();
             client.read_to_end(&mut answer).await?;
@@ -83,7 +88,7 @@ fn connection(ask: &Ask) -> Result<Connection> {
         destination: ask.destination,
         service: None,
         local: None,
-        callout: Arc::new(NoCallout),
+        callout: Arc::new(Asking),
     })
 }
 
@@ -99,10 +104,13 @@ pub fn site(scenario: &Scenario) -> Result<SiteHandle> {
         trust_domain_aliases: domains.collect(),
         ..MeshSettings::default()
     };
-    let (mut policies, mut authentications) = (Vec::new(), Vec::new());
+    let (mut policies, mut authentications, mut asked) = (Vec::new(), Vec::new(), BTreeMap::new());
     for value in &scenario.objects {
         match change(&object(value)?, &settings)? {
             Change::Policy(policy) => policies.push(Arc::new(policy)),
+            Change::CustomPolicy(policy) => {
+                asked.entry(Arc::clone(&policy.provider)).or_insert_with(Vec::new).push(Arc::new(policy));
+            }
             Change::RequestAuthentication(authentication) => {
                 let is_inline = |rule: &JwtRule| matches!(rule.keys, KeyPlace::Inline(_));
                 ensure!(authentication.rules.iter().all(is_inline), "no keys are fetched here");
@@ -118,10 +126,16 @@ pub fn site(scenario: &Scenario) -> Result<SiteHandle> {
     let cache = Arc::new(TokenCache::default());
     let slot = |position, factory| Slot { position, priority: 0, factory };
     let mut chain: Vec<Arc<dyn Factory>> = vec![Arc::new(Probe)];
-    chain.extend(sort_factories(vec![
+    let domains = settings.trust_domains();
+    let mut slots = vec![
         slot(Position::Authentication, authentication(&authentications, &mut keys, &cache)),
-        slot(Position::Authorization, authorization(&policies, &settings.trust_domains())),
-    ]));
+        slot(Position::Authorization, authorization(&policies, &domains)),
+    ];
+    slots.extend(asked.into_iter().map(|(name, policies)| {
+        let provider = custom::provider(&name);
+        slot(Position::Custom, external_authorization(&name, provider, &policies, &domains))
+    }));
+    chain.extend(sort_factories(slots));
     chain.push(Arc::new(Upstream));
     Ok(Arc::new(ArcSwap::from_pointee(Site {
         chain: Chain::new(chain),

@@ -30,6 +30,19 @@ pub fn connection_filter(scenario: &Scenario, action: &str) -> Value {
     }
 }
 
+/// What the policies with action CUSTOM of `provider` match; `None` when there are none.
+pub fn custom(scenario: &Scenario, provider: &str, is_known: bool) -> Option<Value> {
+    let ours = |object: &&Value| {
+        object["spec"]["action"] == "CUSTOM" && object["spec"]["provider"]["name"] == provider
+    };
+    let end = if is_known { "" } else { "-deny-due-to-bad-CUSTOM-action" };
+    let named = |(id, policy)| (format!("istio-ext-authz-{provider}-{id}{end}"), policy);
+    let all =
+        scenario.objects.iter().filter(ours).flat_map(|object| rules_of(object, &scenario.trust_domains));
+    let all: serde_json::Map<String, Value> = all.map(named).collect();
+    (!all.is_empty()).then(|| json!({ "action": "DENY", "policies": all }))
+}
+
 /// The conditions that only HTTP has; sources and operations have such fields, too.
 const OF_HTTP: [&str; 6] = ["hosts", "notHosts", "methods", "notMethods", "paths", "notPaths"];
 

@@ -39,6 +39,10 @@ pub struct Ask {
     pub target: String,
     /// The headers, `host` among them, in the order of the wire.
     pub headers: Vec<(String, String)>,
+    /// The body.
+    pub body: String,
+    /// It is sent over HTTP/2.
+    pub http2: bool,
 }
 
 /// The header by which Envoy finds the policies of a scenario.
@@ -57,7 +61,10 @@ impl Ask {
         if let Some(peer) = &self.peer {
             text += &format!("{PEER}: {peer}\r\n");
         }
-        text += &format!("{SCENARIO}: {scenario}\r\nconnection: close\r\n\r\n");
+        if !self.body.is_empty() {
+            text += &format!("content-length: {}\r\n", self.body.len());
+        }
+        text += &format!("{SCENARIO}: {scenario}\r\nconnection: close\r\n\r\n{}", self.body);
         text.into_bytes()
     }
 
@@ -72,8 +79,10 @@ impl fmt::Display for Ask {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let peer = self.peer.as_deref().unwrap_or("nobody");
         writeln!(f, "# {peer} at {} asks {}", self.source, self.destination)?;
-        write!(f, "{:?} {:?}", self.method, self.target)?;
-        self.headers.iter().try_for_each(|(name, value)| write!(f, "\n{name}: {value:?}"))
+        let version = if self.http2 { "HTTP/2" } else { "HTTP/1.1" };
+        write!(f, "{:?} {:?} {version}", self.method, self.target)?;
+        self.headers.iter().try_for_each(|(name, value)| write!(f, "\n{name}: {value:?}"))?;
+        if self.body.is_empty() { Ok(()) } else { write!(f, "\n\n{}", self.body) }
     }
 }
 
@@ -101,6 +110,8 @@ pub enum Outcome {
         remarks: Remarks,
         /// What the upstream sees of [`SEEN`].
         seen: Vec<(&'static str, String)>,
+        /// What the client is told of [`TOLD`].
+        told: Vec<(&'static str, String)>,
     },
     /// A policy refused it.
     Denied {
@@ -114,6 +125,8 @@ pub enum Outcome {
         details: String,
         /// The header `www-authenticate`.
         challenge: Option<String>,
+        /// What the client is told of [`TOLD`].
+        told: Vec<(&'static str, String)>,
         /// What an AUDIT policy said.
         audited: bool,
     },
@@ -128,7 +141,7 @@ pub enum Outcome {
 impl Outcome {
     /// It passed, and that is all.
     pub fn passes() -> Self {
-        Self::Allowed { remarks: Remarks::default(), seen: Vec::new() }
+        Self::Allowed { remarks: Remarks::default(), seen: Vec::new(), told: Vec::new() }
     }
 }
 
@@ -143,6 +156,9 @@ pub struct Remarks {
     pub refused_by_deny_on_trial: bool,
 }
 
+/// What the `%RESPONSE_CODE_DETAILS%` of refusals by policies begin with.
+const REFUSALS: [&str; 4] = ["rbac_", "jwt_", "ext_authz_", "request_payload_too_large"];
+
 /// The `%RESPONSE_CODE_DETAILS%` of an answer that stands for the upstream's.
 pub const PASSED: &str = "direct_response";
 
@@ -153,7 +169,7 @@ pub const TRIAL_ALLOW: &str = "x-differential-trial-allow";
 pub const TRIAL_DENY: &str = "x-differential-trial-deny";
 
 /// The headers of a request of which the answer tells what the upstream would see.
-pub const SEEN: [&str; 9] = [
+pub const SEEN: [&str; 15] = [
     ":path",
     "authorization",
     "cookie",
@@ -163,7 +179,16 @@ pub const SEEN: [&str; 9] = [
     "x-claim",
     "x-issuer",
     "x-forwarded-for",
+    "x-user",
+    "x-team",
+    "x-set-a",
+    "x-set-b",
+    "x-set-c",
+    "x-remove",
 ];
+
+/// The headers of an answer that a provider of external authorization may have written.
+pub const TOLD: [&str; 5] = ["x-why", "x-seen", "x-other", "location", "set-cookie"];
 
 /// The header of the answer that tells it.
 pub fn seen_name(name: &str) -> String {
@@ -196,14 +221,33 @@ impl Answer {
         Some(Self { status, headers, body })
     }
 
+    /// The answer with this head and body.
+    pub fn new(head: &http::response::Parts, body: &[u8]) -> Self {
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let headers = head.headers.iter().map(|(name, value)| (name.to_string(), text(value.as_bytes())));
+        Self { status: head.status.as_u16(), headers: headers.collect(), body: text(body) }
+    }
+
     /// A header.
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(own, _)| own == name).map(|(_, value)| value.as_str())
     }
 
-    /// What it says of policies.
-    pub fn outcome(answer: Option<Self>) -> Outcome {
-        let Some(answer) = answer else { return Outcome::Closed };
+    /// What it says of [`TOLD`], all values of each.
+    fn told(&self) -> Vec<(&'static str, String)> {
+        let of = |name: &'static str| {
+            let named = self.headers.iter().filter(move |(own, _)| own == name);
+            let values: Vec<&str> = named.map(|(_, value)| value.as_str()).collect();
+            (!values.is_empty()).then(|| (name, values.join(",")))
+        };
+        TOLD.into_iter().filter_map(of).collect()
+    }
+
+    /// What it says of policies that were asked `ask`. A stream of HTTP/2 that is reset is what a 400 is in HTTP/1.
+    pub fn outcome(answer: Option<Self>, ask: &Ask) -> Outcome {
+        let Some(answer) = answer else {
+            return if ask.http2 { Outcome::Malformed } else { Outcome::Closed };
+        };
         let said = |name: &str| answer.header(name).filter(|text| !text.is_empty() && *text != "-");
         let refused = |name| said(name) == Some("denied");
         let audited = said(AUDITED) == Some("true");
@@ -219,13 +263,15 @@ impl Answer {
                     .iter()
                     .filter_map(|name| Some((*name, readable(said(&seen_name(name))?))))
                     .collect(),
+                told: answer.told(),
             },
-            status if details.starts_with("rbac_") || details.starts_with("jwt_") => Outcome::Denied {
+            status if REFUSALS.iter().any(|start| details.starts_with(start)) => Outcome::Denied {
                 grpc: answer.header("grpc-status").map(|code| {
                     let message = answer.header("grpc-message").unwrap_or_default();
                     (code.to_owned(), message.to_owned())
                 }),
                 challenge: answer.header("www-authenticate").map(str::to_owned),
+                told: answer.told(),
                 status,
                 body: answer.body.clone(),
                 details,

@@ -74,6 +74,12 @@ fn smaller_asks(ask: &Ask) -> Vec<Ask> {
             all.push(fewer);
         }
     }
+    if !ask.body.is_empty() {
+        all.push(Ask { body: String::new(), ..ask.clone() });
+    }
+    if ask.http2 {
+        all.push(Ask { http2: false, ..ask.clone() });
+    }
     if ask.method != "GET" {
         all.push(Ask { method: "GET".to_owned(), ..ask.clone() });
     }

@@ -9,15 +9,26 @@ use cairn_mesh::PathNormalization;
 use serde_json::{Map, Value, json};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// The issuers, each with a key of its own, and one key that nobody knows.
+/// The issuers, each with a key of its own, and one key that nobody knows. Each scenario has the keys of one of several
+/// sets, so that all algorithms are seen and tokens still meet their keys.
 pub struct Issuers {
-    signers: Vec<(&'static str, Signer)>,
+    sets: Vec<Signers>,
     stranger: Signer,
     now: u64,
 }
 
-const ISSUERS: [(&str, &str, &str); 4] =
-    [("one", "ES256", "k1"), ("two", "EdDSA", ""), ("three", "RS256", "k3"), ("four/x", "ES384", "k4")];
+type Signers = Vec<(&'static str, Signer)>;
+
+/// The issuers' names, and the names of their keys; one has none.
+const ISSUERS: [(&str, &str); 4] = [("one", "k1"), ("two", ""), ("three", "k3"), ("four/x", "k4")];
+
+/// The issuers' algorithms, one set after the other. RS512 is nobody's: a token may say it all the same.
+const ALGORITHMS: [[&str; 4]; 4] = [
+    ["ES256", "EdDSA", "RS256", "ES384"],
+    ["PS256", "ES512", "HS256", "RS384"],
+    ["RS384", "HS512", "PS384", "ES256"],
+    ["HS384", "PS512", "EdDSA", "RS256"],
+];
 
 /// Claims of which a policy or a header may ask.
 const CLAIMS: [&str; 9] =
@@ -27,69 +38,32 @@ impl Issuers {
     /// New keys for all of them.
     pub fn new() -> Self {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        let signers = ISSUERS.map(|(name, algorithm, id)| (name, Signer::new(algorithm, id))).into();
-        Self { signers, stranger: Signer::new("ES256", "k1"), now }
+        let signer = |((name, id), algorithm): ((&'static str, &'static str), &'static str)| {
+            (name, Signer::new(algorithm, id))
+        };
+        let set = |algorithms: [&'static str; 4]| -> Signers {
+            ISSUERS.into_iter().zip(algorithms).map(signer).collect()
+        };
+        Self { sets: ALGORITHMS.into_iter().map(set).collect(), stranger: Signer::new("ES256", "k1"), now }
     }
 
     /// A scenario about tokens with this many requests.
     pub fn scenario(&self, generator: &mut Generator, asks: usize) -> Scenario {
+        // The first has what is usual, so it is seen most.
+        let signers = &self.sets[*generator.pick(&[0, 0, 0, 1, 2, 3])];
         let count = generator.number(1..=2);
-        let mut objects: Vec<Value> = (0..count).map(|index| self.authentication(generator, index)).collect();
+        let mut objects: Vec<Value> =
+            (0..count).map(|index| authentication(generator, signers, index)).collect();
         for index in 0..generator.number(0..=2) {
             objects.push(policy(generator, index));
         }
         let forged = written(&objects);
-        let asks = (0..asks).map(|_| self.ask(generator, &forged)).collect();
+        let asks = (0..asks).map(|_| self.ask(generator, signers, &forged)).collect();
         let trust_domains = vec!["cluster.local".to_owned()];
         Scenario { normalization: PathNormalization::Base, trust_domains, tcp: false, objects, asks }
     }
 
-    fn authentication(&self, generator: &mut Generator, index: usize) -> Value {
-        let count = generator.number(1..=2);
-        let rules: Vec<Value> = (0..count).map(|_| self.rule(generator)).collect();
-        json!({
-            "apiVersion": "security.istio.io/v1",
-            "kind": "RequestAuthentication",
-            "metadata": { "name": format!("r{index}"), "namespace": "shop" },
-            "spec": {
-                "targetRefs": [
-                    { "kind": "Gateway", "group": "gateway.networking.k8s.io", "name": "waypoint" },
-                ],
-                "jwtRules": rules,
-            },
-        })
-    }
-
-    fn rule(&self, generator: &mut Generator) -> Value {
-        let (issuer, signer) = generator.pick(&self.signers);
-        let mut keys = vec![signer.jwk()];
-        if generator.chance(30) {
-            keys.insert(0, generator.pick(&self.signers).1.jwk());
-        }
-        let mut rule = json!({ "issuer": issuer, "jwks": Signer::set(&keys) });
-        let mut set = |field: &str, percent: u32, value: Value| {
-            if generator.chance(percent) {
-                rule[field] = value;
-            }
-        };
-        set("audiences", 25, json!(["foo", "other"]));
-        set("fromHeaders", 25, json!([{ "name": "x-jwt", "prefix": "Value " }, { "name": "x-auth" }]));
-        set("fromParams", 20, json!(["token", "second"]));
-        set("fromCookies", 15, json!(["session"]));
-        set("forwardOriginalToken", 40, json!(true));
-        set("outputPayloadToHeader", 30, json!("x-payload"));
-        set("spaceDelimitedClaims", 30, json!(["custom"]));
-        if generator.chance(40) {
-            let claim = *generator.pick(&CLAIMS);
-            rule["outputClaimToHeaders"] = json!([
-                { "header": "x-claim", "claim": claim },
-                { "header": "X-Issuer", "claim": "iss" },
-            ]);
-        }
-        rule
-    }
-
-    fn ask(&self, generator: &mut Generator, forged: &[&str]) -> Ask {
+    fn ask(&self, generator: &mut Generator, signers: &Signers, forged: &[&str]) -> Ask {
         let mut ask = generator.plain_ask();
         ask.headers.retain(|(name, _)| name != "authorization" && name != "cookie" && name != "content-type");
         if generator.chance(30) {
@@ -106,20 +80,20 @@ impl Issuers {
         }
         let count = *generator.pick(&[0, 1, 1, 1, 1, 1, 2]);
         for _ in 0..count {
-            let token = self.token(generator);
+            let token = self.token(generator, signers);
             place(generator, &mut ask, &token);
         }
         ask
     }
 
-    fn token(&self, generator: &mut Generator) -> String {
-        let (issuer, signer) = generator.pick(&self.signers);
+    fn token(&self, generator: &mut Generator, signers: &Signers) -> String {
+        let (issuer, signer) = generator.pick(signers);
         let payload = self.payload(generator, issuer);
         let good = signer.sign(&payload);
         let parts: Vec<&str> = good.split('.').collect();
         match generator.number(0..=24) {
             0 => self.stranger.sign(&payload),
-            1 => generator.pick(&self.signers).1.sign(&payload),
+            1 => generator.pick(signers).1.sign(&payload),
             2 => good[..good.len() - 10].to_owned(),
             3 => format!("{}.{}", parts[0], parts[1]),
             4 => format!("{}.{}.", parts[0], parts[1]),
@@ -167,6 +141,51 @@ impl Issuers {
         }
         claims.into()
     }
+}
+
+fn authentication(generator: &mut Generator, signers: &Signers, index: usize) -> Value {
+    let count = generator.number(1..=2);
+    let rules: Vec<Value> = (0..count).map(|_| token_rule(generator, signers)).collect();
+    json!({
+        "apiVersion": "security.istio.io/v1",
+        "kind": "RequestAuthentication",
+        "metadata": { "name": format!("r{index}"), "namespace": "shop" },
+        "spec": {
+            "targetRefs": [
+                { "kind": "Gateway", "group": "gateway.networking.k8s.io", "name": "waypoint" },
+            ],
+            "jwtRules": rules,
+        },
+    })
+}
+
+fn token_rule(generator: &mut Generator, signers: &Signers) -> Value {
+    let (issuer, signer) = generator.pick(signers);
+    let mut keys = vec![signer.jwk()];
+    if generator.chance(30) {
+        keys.insert(0, generator.pick(signers).1.jwk());
+    }
+    let mut rule = json!({ "issuer": issuer, "jwks": Signer::set(&keys) });
+    let mut set = |field: &str, percent: u32, value: Value| {
+        if generator.chance(percent) {
+            rule[field] = value;
+        }
+    };
+    set("audiences", 25, json!(["foo", "other"]));
+    set("fromHeaders", 25, json!([{ "name": "x-jwt", "prefix": "Value " }, { "name": "x-auth" }]));
+    set("fromParams", 20, json!(["token", "second"]));
+    set("fromCookies", 15, json!(["session"]));
+    set("forwardOriginalToken", 40, json!(true));
+    set("outputPayloadToHeader", 30, json!("x-payload"));
+    set("spaceDelimitedClaims", 30, json!(["custom"]));
+    if generator.chance(40) {
+        let claim = *generator.pick(&CLAIMS);
+        rule["outputClaimToHeaders"] = json!([
+            { "header": "x-claim", "claim": claim },
+            { "header": "X-Issuer", "claim": "iss" },
+        ]);
+    }
+    rule
 }
 
 /// Puts a token where some rule may look for it.
