@@ -168,11 +168,33 @@ async fn identities_are_asked_for_by_http_grpc_and_tcp_alike() -> Result<()> {
     Ok(())
 }
 
+#[tokio::test]
+async fn who_may_connect_is_asked_at_the_waypoint_and_at_the_workload() -> Result<()> {
+    let mesh = Mesh::start(&[MESH, ("l4.yaml", include_str!("manifests/l4.yaml"))], &[])?;
+    let (a, b) = (Who::Pod(mesh.pod("app/a")?), Who::Pod(mesh.pod("other/b")?));
+    for (service, by_a, by_b) in
+        [("app/open", true, false), ("app/shut", false, false), ("outside/bare", true, true)]
+    {
+        for (who, expected) in [(a, by_a), (b, by_b)] {
+            let passes = passes_tcp(&mesh, who, service).await?;
+            ensure!(passes == expected, "{service} {who:?}: TCP passes: {passes}");
+        }
+    }
+    for (pod, expected) in [("app/open", false), ("app/shut", false), ("outside/bare", true)] {
+        let passes = passes(Who::Nobody, SocketAddr::new(mesh.pod(pod)?, 8080)).await;
+        ensure!(passes == expected, "{pod} by a client outside the mesh: TCP passes: {passes}");
+    }
+    Ok(())
+}
+
 /// Whether a connection to the port of TCP carries bytes there and back.
 async fn passes_tcp(mesh: &Mesh, who: Who, service: &str) -> Result<bool> {
-    let to = mesh.service(service, 9000)?;
-    let Ok(mut client) = Client::open(who, to).await else { return Ok(false) };
-    Ok(client.get("/allowed").await.is_ok_and(|answer| answer.status == 200))
+    Ok(passes(who, mesh.service(service, 9000)?).await)
+}
+
+async fn passes(who: Who, to: SocketAddr) -> bool {
+    let Ok(mut client) = Client::open(who, to).await else { return false };
+    client.get("/allowed").await.is_ok_and(|answer| answer.status == 200)
 }
 
 /// A denial of gRPC is a status of gRPC.

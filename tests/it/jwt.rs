@@ -245,6 +245,9 @@ async fn keys_are_fetched_from_where_they_are() -> Result<()> {
     check("remote", &good).await?;
     check("secure", &good).await?;
     check("discovered", &[("/", "realm", 200), ("/", "issuer-1", 401), ("/", "none", 200)]).await?;
+    // Without an issuer, whatever the keys have signed.
+    check("nameless", &[("/", "issuer-1", 200), ("/", "issuer-3", 200), ("/", "expired", 401)]).await?;
+    check("nameless-unreachable", &[("/", "issuer-1", 401), ("/", "none", 200)]).await?;
     check("slow", &[("/", "issuer-1", 401), ("/", "none", 200)]).await?;
     let text = metrics(mesh()?.waypoint("tokens/tokens-waypoint")?).await?;
     let of_slow = format!("cairn_jwks_fetch_failures_total{{source=\"http://{}/slow\"}}", issuers().http);
