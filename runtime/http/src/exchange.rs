@@ -168,7 +168,7 @@ async fn go(
     if let Some(rewrite) = &rule.rewrite {
         rewrite.apply(&mut head, prefix.as_deref());
     }
-    record.keep_request(&head);
+    record.keep_rewritten(&head);
     if let Some(upgrade) = upgrade {
         upgrade.ask(&mut head.headers);
     }
@@ -210,9 +210,7 @@ async fn send(
     loop {
         let Chosen { active, workload, .. } = chosen;
         let address = active.host().address;
-        record.exchange.upstream = Some(address);
-        record.exchange.upstream_workload = Some(workload);
-        record.attempts += 1;
+        record.attempted(address, workload, request.headers_mut());
         let sent_at = Instant::now();
         let mut sending = pin!(upstream::send(worker, active, request));
         let sent = if upload.is_none() {
@@ -229,6 +227,7 @@ async fn send(
             }
             Err(unsent) => unsent,
         };
+        record.attempt_failed(&failure);
         let is_last = tried.len() >= worker.settings.retries_max;
         let may_retry = failure.answer().retry && !is_last;
         record.retried_in_vain = failure.answer().retry && is_last && !tried.is_empty();
@@ -509,6 +508,9 @@ mod bodies;
 #[cfg(test)]
 #[path = "exchange/harness.rs"]
 pub(crate) mod harness;
+#[cfg(test)]
+#[path = "exchange/observed.rs"]
+mod observed;
 #[cfg(test)]
 #[path = "exchange/tests.rs"]
 mod tests;

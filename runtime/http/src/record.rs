@@ -1,6 +1,7 @@
 //! The record of one exchange: kept while it lives, handed to telemetry exactly once, also when the client goes away.
 
 use crate::body::Progress;
+use crate::failure::grpc_status_of;
 use crate::grpc::Messages;
 use crate::head::{FORWARDED_FOR, REQUEST_ID, header_bytes};
 use crate::reply::{GRPC_STATUS, grpc_status};
@@ -8,10 +9,12 @@ use crate::serve::Served;
 use crate::{Failure, decision};
 use bytes::Bytes;
 use cairn_filter::{Exchange, Measures, RequestHead, ResponseHead, Running};
-use cairn_telemetry::{HttpRecord, Observe, Trace, Wanted, legible};
+use cairn_mesh::Workload;
+use cairn_telemetry::{HttpRecord, Observe, Trace, Try, Wanted, legible};
 use http::header::USER_AGENT;
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderName, HeaderValue, Method};
+use std::borrow::Cow;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -74,10 +77,14 @@ pub(crate) struct Record {
     counted: (u64, u64, Option<Instant>),
     observer: Option<Arc<dyn Observe>>,
     trace: Option<Box<Trace>>,
+    /// Attempts to send it that have spans of their own.
+    tries: Vec<Try>,
     kept: Option<Box<Kept>>,
     ended: bool,
     method: Method,
     path: PathAndQuery,
+    /// The path before the route changed it.
+    original_path: Option<PathAndQuery>,
     authority: HeaderValue,
     request_id: Option<HeaderValue>,
     user_agent: Option<HeaderValue>,
@@ -88,7 +95,6 @@ pub(crate) struct Record {
 
 impl Record {
     pub(crate) fn new(exchange: Exchange, running: Running, served: Arc<Served>, head: &RequestHead) -> Self {
-        let kept = |name: HeaderName| head.headers.get(name).map(legible);
         // "GET / HTTP/1.1" and its line end, "host: x" and its own, and the empty line.
         let line = head.method.as_str().len() + head.path.as_str().len() + head.authority.len() + 22;
         Self {
@@ -111,14 +117,16 @@ impl Record {
             counted: (0, 0, None),
             observer: None,
             trace: None,
+            tries: Vec::new(),
             kept: None,
             ended: false,
             method: head.method.clone(),
             path: head.path.clone(),
-            authority: legible(&head.authority),
-            request_id: kept(REQUEST_ID),
-            user_agent: kept(USER_AGENT),
-            forwarded_for: kept(FORWARDED_FOR),
+            original_path: None,
+            authority: as_text(&head.authority),
+            request_id: head.headers.get(REQUEST_ID).cloned(),
+            user_agent: all_of(&head.headers, &USER_AGENT),
+            forwarded_for: all_of(&head.headers, &FORWARDED_FOR),
             request_head_bytes: line as u64 + header_bytes(&head.headers),
             response_head_bytes: 0,
         }
@@ -148,8 +156,61 @@ impl Record {
         if self.path != head.path {
             self.path.clone_from(&head.path);
         }
+        if self.authority != head.authority {
+            self.authority = as_text(&head.authority);
+        }
+        for (kept, name) in [
+            (&mut self.request_id, &REQUEST_ID),
+            (&mut self.user_agent, &USER_AGENT),
+            (&mut self.forwarded_for, &FORWARDED_FOR),
+        ] {
+            if kept.as_ref() != head.headers.get(name) {
+                *kept = all_of(&head.headers, name);
+            }
+        }
         if let (Some(observer), Some(kept)) = (&self.observer, &mut self.kept) {
             kept.request = observer.wants().request.of(&head.headers);
+        }
+    }
+
+    /// Keeps the request as the route has changed it; logs show its path as it was.
+    pub(crate) fn keep_rewritten(&mut self, head: &RequestHead) {
+        if self.path != head.path {
+            self.original_path = Some(self.path.clone());
+        }
+        self.keep_request(head);
+    }
+
+    /// Notes that the request, with `headers`, is about to be sent to an endpoint. Where attempts have spans, the
+    /// headers say so.
+    pub(crate) fn attempted(
+        &mut self,
+        upstream: SocketAddr,
+        workload: Arc<Workload>,
+        headers: &mut HeaderMap,
+    ) {
+        self.attempts += 1;
+        if let (Some(observer), Some(trace)) = (&self.observer, &self.trace)
+            && let Some(span_id) = observer.attempt(trace, headers)
+        {
+            self.tries.push(Try {
+                span_id,
+                after: self.exchange.started.elapsed(),
+                duration: None,
+                upstream,
+                workload: Arc::clone(&workload),
+                flags: "-",
+            });
+        }
+        self.exchange.upstream = Some(upstream);
+        self.exchange.upstream_workload = Some(workload);
+    }
+
+    /// Notes that the last attempt came to nothing.
+    pub(crate) fn attempt_failed(&mut self, failure: &Failure) {
+        if let Some(last) = self.tries.last_mut() {
+            last.duration = Some(self.exchange.started.elapsed().saturating_sub(last.after));
+            last.flags = failure.answer().flags;
         }
     }
 
@@ -254,6 +315,12 @@ impl Record {
         telemetry.record_http(&self.served.scope, &record, self.observer.as_deref());
     }
 
+    /// The gRPC status of an answer to a gRPC client that names none, once it is over: that of its HTTP status.
+    fn implied_grpc_status(&self) -> Option<u8> {
+        let status = self.exchange.status.filter(|_| self.ended && self.exchange.grpc)?;
+        Some(grpc_status_of(status))
+    }
+
     fn as_told(&self, now: Instant) -> HttpRecord<'_> {
         let exchange = &self.exchange;
         let connection = &exchange.connection;
@@ -268,18 +335,19 @@ impl Record {
                 .zip(self.upstream_duration)
                 .map(|(sent_at, answered)| sent_at.saturating_duration_since(exchange.started) + answered),
             backend_latency: self.sent_at.map(|sent_at| now.saturating_duration_since(sent_at)),
-            request_id: text(self.request_id.as_ref()),
+            request_id: self.request_id.as_ref().map(HeaderValue::as_bytes),
             method: self.method.as_str(),
             path: self.path.as_str(),
+            original_path: self.original_path.as_ref().map_or("", PathAndQuery::as_str),
             protocol: exchange.protocol.as_str(),
-            authority: text(Some(&self.authority)),
-            user_agent: text(self.user_agent.as_ref()),
-            forwarded_for: text(self.forwarded_for.as_ref()),
+            authority: std::str::from_utf8(self.authority.as_bytes()).unwrap_or_default(),
+            user_agent: self.user_agent.as_ref().map(HeaderValue::as_bytes),
+            forwarded_for: self.forwarded_for.as_ref().map(HeaderValue::as_bytes),
             status: exchange.status.map_or(0, |status| status.as_u16()),
             flags: self.flags,
             details: &exchange.details,
             grpc: exchange.grpc,
-            grpc_status: self.grpc_status,
+            grpc_status: self.grpc_status.or_else(|| self.implied_grpc_status()),
             request_body_bytes: body_bytes,
             response_body_bytes: self.response_body_bytes,
             request_bytes: self.request_head_bytes + body_bytes,
@@ -294,6 +362,7 @@ impl Record {
             token_principal: exchange.token.as_ref().map_or("", |token| token.principal()),
             metadata: exchange.metadata.all(),
             trace: self.trace.as_deref(),
+            tries: &self.tries,
             connection_id: connection.id,
             http: true,
             downstream: connection.source.address,
@@ -317,6 +386,19 @@ impl Drop for Record {
     }
 }
 
-fn text(value: Option<&HeaderValue>) -> &str {
-    value.and_then(|value| std::str::from_utf8(value.as_bytes()).ok()).unwrap_or("")
+/// A host that is text: what is no UTF-8 is taken for Latin-1.
+fn as_text(host: &HeaderValue) -> HeaderValue {
+    match legible(host.as_bytes()) {
+        Cow::Borrowed(_) => host.clone(),
+        Cow::Owned(text) => HeaderValue::from_bytes(text.as_bytes()).unwrap_or_else(|_| host.clone()),
+    }
+}
+
+/// The values of a header that Envoy keeps in one, with commas between them.
+fn all_of(headers: &HeaderMap, name: &HeaderName) -> Option<HeaderValue> {
+    let mut values = headers.get_all(name).iter();
+    let first = values.next()?;
+    let Some(second) = values.next() else { return Some(first.clone()) };
+    let all: Vec<&[u8]> = [first, second].into_iter().chain(values).map(HeaderValue::as_bytes).collect();
+    HeaderValue::from_bytes(&all.join(&b',')).ok()
 }

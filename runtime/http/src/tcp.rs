@@ -273,3 +273,48 @@ where
     counted.report(counts.received.load(Relaxed), counts.sent.load(Relaxed));
     outcome
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cairn_telemetry::{Metrics, MetricsSettings};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_reports_its_bytes_at_every_interval_and_at_its_end() {
+        let metrics = Metrics::new("proxy", "1", MetricsSettings::default());
+        let labels = TcpLabels {
+            reporter: Reporter::Waypoint,
+            source: PeerLabels::default(),
+            destination: PeerLabels::default(),
+            service: None,
+            response_flags: "-",
+            security: Security::None,
+            custom: CustomLabels::default(),
+        };
+        let received = || {
+            let text = metrics.encode();
+            let line = text.lines().find(|line| line.starts_with("istio_tcp_received_bytes_total{"));
+            line.map_or(0, |line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap())
+        };
+        let (mut client, mut from) = tokio::io::duplex(64);
+        let (to, mut server) = tokio::io::duplex(64);
+        let mut counted = TcpConnection::open(&metrics, labels);
+        let copying = tokio::spawn(async move {
+            let (mut to, counts): (Upstream, _) = (Box::new(to), ByteCounts::default());
+            copy(&mut from, &mut to, &counts, &mut counted, Duration::from_secs(7)).await
+        });
+        let mut read = [0; 5];
+        client.write_all(b"hello").await.unwrap();
+        server.read_exact(&mut read).await.unwrap();
+        tokio::time::sleep(Duration::from_secs(6)).await;
+        assert_eq!(received(), 0, "before the first interval is over");
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        assert_eq!(received(), 5);
+        client.write_all(b"again").await.unwrap();
+        server.read_exact(&mut read).await.unwrap();
+        drop((client, server));
+        copying.await.unwrap().unwrap();
+        assert_eq!(received(), 10, "at its end");
+    }
+}

@@ -141,22 +141,13 @@ impl<'a> Node<'a> {
 
     /// The length of time, `1.5s`, `100ms`, `1m` or `1h`.
     pub(crate) fn duration(&self, findings: &mut Findings) -> Option<Duration> {
-        const UNITS: [(&str, f64); 4] = [("ms", 0.001), ("s", 1.0), ("m", 60.0), ("h", 3600.0)];
-        /// As long as protobuf's durations may be.
-        const SECONDS_MAX: f64 = 315_576_000_000.0;
         let text = self.text(findings)?;
-        let seconds = UNITS.iter().find_map(|(unit, seconds)| {
-            let number = text.strip_suffix(unit)?;
-            let plain =
-                !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
-            plain.then(|| number.parse::<f64>().ok()).flatten().map(|number| number * seconds)
-        });
-        let Some(seconds) = seconds.filter(|seconds| *seconds <= SECONDS_MAX) else {
+        let found = length_of_time(text);
+        if found.is_none() {
             let reason = format!("`{text}` is not a length of time, as `1.5s`, `100ms`, `1m`");
             findings.refuse("invalid-value", &self.at, reason);
-            return None;
-        };
-        Some(Duration::from_secs_f64(seconds))
+        }
+        found
     }
 
     /// The port number.
@@ -240,4 +231,16 @@ impl<'a> Entries<'a> {
     pub(crate) fn all(&self) -> impl Iterator<Item = (&'a String, Node<'a>)> + '_ {
         self.map.into_iter().flatten().map(|(key, value)| (key, Node { value, at: self.at.key(key) }))
     }
+}
+/// `1.5s`, `100ms`, `1m` or `1h`.
+pub(crate) fn length_of_time(text: &str) -> Option<Duration> {
+    const UNITS: [(&str, f64); 4] = [("ms", 0.001), ("s", 1.0), ("m", 60.0), ("h", 3600.0)];
+    /// As long as protobuf's durations may be.
+    const SECONDS_MAX: f64 = 315_576_000_000.0;
+    let seconds = UNITS.iter().find_map(|(unit, seconds)| {
+        let number = text.strip_suffix(unit)?;
+        let plain = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
+        plain.then(|| number.parse::<f64>().ok()).flatten().map(|number| number * seconds)
+    })?;
+    (seconds <= SECONDS_MAX).then(|| Duration::from_secs_f64(seconds))
 }

@@ -60,9 +60,9 @@ pub use sharded::Sharded;
 pub use snapshot::{Destination, Endpoint, L7, ServiceState, Snapshot};
 pub use store::{Applied, Change, Store};
 pub use telemetry::{
-    AccessLogging, AlsLog, FileLog, LogFormat, LogPlan, LogTarget, LogValue, Metric, MetricOverride,
-    MetricsChange, MetricsPlan, OtelLog, OtelTrace, OtelTransport, ProviderAddress, SpanTag, TagChange,
-    TelemetryDefaults, TelemetryPlan, TelemetryPolicy, TelemetryProvider, TelemetryProviderKind,
+    AccessLogging, AlsLog, FileLog, GatewayTelemetry, LogFormat, LogPlan, LogTarget, LogValue, Metric,
+    MetricOverride, MetricsChange, MetricsPlan, OtelLog, OtelTrace, OtelTransport, ProviderAddress, SpanTag,
+    TagChange, TelemetryDefaults, TelemetryPlan, TelemetryPolicy, TelemetryProvider, TelemetryProviderKind,
     TracingChange, TracingPlan, ZipkinTrace,
 };
 pub use text_match::TextMatch;

@@ -66,6 +66,8 @@ pub struct L7 {
     pub gateway: Option<ResourceName>,
     /// Principals of clients who are told what decided their requests.
     pub explain_to: Arc<[TextMatch]>,
+    /// What the waypoint's own Gateway says of telemetry.
+    pub gateway_telemetry: Arc<crate::GatewayTelemetry>,
     /// Routes.
     pub routes: BTreeMap<ResourceKey, Arc<HttpRoute>>,
     /// Authorization policies.

@@ -28,6 +28,8 @@ pub enum Change {
     Gateway(ResourceName),
     /// Principals of clients who are told what decided their requests.
     ExplainTo(Vec<TextMatch>),
+    /// What the waypoint's own Gateway says of telemetry.
+    GatewayTelemetry(crate::GatewayTelemetry),
     /// A route is there, or changed.
     Route(HttpRoute),
     /// An L7 policy is there, or changed.
@@ -141,6 +143,9 @@ impl Store {
             Change::ExplainTo(principals) => {
                 Arc::make_mut(&mut self.current.l7).explain_to = principals.into();
             }
+            Change::GatewayTelemetry(said) => {
+                Arc::make_mut(&mut self.current.l7).gateway_telemetry = Arc::new(said);
+            }
             Change::Route(route) => {
                 let key = route.key();
                 self.l7_without(key.clone()).routes.insert(key, Arc::new(route));
@@ -200,6 +205,7 @@ impl Store {
             crate::Kind::Telemetry => drop(l7.telemetry.remove(&key.name)),
             crate::Kind::Gateway if l7.gateway.as_ref() == Some(&key.name) => {
                 (l7.gateway, l7.explain_to) = (None, Arc::default());
+                l7.gateway_telemetry = Arc::default();
             }
             _ => {}
         }

@@ -423,9 +423,31 @@ pub struct TracingPlan {
     pub use_request_id: bool,
     /// Spans have Istio's own tags.
     pub istio_tags: bool,
+    /// Attempts to send a request have spans of their own, which is the Gateway's to say.
+    pub client_spans: bool,
+}
+
+/// What a Gateway's annotations say of its waypoint's telemetry.
+#[derive(Clone, Debug, PartialEq, Default)]
+pub struct GatewayTelemetry {
+    /// Each attempt to send a traced request has a span (`cairn.dev/client-spans`). Istio's waypoints have none.
+    pub client_spans: bool,
+    /// Bounds of histograms by the beginning of their names (`sidecar.istio.io/statsHistogramBuckets`).
+    pub buckets: Vec<(Arc<str>, Arc<[f64]>)>,
+    /// How long a series may count nothing until it is forgotten (`sidecar.istio.io/statsEvictionInterval`); `None`: as
+    /// the process was told.
+    pub eviction: Option<Duration>,
 }
 
 impl TelemetryPlan {
+    /// The same with what the waypoint's own Gateway says.
+    pub fn at(mut self, gateway: &GatewayTelemetry) -> Self {
+        if let Some(tracing) = &mut self.tracing {
+            tracing.client_spans = gateway.client_spans;
+        }
+        self
+    }
+
     /// The plan of a destination: `policies` are those that apply, most general first, over the mesh's settings.
     /// Providers that the mesh does not know are left out.
     pub fn merge(policies: &[Arc<TelemetryPolicy>], defaults: &TelemetryDefaults) -> Self {
@@ -568,6 +590,7 @@ fn tracing(policies: &[Arc<TelemetryPolicy>], defaults: &TelemetryDefaults) -> O
         tags: merged.tags.unwrap_or_default(),
         use_request_id: merged.use_request_id.unwrap_or(true),
         istio_tags: merged.istio_tags.unwrap_or(true),
+        client_spans: false,
     })
 }
 

@@ -8,7 +8,7 @@ use cairn_proto::accesslog::{
     HttpResponseProperties, ResponseFlags, SocketAddress, StreamAccessLogsMessage, TcpAccessLogEntry,
     stream_access_logs_message::{HttpAccessLogEntries, Identifier, LogEntries, Node, TcpAccessLogEntries},
 };
-use cairn_telemetry::Wants;
+use cairn_telemetry::{Wants, legible};
 use http::{HeaderMap, HeaderName};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -143,16 +143,17 @@ fn request(facts: &Facts<'_>, further: &Further) -> HttpRequestProperties {
     let extra = further
         .request
         .iter()
-        .filter_map(|(name, header)| Some((name.clone(), facts.request_header(header)?.to_owned())));
+        .filter_map(|(name, header)| Some((name.clone(), facts.request_text(header)?.into_owned())));
+    let text = |bytes: Option<&[u8]>| legible(bytes.unwrap_or_default()).into_owned();
     HttpRequestProperties {
         request_method: method.map_or(0, |at| at as i32 + 1),
         scheme: "http".to_owned(),
         authority: record.authority.to_owned(),
         path: record.path.to_owned(),
-        user_agent: record.user_agent.to_owned(),
+        user_agent: text(record.user_agent),
         referer: String::new(),
-        forwarded_for: record.forwarded_for.to_owned(),
-        request_id: record.request_id.to_owned(),
+        forwarded_for: text(record.forwarded_for),
+        request_id: text(record.request_id),
         request_headers_bytes: record.request_bytes.saturating_sub(record.request_body_bytes),
         request_body_bytes: record.request_body_bytes,
         request_headers: extra.collect(),
@@ -161,7 +162,7 @@ fn request(facts: &Facts<'_>, further: &Further) -> HttpRequestProperties {
 
 fn texts(headers: Option<&HeaderMap>, names: &[HeaderName]) -> BTreeMap<String, String> {
     let Some(headers) = headers else { return BTreeMap::new() };
-    let text = |name: &HeaderName| Some((name.to_string(), text_of(Some(headers), name)?.to_owned()));
+    let text = |name: &HeaderName| Some((name.to_string(), text_of(Some(headers), name)?.into_owned()));
     names.iter().filter_map(text).collect()
 }
 

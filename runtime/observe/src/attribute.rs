@@ -7,6 +7,7 @@ use cel::common::types::{CelBool, CelDuration, CelInt, CelString, CelTimestamp};
 use cel::common::value::CowVal;
 use chrono::DateTime;
 use http::{HeaderMap, HeaderName};
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::time::{Duration, UNIX_EPOCH};
@@ -51,6 +52,10 @@ pub(crate) enum Attribute {
     Route,
     NodeId,
     NodeMetadata(String),
+    /// What filters said: a namespace, and the keys that lead to a value in it.
+    Metadata(Vec<String>),
+    OwnIdentity,
+    Attempts,
     /// Known, and never there inside a waypoint.
     Absent,
 }
@@ -62,6 +67,31 @@ pub(crate) enum End {
     Destination,
     Upstream,
 }
+
+/// What Envoy says of a TLS connection and its certificates: a waypoint's connections are inside a tunnel.
+const OF_TLS: [&str; 7] = [
+    "tls_version",
+    "subject_local_certificate",
+    "subject_peer_certificate",
+    "dns_san_local_certificate",
+    "dns_san_peer_certificate",
+    "sha256_peer_certificate_digest",
+    "locality",
+];
+
+/// What Envoy says of its own configuration, of which a waypoint has none.
+const OF_XDS: [&str; 10] = [
+    "cluster_metadata",
+    "listener_metadata",
+    "listener_direction",
+    "listener_name",
+    "filter_chain_name",
+    "route_metadata",
+    "virtual_host_name",
+    "virtual_host_metadata",
+    "upstream_host_metadata",
+    "upstream_host_locality_metadata",
+];
 
 /// Under which name claims of verified tokens stand in `metadata`.
 const TOKENS: &str = "envoy.filters.http.jwt_authn";
@@ -119,9 +149,15 @@ impl Attribute {
             | ["metadata", "filter_metadata", TOKENS, path @ ..] => {
                 Self::Claim(path.iter().map(|name| (*name).to_owned()).collect())
             }
-            // What no filter sets here.
-            ["metadata"] | ["metadata", "filter_metadata", ..] => Self::Absent,
-            ["connection", "tls_version" | "termination_details"] => Self::Absent,
+            ["metadata", "filter_metadata", path @ ..] if !path.is_empty() => {
+                Self::Metadata(path.iter().map(|name| (*name).to_owned()).collect())
+            }
+            ["metadata"] | ["metadata", "filter_metadata"] => Self::Absent,
+            ["connection" | "upstream", "uri_san_local_certificate"] => Self::OwnIdentity,
+            ["connection" | "upstream", name] if OF_TLS.contains(name) => Self::Absent,
+            ["connection", "termination_details" | "transport_failure_reason"] => Self::Absent,
+            ["upstream", "request_attempt_count"] => Self::Attempts,
+            ["upstream", "cx_pool_ready_duration" | "num_endpoints"] => Self::Absent,
             ["connection", "id"] => Self::ConnectionId,
             ["connection", "mtls"] => Self::Mtls,
             ["connection", "requested_server_name"] => Self::ServerName,
@@ -142,6 +178,7 @@ impl Attribute {
             ["filter_state", _] => Self::Absent,
             ["xds", "cluster_name"] => Self::Cluster,
             ["xds", "route_name"] => Self::Route,
+            ["xds", name] if OF_XDS.contains(name) => Self::Absent,
             ["node", "id"] | ["xds", "node", "id"] => Self::NodeId,
             ["node", "metadata", key] | ["xds", "node", "metadata", key] => {
                 Self::NodeMetadata((*key).to_owned())
@@ -199,11 +236,11 @@ impl Attribute {
     pub(crate) fn value<'a>(&self, facts: &Facts<'a>) -> Option<CowVal<'a, 'a>> {
         let record = facts.record;
         match self {
-            Self::RequestHeader(header) => text(facts.request_header(header)?),
+            Self::RequestHeader(header) => cow(facts.request_text(header)?),
             Self::RequestHeaders => map(request_headers(facts)),
-            Self::ResponseHeader(name) => text(text_of(record.response_headers, name)?),
+            Self::ResponseHeader(name) => cow(text_of(record.response_headers, name)?),
             Self::ResponseHeaders => map(headers(record.response_headers)),
-            Self::ResponseTrailer(name) => text(text_of(record.response_trailers, name)?),
+            Self::ResponseTrailer(name) => cow(text_of(record.response_trailers, name)?),
             Self::ResponseTrailers => map(headers(record.response_trailers)),
             Self::UrlPath => text(record.path.split('?').next().filter(|_| record.http)?),
             Self::Query if record.http => text(record.path.split_once('?').map_or("", |(_, query)| query)),
@@ -248,8 +285,22 @@ impl Attribute {
             Self::Route => text(Some(record.route).filter(|text| !text.is_empty())?),
             Self::NodeId => text(&facts.own.node_id),
             Self::NodeMetadata(key) => text(facts.own.metadata(key)?),
+            Self::Metadata(path) => {
+                let (first, rest) = path.split_first()?;
+                let said = record.metadata?.get(first)?;
+                owned(json(rest.iter().try_fold(said, |value, key| value.get(key))?))
+            }
+            Self::OwnIdentity => text(Some(&*facts.own.identity).filter(|text| !text.is_empty())?),
+            Self::Attempts => size(u64::from(record.attempts)),
             Self::Query | Self::Absent => None,
         }
+    }
+}
+
+fn cow<'a>(value: Cow<'a, str>) -> Option<CowVal<'a, 'a>> {
+    match value {
+        Cow::Borrowed(value) => text(value),
+        Cow::Owned(value) => owned(Value::from(value)),
     }
 }
 
@@ -278,25 +329,15 @@ fn map<'a>(entries: HashMap<String, String>) -> Option<CowVal<'a, 'a>> {
 }
 
 fn headers(headers: Option<&HeaderMap>) -> HashMap<String, String> {
-    let mut map: HashMap<String, String> = HashMap::new();
-    for (name, value) in headers.into_iter().flatten() {
-        let Ok(value) = std::str::from_utf8(value.as_bytes()) else { continue };
-        // Envoy joins the values of a header that comes more than once.
-        map.entry(name.as_str().to_owned())
-            .and_modify(|all| {
-                all.push(',');
-                all.push_str(value);
-            })
-            .or_insert_with(|| value.to_owned());
-    }
-    map
+    let names = headers.into_iter().flat_map(HeaderMap::keys);
+    names.filter_map(|name| Some((name.to_string(), text_of(headers, name)?.into_owned()))).collect()
 }
 
 fn request_headers(facts: &Facts<'_>) -> HashMap<String, String> {
     let mut map = headers(facts.record.request_headers);
     for name in [":method", ":path", ":authority", ":scheme", "x-request-id"] {
-        if let Some(value) = Header::of_request(name).and_then(|header| facts.request_header(&header)) {
-            map.insert(name.to_owned(), value.to_owned());
+        if let Some(value) = Header::of_request(name).and_then(|header| facts.request_text(&header)) {
+            map.insert(name.to_owned(), value.into_owned());
         }
     }
     map

@@ -12,6 +12,7 @@ use cel::common::ast::{
 use cel::common::value::CowVal;
 use cel::context::VariableResolver;
 use cel::{Context, Env, Program, Value};
+use chrono::{DateTime, FixedOffset};
 use regex::{Regex, RegexBuilder};
 use std::borrow::Cow;
 use std::sync::{Arc, LazyLock};
@@ -114,7 +115,7 @@ impl Expression {
             Value::Float(number) => number.to_string().into(),
             Value::Bool(flag) => flag.to_string().into(),
             Value::Duration(duration) => duration_text(duration.to_std().ok()?).into(),
-            Value::Timestamp(at) => at.format("%Y-%m-%dT%H:%M:%S%.6f%:z").to_string().into(),
+            Value::Timestamp(at) => timestamp_text(&at).into(),
             _ => return None,
         })
     }
@@ -133,6 +134,14 @@ impl Expression {
         }
         Value::resolve(&self.expr, &context).ok()
     }
+}
+
+/// A time as Envoy writes it: microseconds, without zeros at their end.
+fn timestamp_text(at: &DateTime<FixedOffset>) -> String {
+    let (seconds, micros) = (at.format("%Y-%m-%dT%H:%M:%S"), at.format("%6f").to_string());
+    let micros = micros.trim_end_matches('0');
+    let point = if micros.is_empty() { "" } else { "." };
+    format!("{seconds}{point}{micros}{}", at.format("%:z"))
 }
 
 /// How deep brackets are nested, before anything recurses into them.

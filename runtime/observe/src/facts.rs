@@ -1,8 +1,9 @@
 //! What is known of an exchange or connection when it is over: where formats, expressions and tags find their values.
 
 use cairn_mesh::Workload;
-use cairn_telemetry::{HttpRecord, HttpScope, PeerLabels};
-use http::{HeaderMap, HeaderName};
+use cairn_telemetry::{HttpRecord, HttpScope, PeerLabels, legible};
+use http::{HeaderMap, HeaderName, HeaderValue};
+use std::borrow::Cow;
 use std::sync::Arc;
 
 /// What a waypoint knows of itself.
@@ -94,7 +95,7 @@ impl PeerField {
         Self::ALL.iter().find(|(known, _)| *known == name).map(|(_, field)| *field)
     }
 
-    fn of(self, workload: &Workload) -> &str {
+    pub(crate) fn of(self, workload: &Workload) -> &str {
         match self {
             Self::Name => &workload.name,
             Self::Namespace => &workload.namespace,
@@ -130,27 +131,84 @@ impl<'a> Facts<'a> {
         self.workload(side).map(|workload| field.of(workload))
     }
 
-    /// A header of the request, or one of the pseudo-headers.
-    pub(crate) fn request_header(&self, name: &Header) -> Option<&'a str> {
+    /// A header of the request, or one of the pseudo-headers, as formats have it.
+    pub(crate) fn request_header(&self, name: &Header) -> Option<Cow<'a, [u8]>> {
+        match name {
+            Header::Named(name) => value_of(self.record.request_headers, name),
+            name => self.own_header(name).map(Cow::Borrowed),
+        }
+    }
+
+    /// The same as expressions and tags have it: all its values, as text.
+    pub(crate) fn request_text(&self, name: &Header) -> Option<Cow<'a, str>> {
+        match name {
+            Header::Named(name) => text_of(self.record.request_headers, name),
+            name => self.own_header(name).map(legible),
+        }
+    }
+
+    /// A header that every record has.
+    fn own_header(&self, name: &Header) -> Option<&'a [u8]> {
         let record = self.record;
         let text = match name {
             Header::Method => record.method,
             Header::Path => record.path,
             Header::Authority => record.authority,
             Header::Scheme if record.http => "http",
-            Header::RequestId => record.request_id,
-            Header::UserAgent => record.user_agent,
-            Header::ForwardedFor => record.forwarded_for,
-            Header::Named(name) => return text_of(record.request_headers, name),
-            Header::Scheme | Header::Status | Header::ServiceTime | Header::Nothing => "",
+            Header::OriginalPath => record.original_path,
+            Header::RequestId => return record.request_id,
+            Header::UserAgent => return record.user_agent,
+            Header::ForwardedFor => return record.forwarded_for,
+            Header::Named(_) | Header::Scheme | Header::Status | Header::ServiceTime => "",
         };
-        Some(text).filter(|text| !text.is_empty())
+        Some(text.as_bytes()).filter(|text| !text.is_empty())
     }
 }
 
-/// The first value of a header, if it is text.
-pub(crate) fn text_of<'a>(headers: Option<&'a HeaderMap>, name: &HeaderName) -> Option<&'a str> {
-    std::str::from_utf8(headers?.get(name)?.as_bytes()).ok()
+/// Headers of which Envoy keeps all values in one (`header_map.h`, the inline headers that clients may repeat).
+const JOINED: [&str; 12] = [
+    "x-forwarded-for",
+    "x-forwarded-host",
+    "x-forwarded-port",
+    "x-forwarded-proto",
+    "x-forwarded-client-cert",
+    "user-agent",
+    "x-request-id",
+    "content-type",
+    "te",
+    "via",
+    "connection",
+    "server",
+];
+
+/// A header's value as formats have it: the first, or all of one that Envoy joins.
+pub(crate) fn value_of<'a>(headers: Option<&'a HeaderMap>, name: &HeaderName) -> Option<Cow<'a, [u8]>> {
+    if JOINED.contains(&name.as_str()) {
+        return joined(headers?, name);
+    }
+    Some(headers?.get(name)?.as_bytes().into())
+}
+
+/// All values of a header, with commas between them.
+fn joined<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<Cow<'a, [u8]>> {
+    let mut values = headers.get_all(name).iter().map(HeaderValue::as_bytes);
+    let first = values.next()?;
+    let Some(second) = values.next() else { return Some(first.into()) };
+    let all: Vec<&[u8]> = [first, second].into_iter().chain(values).collect();
+    Some(all.join(&b',').into())
+}
+
+/// All values of a header, as text.
+pub(crate) fn text_of<'a>(headers: Option<&'a HeaderMap>, name: &HeaderName) -> Option<Cow<'a, str>> {
+    joined(headers?, name).map(as_text)
+}
+
+/// Bytes of a peer as text.
+pub(crate) fn as_text(bytes: Cow<'_, [u8]>) -> Cow<'_, str> {
+    match bytes {
+        Cow::Borrowed(bytes) => legible(bytes),
+        Cow::Owned(bytes) => legible(&bytes).into_owned().into(),
+    }
 }
 
 /// A header by name: those that every record has are told apart from those it must be asked to keep.
@@ -166,8 +224,8 @@ pub(crate) enum Header {
     ForwardedFor,
     /// `x-envoy-upstream-service-time`.
     ServiceTime,
-    /// One that is never there: `x-envoy-original-path`, since records hold the path as it came.
-    Nothing,
+    /// `x-envoy-original-path`: the path before a route changed it.
+    OriginalPath,
     Named(HeaderName),
 }
 
@@ -182,7 +240,7 @@ impl Header {
             "x-request-id" => Self::RequestId,
             "user-agent" => Self::UserAgent,
             "x-forwarded-for" => Self::ForwardedFor,
-            "x-envoy-original-path" => Self::Nothing,
+            "x-envoy-original-path" => Self::OriginalPath,
             name => Self::Named(HeaderName::from_bytes(name.as_bytes()).ok()?),
         })
     }

@@ -1,11 +1,12 @@
 //! Access log formats: Envoy's command operators, parsed once to a list of segments, written by going through it.
 
 use crate::Expression;
-use crate::facts::{Facts, Header};
-use crate::json::append_json_text;
+use crate::facts::{Facts, Header, as_text};
+use crate::json::append_json_bytes;
 use crate::operator::{Operator, Written};
 use cairn_telemetry::Wants;
 use serde_json::Value;
+use std::borrow::Cow;
 
 /// The longest format.
 const BYTES_MAX: usize = 16 << 10;
@@ -94,8 +95,8 @@ impl Format {
         }
     }
 
-    /// Appends what it says of an exchange. What is not there is `-`, or nothing if `omit_empty`. What comes from
-    /// peers is escaped, so that nobody can forge a field or a line.
+    /// Appends what it says of an exchange, as Envoy writes it: nothing is escaped but what could end a line. What is
+    /// not there is `-`, or nothing if `omit_empty`.
     pub(crate) fn write(&self, out: &mut Vec<u8>, facts: &Facts<'_>, omit_empty: bool) {
         for segment in &self.segments {
             match segment {
@@ -115,40 +116,42 @@ impl Format {
         }
     }
 
-    /// What it says, as text that is not escaped: for JSON, OTLP and span tags, which escape in their own ways.
+    /// What it says, for OTLP and span tags; `None` where a single operator has nothing to say.
     pub(crate) fn text(&self, facts: &Facts<'_>) -> Option<String> {
-        match self.segments.as_slice() {
-            [Segment::Operator { operator, bytes_max }] => {
-                let mut text = operator.text(facts)?;
-                if let Some(most) = bytes_max {
-                    text.truncate(text.floor_char_boundary(*most));
+        self.bytes(facts, b"-").map(|bytes| as_text(bytes).into_owned())
+    }
+
+    /// What it says as it is, with `missing` for what is not there beside others.
+    fn bytes<'a>(&'a self, facts: &Facts<'a>, missing: &'static [u8]) -> Option<Cow<'a, [u8]>> {
+        let of = |operator: &'a Operator, bytes_max: Option<usize>| {
+            let bytes = operator.bytes(facts)?;
+            Some(match bytes_max {
+                Some(most) if most < bytes.len() => bytes.get(..most).unwrap_or_default().to_vec().into(),
+                _ => bytes,
+            })
+        };
+        if let [Segment::Operator { operator, bytes_max }] = self.segments.as_slice() {
+            return of(operator, *bytes_max);
+        }
+        let mut all = Vec::new();
+        for segment in &self.segments {
+            match segment {
+                Segment::Text(text) => all.extend_from_slice(text.as_bytes()),
+                Segment::Operator { operator, bytes_max } => {
+                    all.extend_from_slice(of(operator, *bytes_max).as_deref().unwrap_or(missing));
                 }
-                Some(text)
-            }
-            segments => {
-                let mut all = String::new();
-                for segment in segments {
-                    match segment {
-                        Segment::Text(text) => all.push_str(text),
-                        Segment::Operator { operator, bytes_max } => {
-                            let text = operator.text(facts).unwrap_or_else(|| "-".to_owned());
-                            let most = bytes_max.map_or(text.len(), |most| text.floor_char_boundary(most));
-                            all.push_str(text.get(..most).unwrap_or_default());
-                        }
-                    }
-                }
-                Some(all)
             }
         }
+        Some(all.into())
     }
 
     /// Appends its value as JSON, `null` where it says nothing.
-    pub(crate) fn write_json(&self, out: &mut Vec<u8>, facts: &Facts<'_>) -> Written {
+    pub(crate) fn write_json(&self, out: &mut Vec<u8>, facts: &Facts<'_>, omit_empty: bool) -> Written {
         let written = match self.segments.as_slice() {
             [Segment::Operator { operator, bytes_max: None }] => operator.write_json(out, facts),
-            _ => match self.text(facts) {
-                Some(text) => {
-                    append_json_text(out, &text);
+            _ => match self.bytes(facts, if omit_empty { b"" } else { b"-" }) {
+                Some(bytes) => {
+                    append_json_bytes(out, &bytes);
                     Written::Something
                 }
                 None => Written::Nothing,
@@ -169,7 +172,20 @@ impl Format {
         }
         self.text(facts).map_or(Value::Null, Value::String)
     }
+
+    /// Istio's default line (`meshConfig.accessLogFormat`), where [`cairn_telemetry::append_default_line`] does not do.
+    pub(crate) fn istio() -> Result<Self, FormatError> {
+        Self::parse(ISTIO)
+    }
 }
+
+/// Istio's default line.
+const ISTIO: &str = "[%START_TIME%] \"%REQ(:METHOD)% %REQ(X-ENVOY-ORIGINAL-PATH?:PATH)% %PROTOCOL%\" %RESPONSE_CODE% \
+    %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% %CONNECTION_TERMINATION_DETAILS% \
+    \"%UPSTREAM_TRANSPORT_FAILURE_REASON%\" %BYTES_RECEIVED% %BYTES_SENT% %DURATION% \
+    %RESP(X-ENVOY-UPSTREAM-SERVICE-TIME)% \"%REQ(X-FORWARDED-FOR)%\" \"%REQ(USER-AGENT)%\" \"%REQ(X-REQUEST-ID)%\" \
+    \"%REQ(:AUTHORITY)%\" \"%UPSTREAM_HOST%\" %UPSTREAM_CLUSTER_RAW% %UPSTREAM_LOCAL_ADDRESS% \
+    %DOWNSTREAM_LOCAL_ADDRESS% %DOWNSTREAM_REMOTE_ADDRESS% %REQUESTED_SERVER_NAME% %ROUTE_NAME%\n";
 
 /// Splits after the `%` that ends an operator: brackets hide those within them.
 fn operator_text(text: &str) -> Option<(&str, &str)> {

@@ -6,6 +6,7 @@ use crate::{Format, FormatError};
 use cairn_mesh::LogValue;
 use cairn_telemetry::Wants;
 use serde_json::Value;
+use std::io::Write;
 use std::sync::Arc;
 
 /// Istio's default keys (`meshConfig.accessLogEncoding: JSON`).
@@ -56,7 +57,7 @@ struct Entry {
 impl Entry {
     fn new(key: &str, node: Node) -> Self {
         let mut written = Vec::with_capacity(key.len() + 3);
-        append_json_text(&mut written, key);
+        append_json_bytes(&mut written, key.as_bytes());
         written.push(b':');
         Self { key: key.into(), written, node }
     }
@@ -136,7 +137,7 @@ impl Node {
     /// Appends its value; says when that is nothing, having written `null`.
     fn write(&self, out: &mut Vec<u8>, facts: &Facts<'_>, omit_empty: bool) -> Written {
         match self {
-            Self::Format(format) => return format.write_json(out, facts),
+            Self::Format(format) => return format.write_json(out, facts, omit_empty),
             Self::Literal(value, written) => {
                 out.extend_from_slice(written);
                 if value.is_null() {
@@ -148,7 +149,12 @@ impl Node {
                 write_all(items, out, |out, item| item.write(out, facts, omit_empty), omit_empty);
                 out.push(b']');
             }
-            Self::Map(entries) => write_object(entries, out, facts, omit_empty),
+            Self::Map(entries) => {
+                // Envoy leaves out a map of which it has left out all.
+                if write_object(entries, out, facts, omit_empty) == Written::Nothing && omit_empty {
+                    return Written::Nothing;
+                }
+            }
         }
         Written::Something
     }
@@ -166,13 +172,14 @@ impl Node {
     }
 }
 
-/// Appends items with commas between them; those that are nothing are taken back if `omit_empty`.
+/// Appends items with commas between them; those that are nothing are taken back if `omit_empty`. Says whether any is
+/// left.
 fn write_all<T>(
     items: &[T],
     out: &mut Vec<u8>,
     mut write: impl FnMut(&mut Vec<u8>, &T) -> Written,
     omit_empty: bool,
-) {
+) -> Written {
     let mut is_first = true;
     for item in items {
         let before = out.len();
@@ -185,16 +192,18 @@ fn write_all<T>(
             is_first = false;
         }
     }
+    if is_first { Written::Nothing } else { Written::Something }
 }
 
-fn write_object(entries: &Entries, out: &mut Vec<u8>, facts: &Facts<'_>, omit_empty: bool) {
+fn write_object(entries: &Entries, out: &mut Vec<u8>, facts: &Facts<'_>, omit_empty: bool) -> Written {
     out.push(b'{');
     let write = |out: &mut Vec<u8>, entry: &Entry| {
         out.extend_from_slice(&entry.written);
         entry.node.write(out, facts, omit_empty)
     };
-    write_all(entries, out, write, omit_empty);
+    let written = write_all(entries, out, write, omit_empty);
     out.push(b'}');
+    written
 }
 
 fn object(entries: &Entries, facts: &Facts<'_>, omit_empty: bool) -> Value {
@@ -202,15 +211,33 @@ fn object(entries: &Entries, facts: &Facts<'_>, omit_empty: bool) -> Value {
     Value::Object(values.filter(|(_, value)| !omit_empty || !value.is_null()).collect())
 }
 
-/// Appends a JSON string: as it is, but for what JSON must escape.
-pub(crate) fn append_json_text(out: &mut Vec<u8>, text: &str) {
-    if text.bytes().all(|byte| byte >= b' ' && byte != b'"' && byte != b'\\') {
-        out.reserve(text.len() + 2);
+/// Appends a JSON string: as it is, but for what JSON must escape. Of what is no UTF-8, all that is no ASCII is escaped
+/// byte by byte, as Envoy does.
+pub(crate) fn append_json_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
+    let is_plain = |byte: u8| (b' '..0x80).contains(&byte) && byte != b'"' && byte != b'\\';
+    if bytes.iter().copied().all(is_plain) {
+        out.reserve(bytes.len() + 2);
         out.push(b'"');
-        out.extend_from_slice(text.as_bytes());
+        out.extend_from_slice(bytes);
         out.push(b'"');
-    } else if let Err(error) = serde_json::to_writer(out, text) {
-        // Writing to a Vec cannot fail, and a text is always JSON.
-        tracing::error!(%error, "a log line is not JSON");
+        return;
     }
+    let is_text = std::str::from_utf8(bytes).is_ok();
+    out.push(b'"');
+    for byte in bytes.iter().copied() {
+        match byte {
+            b'"' | b'\\' => out.extend_from_slice(&[b'\\', byte]),
+            b'\n' => out.extend_from_slice(b"\\n"),
+            b'\r' => out.extend_from_slice(b"\\r"),
+            b'\t' => out.extend_from_slice(b"\\t"),
+            0x08 => out.extend_from_slice(b"\\b"),
+            0x0c => out.extend_from_slice(b"\\f"),
+            byte if byte < b' ' || (byte >= 0x80 && !is_text) => {
+                // Writing to a Vec cannot fail.
+                drop(write!(out, "\\u{byte:04x}"));
+            }
+            byte => out.push(byte),
+        }
+    }
+    out.push(b'"');
 }

@@ -143,6 +143,7 @@ fn log(plan: &LogPlan, outputs: &Outputs) -> Option<Log> {
 
 fn line(file: &FileLog) -> Option<Line> {
     let form = match &file.format {
+        LogFormat::DefaultText if file.omit_empty => Format::istio().map(|format| Line::Text(format, true)),
         LogFormat::DefaultText => Ok(Line::Istio),
         LogFormat::Text(text) => Format::parse(text).map(|format| Line::Text(format, file.omit_empty)),
         LogFormat::DefaultJson => JsonFormat::istio(file.omit_empty).map(Line::Json),
@@ -247,6 +248,10 @@ impl Observe for Observer {
         self.tracing.as_ref().map(|(tracer, _)| Box::new(tracer.begin(headers)))
     }
 
+    fn attempt(&self, trace: &Trace, headers: &mut HeaderMap) -> Option<u64> {
+        self.tracing.as_ref().and_then(|(tracer, _)| tracer.attempt(trace, headers))
+    }
+
     fn finished(&self, scope: &HttpScope, record: &HttpRecord<'_>) {
         let facts = Facts { own: &self.own, scope, record };
         self.logs.iter().for_each(|log| log.write(&facts));
@@ -255,6 +260,13 @@ impl Observe for Observer {
             && tracer.report
         {
             queue.push(Item::Span(Box::new(tracer.span(trace, &facts))));
+            for attempt in record.tries.iter().enumerate() {
+                queue.push(Item::Span(Box::new(tracer.client_span(trace, attempt, &facts))));
+            }
         }
     }
 }
+
+#[cfg(test)]
+#[path = "observer/tests.rs"]
+mod tests;

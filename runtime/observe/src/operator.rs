@@ -2,10 +2,12 @@
 
 use crate::Expression;
 use crate::clock::TimeFormat;
-use crate::facts::{Facts, Header, PeerField, Side, text_of};
-use crate::json::append_json_text;
-use cairn_telemetry::{Wants, append_address, append_number, append_text};
+use crate::facts::{Facts, Header, PeerField, Side, value_of};
+use crate::json::append_json_bytes;
+use cairn_telemetry::{Wants, append_address, append_bytes, append_number};
 use http::HeaderMap;
+use serde_json::{Map, Value};
+use std::borrow::Cow;
 use std::io::Write;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -19,8 +21,7 @@ pub(crate) enum Operator {
     Response(Header, Option<Header>),
     Trailer(Header, Option<Header>),
     Cel(Arc<Expression>),
-    /// A peer: one of its fields, or all as JSON.
-    Peer(Side, Option<PeerField>),
+    Peer(Side, PeerForm),
     LocalIdentity,
     /// What filters said: a namespace, and the keys that lead to a value in it.
     Metadata(Vec<String>),
@@ -50,6 +51,17 @@ pub(crate) enum Operator {
     ConnectionId,
     /// Known, and never there inside a waypoint: names of TLS, and why a connection that is over was ended.
     Absent,
+}
+
+/// What is said of a peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PeerForm {
+    /// One of its fields.
+    Field(PeerField),
+    /// All of them, which in JSON are a map.
+    Fields,
+    /// All of them, which in JSON are one text.
+    Text,
 }
 
 /// How a gRPC status is written.
@@ -143,9 +155,9 @@ impl Operator {
                 Self::DownstreamRemote(Part::Ip)
             }
             "DOWNSTREAM_REMOTE_PORT" | "DOWNSTREAM_DIRECT_REMOTE_PORT" => Self::DownstreamRemote(Part::Port),
-            "DOWNSTREAM_PEER_URI_SAN" => Self::Peer(Side::Downstream, Some(PeerField::Identity)),
+            "DOWNSTREAM_PEER_URI_SAN" => Self::Peer(Side::Downstream, PeerForm::Field(PeerField::Identity)),
             "DOWNSTREAM_LOCAL_URI_SAN" => Self::LocalIdentity,
-            "UPSTREAM_PEER_URI_SAN" => Self::Peer(Side::Upstream, Some(PeerField::Identity)),
+            "UPSTREAM_PEER_URI_SAN" => Self::Peer(Side::Upstream, PeerForm::Field(PeerField::Identity)),
             "ROUTE_NAME" => Self::RouteName,
             "GRPC_STATUS_NUMBER" => Self::GrpcStatus(StatusForm::Number),
             "TRACE_ID" => Self::TraceId,
@@ -154,6 +166,16 @@ impl Operator {
             "CONNECTION_TERMINATION_DETAILS"
             | "REQUESTED_SERVER_NAME"
             | "DOWNSTREAM_TRANSPORT_FAILURE_REASON"
+            | "DOWNSTREAM_TLS_VERSION"
+            | "DOWNSTREAM_TLS_CIPHER"
+            | "DOWNSTREAM_TLS_SESSION_ID"
+            | "DOWNSTREAM_PEER_SUBJECT"
+            | "DOWNSTREAM_PEER_ISSUER"
+            | "DOWNSTREAM_LOCAL_SUBJECT"
+            | "UPSTREAM_TLS_VERSION"
+            | "UPSTREAM_TLS_CIPHER"
+            | "UPSTREAM_PEER_SUBJECT"
+            | "FILTER_CHAIN_NAME"
             | "VIRTUAL_CLUSTER_NAME" => Self::Absent,
             _ => return None,
         })
@@ -174,7 +196,8 @@ impl Operator {
     pub(crate) fn filter_state(argument: &str) -> Result<Self, String> {
         let mut parts = argument.splitn(3, ':');
         let key = parts.next().unwrap_or_default();
-        let field = match (parts.next(), parts.next()) {
+        let form = parts.next();
+        let field = match (form, parts.next()) {
             (None | Some("PLAIN" | "TYPED"), None) => None,
             (Some("FIELD"), Some(field)) => Some(field),
             _ => return Err("behind the key may stand PLAIN, TYPED or FIELD:name".to_owned()),
@@ -182,14 +205,17 @@ impl Operator {
         let side = match key {
             "downstream_peer" | "wasm.downstream_peer" | "downstream_peer_obj" => Side::Downstream,
             "upstream_peer" | "wasm.upstream_peer" | "upstream_peer_obj" => Side::Upstream,
-            "io.istio.peer_principal" => return Ok(Self::Peer(Side::Downstream, Some(PeerField::Identity))),
+            "io.istio.peer_principal" => {
+                return Ok(Self::Peer(Side::Downstream, PeerForm::Field(PeerField::Identity)));
+            }
             "io.istio.local_principal" => return Ok(Self::LocalIdentity),
             _ => return Ok(Self::Absent),
         };
         match field {
-            None => Ok(Self::Peer(side, None)),
+            None if form == Some("PLAIN") => Ok(Self::Peer(side, PeerForm::Text)),
+            None => Ok(Self::Peer(side, PeerForm::Fields)),
             Some(name) => match PeerField::named(name) {
-                Some(field) => Ok(Self::Peer(side, Some(field))),
+                Some(field) => Ok(Self::Peer(side, PeerForm::Field(field))),
                 None => Err(format!("a peer has no field `{name}`")),
             },
         }
@@ -237,7 +263,7 @@ impl Operator {
         }
     }
 
-    /// Appends its value, escaped where it comes from a peer.
+    /// Appends its value as it is, but for what could end a line.
     pub(crate) fn write(&self, out: &mut Vec<u8>, facts: &Facts<'_>) -> Written {
         let record = facts.record;
         match self {
@@ -252,88 +278,68 @@ impl Operator {
             },
             Self::DownstreamLocal(part) => address(out, record.local, *part),
             Self::DownstreamRemote(part) => address(out, record.downstream, *part),
-            _ => {
-                if let Some(number) = self.number(facts) {
-                    match number {
-                        Some(number) => append_number(out, number),
-                        None => return Written::Nothing,
-                    }
-                } else if let Some(text) = self.borrowed(facts) {
-                    append_text(out, text);
-                } else {
-                    match self.made(facts) {
-                        Some(text) => append_text(out, &text),
-                        None => return Written::Nothing,
-                    }
-                }
-            }
+            _ => match self.number(facts) {
+                Some(Some(number)) => append_number(out, number),
+                Some(None) => return Written::Nothing,
+                None => match self.value(facts) {
+                    Some(value) => append_bytes(out, &value),
+                    None => return Written::Nothing,
+                },
+            },
         }
         Written::Something
     }
 
-    /// Appends its value as JSON: numbers as they are, the rest as text.
+    /// Appends its value as JSON: numbers and what has parts as they are, the rest as text.
     pub(crate) fn write_json(&self, out: &mut Vec<u8>, facts: &Facts<'_>) -> Written {
         if let Some(number) = self.number(facts) {
             let Some(number) = number else { return Written::Nothing };
             append_number(out, number);
             return Written::Something;
         }
-        if let Some(text) = self.borrowed(facts) {
-            append_json_text(out, text);
-            return Written::Something;
-        }
-        if self.is_plain() {
-            // Digits, letters and signs that JSON does not escape.
-            let before = out.len();
-            out.push(b'"');
-            if self.write(out, facts) == Written::Nothing {
-                out.truncate(before);
-                return Written::Nothing;
+        match self {
+            Self::Claim(_) | Self::Metadata(_) | Self::Peer(_, PeerForm::Fields) => match self.parts(facts) {
+                // Writing to a Vec cannot fail.
+                Some(value) => drop(write!(out, "{value}")),
+                None => return Written::Nothing,
+            },
+            Self::StartTime(TimeFormat::Default)
+            | Self::UpstreamHost(_)
+            | Self::UpstreamLocal(_)
+            | Self::DownstreamLocal(_)
+            | Self::DownstreamRemote(_) => {
+                // Digits, letters and signs that JSON does not escape.
+                let before = out.len();
+                out.push(b'"');
+                if self.write(out, facts) == Written::Nothing {
+                    out.truncate(before);
+                    return Written::Nothing;
+                }
+                out.push(b'"');
             }
-            out.push(b'"');
-            return Written::Something;
-        }
-        match self.text(facts) {
-            Some(text) => append_json_text(out, &text),
-            None => return Written::Nothing,
+            _ => match self.bytes(facts) {
+                Some(bytes) => append_json_bytes(out, &bytes),
+                None => return Written::Nothing,
+            },
         }
         Written::Something
     }
 
-    /// Whether its value needs no escaping in JSON.
-    fn is_plain(&self) -> bool {
-        matches!(
-            self,
-            Self::StartTime(TimeFormat::Default)
-                | Self::UpstreamHost(_)
-                | Self::UpstreamLocal(_)
-                | Self::DownstreamLocal(_)
-                | Self::DownstreamRemote(_)
-        )
-    }
-
-    /// Its value as it is, not escaped.
-    pub(crate) fn text(&self, facts: &Facts<'_>) -> Option<String> {
+    /// Its value as it is.
+    pub(crate) fn bytes<'a>(&'a self, facts: &Facts<'a>) -> Option<Cow<'a, [u8]>> {
         if let Some(number) = self.number(facts) {
-            return number.map(|number| number.to_string());
+            return number.map(|number| number.to_string().into_bytes().into());
         }
-        if let Some(text) = self.borrowed(facts) {
-            return Some(text.to_owned());
-        }
-        if let Some(text) = self.made(facts) {
-            return Some(text);
-        }
-        let mut out = Vec::new();
         match self {
             Self::StartTime(_)
             | Self::UpstreamHost(_)
             | Self::UpstreamLocal(_)
             | Self::DownstreamLocal(_)
             | Self::DownstreamRemote(_) => {
-                let written = self.write(&mut out, facts);
-                (written == Written::Something).then(|| String::from_utf8(out).ok()).flatten()
+                let mut out = Vec::new();
+                (self.write(&mut out, facts) == Written::Something).then(|| out.into())
             }
-            _ => None,
+            _ => self.value(facts),
         }
     }
 
@@ -358,69 +364,59 @@ impl Operator {
         })
     }
 
-    /// Its value, when it stands in the record as it is.
-    fn borrowed<'a>(&'a self, facts: &Facts<'a>) -> Option<&'a str> {
+    /// Its value, where that is neither a number nor an address nor a time.
+    fn value<'a>(&'a self, facts: &Facts<'a>) -> Option<Cow<'a, [u8]>> {
         let record = facts.record;
         let text = match self {
-            Self::Request(main, other) => either(main, other, |header| facts.request_header(header))?,
+            // A header that is there and empty has a value: nothing.
+            Self::Request(main, other) => return either(main, other, |header| facts.request_header(header)),
             Self::RequestWithoutQuery(main, other) => {
-                either(main, other, |header| facts.request_header(header))?.split('?').next()?
+                return either(main, other, |header| facts.request_header(header)).map(without_query);
             }
-            Self::Response(main, other) => {
-                either(main, other, |header| named(record.response_headers, header))?
-            }
+            Self::Response(main, other) => return either(main, other, |header| response(facts, header)),
             Self::Trailer(main, other) => {
-                either(main, other, |header| named(record.response_trailers, header))?
+                return either(main, other, |header| named(record.response_trailers, header));
             }
-            Self::Peer(side, Some(field)) => facts.peer(*side, *field)?,
+            Self::Peer(side, PeerForm::Field(field)) => facts.peer(*side, *field)?,
             Self::LocalIdentity => &facts.own.identity,
             Self::Environment(value) => value,
             Self::Protocol => record.protocol,
             Self::ResponseFlags => record.flags,
+            Self::ResponseCodeDetails if record.details.contains(' ') => {
+                return Some(without_spaces(record.details));
+            }
             Self::ResponseCodeDetails => record.details,
+            Self::UpstreamFailure if record.upstream_failure.contains(' ') => {
+                return Some(without_spaces(record.upstream_failure));
+            }
+            Self::UpstreamFailure => record.upstream_failure,
             Self::UpstreamCluster => record.cluster,
             Self::RouteName => record.route,
             Self::Hostname => &facts.own.hostname,
             Self::GrpcStatus(form) => {
-                let (camel, snake) = STATUSES.get(usize::from(record.grpc_status?))?;
-                if *form == StatusForm::Camel { camel } else { snake }
+                let status = record.grpc_status?;
+                match STATUSES.get(usize::from(status)) {
+                    Some((camel, _)) if *form == StatusForm::Camel => camel,
+                    Some((_, snake)) => snake,
+                    // What is no number and no name is what it is.
+                    None => return Some(status.to_string().into_bytes().into()),
+                }
             }
-            _ => return None,
+            _ => return self.made(facts).map(|text| text.into_bytes().into()),
         };
-        Some(text).filter(|text| !text.is_empty())
+        Some(text.as_bytes()).filter(|text| !text.is_empty()).map(Cow::Borrowed)
     }
 
     /// Its value, when it must be made.
     fn made(&self, facts: &Facts<'_>) -> Option<String> {
         let record = facts.record;
         match self {
-            Self::Response(Header::Status, _) => (record.status > 0).then(|| record.status.to_string()),
-            Self::Response(Header::ServiceTime, _) => {
-                record.upstream_duration.map(|duration| duration.as_millis().to_string())
-            }
-            // What is no number and no name is what it is.
-            Self::GrpcStatus(_) => record.grpc_status.map(|status| status.to_string()),
             Self::Cel(expression) => expression.text(facts).map(|text| text.to_string()),
-            Self::Peer(side, None) => {
-                facts.workload(*side)?;
-                let fields = PeerField::ALL.iter().filter_map(|(name, field)| {
-                    Some(((*name).to_owned(), facts.peer(*side, *field)?.into()))
-                });
-                Some(serde_json::Value::Object(fields.collect()).to_string())
-            }
-            Self::Claim(path) => {
-                let Some((first, rest)) = path.split_first() else {
-                    return Some(serde_json::Value::Object(record.claims?.clone()).to_string());
-                };
-                value_at(record.claims?.get(first)?, rest)
-            }
-            Self::Metadata(path) => {
-                let (namespace, keys) = path.split_first()?;
-                value_at(record.metadata?.get(namespace)?, keys)
-            }
-            // Envoy puts no spaces into a log.
-            Self::UpstreamFailure if !record.upstream_failure.is_empty() => {
-                Some(record.upstream_failure.replace(' ', "_"))
+            Self::Claim(_) | Self::Metadata(_) | Self::Peer(_, PeerForm::Fields | PeerForm::Text) => {
+                Some(match self.parts(facts)? {
+                    Value::String(text) => text,
+                    value => value.to_string(),
+                })
             }
             // Several flags, or none.
             Self::ResponseFlagsLong => {
@@ -430,6 +426,53 @@ impl Operator {
             _ => None,
         }
     }
+
+    /// The value of what may have parts.
+    fn parts(&self, facts: &Facts<'_>) -> Option<Value> {
+        let at = |all: &Map<String, Value>, path: &[String]| {
+            let Some((first, rest)) = path.split_first() else { return Some(Value::Object(all.clone())) };
+            rest.iter().try_fold(all.get(first)?, |value, key| value.get(key)).cloned()
+        };
+        match self {
+            Self::Claim(path) => at(facts.record.claims?, path),
+            Self::Metadata(path) => at(facts.record.metadata?, path),
+            Self::Peer(side, _) => {
+                facts.workload(*side)?;
+                let fields = PeerField::ALL.iter().filter_map(|(name, field)| {
+                    Some(((*name).to_owned(), facts.peer(*side, *field)?.into()))
+                });
+                Some(Value::Object(fields.collect()))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// A header of the response.
+fn response<'a>(facts: &Facts<'a>, header: &Header) -> Option<Cow<'a, [u8]>> {
+    let record = facts.record;
+    let number = match header {
+        Header::Status => (record.status > 0).then(|| record.status.to_string()),
+        Header::ServiceTime => record.upstream_duration.map(|duration| duration.as_millis().to_string()),
+        header => return named(record.response_headers, header),
+    };
+    number.map(|number| number.into_bytes().into())
+}
+
+fn without_query(path: Cow<'_, [u8]>) -> Cow<'_, [u8]> {
+    let end = path.iter().position(|byte| *byte == b'?').unwrap_or(path.len());
+    match path {
+        Cow::Borrowed(path) => path.get(..end).unwrap_or_default().into(),
+        Cow::Owned(mut path) => {
+            path.truncate(end);
+            path.into()
+        }
+    }
+}
+
+/// Envoy puts no spaces into reasons.
+fn without_spaces(text: &str) -> Cow<'_, [u8]> {
+    text.replace(' ', "_").into_bytes().into()
 }
 
 fn long_flag(flag: &str) -> &str {
@@ -439,13 +482,13 @@ fn long_flag(flag: &str) -> &str {
 fn either<'a>(
     main: &Header,
     other: &Option<Header>,
-    read: impl Fn(&Header) -> Option<&'a str>,
-) -> Option<&'a str> {
+    read: impl Fn(&Header) -> Option<Cow<'a, [u8]>>,
+) -> Option<Cow<'a, [u8]>> {
     read(main).or_else(|| read(other.as_ref()?))
 }
 
-fn named<'a>(headers: Option<&'a HeaderMap>, header: &Header) -> Option<&'a str> {
-    text_of(headers, header.to_keep()?)
+fn named<'a>(headers: Option<&'a HeaderMap>, header: &Header) -> Option<Cow<'a, [u8]>> {
+    value_of(headers, header.to_keep()?)
 }
 
 fn address(out: &mut Vec<u8>, address: SocketAddr, part: Part) {
@@ -455,10 +498,4 @@ fn address(out: &mut Vec<u8>, address: SocketAddr, part: Part) {
         Part::Ip => drop(write!(out, "{}", address.ip())),
         Part::Port => append_number(out, u64::from(address.port())),
     }
-}
-
-/// The value to which these keys lead, as text.
-fn value_at(value: &serde_json::Value, keys: &[String]) -> Option<String> {
-    let value = keys.iter().try_fold(value, |value, key| value.get(key))?;
-    Some(value.as_str().map_or_else(|| value.to_string(), str::to_owned))
 }

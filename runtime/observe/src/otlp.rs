@@ -1,7 +1,7 @@
 //! Spans and log lines in OpenTelemetry's protocol.
 
 use crate::Own;
-use crate::span::Span;
+use crate::span::{Span, SpanKind};
 use cairn_proto::opentelemetry::{
     AnyValue, ArrayValue, ExportLogsServiceRequest, ExportTraceServiceRequest, InstrumentationScope,
     KeyValue, KeyValueList, LogRecord, Resource, ResourceLogs, ResourceSpans, ScopeLogs, ScopeSpans,
@@ -13,8 +13,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 pub(crate) const TRACE_PATH: &str = "/opentelemetry.proto.collector.trace.v1.TraceService/Export";
 pub(crate) const LOGS_PATH: &str = "/opentelemetry.proto.collector.logs.v1.LogsService/Export";
 
-/// `SPAN_KIND_SERVER`.
+/// `SPAN_KIND_SERVER` and `SPAN_KIND_CLIENT`.
 const SERVER: i32 = 2;
+const CLIENT: i32 = 3;
 /// `STATUS_CODE_ERROR`.
 const ERROR: i32 = 2;
 
@@ -74,7 +75,10 @@ fn span(span: &Span) -> WireSpan {
         trace_state: span.state.clone(),
         parent_span_id: if span.parent_id == 0 { Vec::new() } else { span.parent_id.to_be_bytes().to_vec() },
         name: span.name.clone(),
-        kind: SERVER,
+        kind: match span.kind {
+            SpanKind::Server => SERVER,
+            SpanKind::Client => CLIENT,
+        },
         start_time_unix_nano: nanos(span.start),
         end_time_unix_nano: nanos(span.end),
         attributes: span.tags.iter().map(|(key, value)| text(key, value.clone())).collect(),

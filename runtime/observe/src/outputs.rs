@@ -7,7 +7,6 @@ use cairn_telemetry::{AccessLog, Counter, Telemetry};
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::fs::OpenOptions;
-use std::io::Write;
 use std::sync::{Arc, Weak};
 
 /// The most files that are open at once; each has a thread.
@@ -83,20 +82,32 @@ impl Outputs {
             tracing::warn!(path = &**path, "access log is not written: too many files are open");
             return None;
         }
-        let out: Box<dyn Write + Send> = match &**path {
-            "/dev/stdout" => Box::new(std::io::stdout()),
-            "/dev/stderr" => Box::new(std::io::stderr()),
-            path => match OpenOptions::new().append(true).create(true).open(path) {
-                Ok(file) => Box::new(file),
-                Err(error) => {
-                    tracing::warn!(path, %error, "access log is not written: the file cannot be opened");
-                    return None;
+        let dropped = self.telemetry.lines_dropped.clone();
+        let log = match &**path {
+            "/dev/stdout" => AccessLog::start(std::io::stdout(), dropped),
+            "/dev/stderr" => AccessLog::start(std::io::stderr(), dropped),
+            name => {
+                let opened = Arc::clone(path);
+                let open = move || OpenOptions::new().append(true).create(true).open(&*opened);
+                match AccessLog::open(open, dropped) {
+                    Ok(log) => log,
+                    Err(error) => {
+                        tracing::warn!(path = name, %error, "access log is not written: the file cannot be opened");
+                        return None;
+                    }
                 }
-            },
+            }
         };
-        let log = Arc::new(AccessLog::start(out, self.telemetry.lines_dropped.clone()));
+        let log = Arc::new(log);
         files.insert(Arc::clone(path), Arc::clone(&log));
         Some(log)
+    }
+}
+
+impl Outputs {
+    /// Opens all files anew, for what rotates them has moved them away.
+    pub fn reopen(&self) {
+        self.files.lock().values().for_each(|log| log.reopen());
     }
 }
 
@@ -105,3 +116,7 @@ impl std::fmt::Debug for Outputs {
         f.debug_struct("Outputs").field("files", &self.files.lock().keys()).finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+#[path = "outputs/tests.rs"]
+mod tests;

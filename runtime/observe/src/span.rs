@@ -4,7 +4,7 @@ use crate::facts::{Facts, PeerField, Side, text_of};
 use crate::trace_context::Propagation;
 use crate::{Format, Own};
 use cairn_mesh::{SpanTag, TelemetryProviderKind, TracingPlan};
-use cairn_telemetry::{Trace, Wants};
+use cairn_telemetry::{Trace, Try, Wants, legible};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use std::borrow::Cow;
 use std::time::SystemTime;
@@ -18,9 +18,19 @@ const FORCE_TRACE: HeaderName = HeaderName::from_static("x-envoy-force-trace");
 /// All of them, in hundredths of a percent.
 const ALL: u64 = 10_000;
 
+/// Whose span it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SpanKind {
+    /// The exchange's.
+    Server,
+    /// That of an attempt to send it.
+    Client,
+}
+
 /// A finished span.
 #[derive(Clone, Debug)]
 pub(crate) struct Span {
+    pub(crate) kind: SpanKind,
     pub(crate) trace_id: u128,
     pub(crate) id: u64,
     pub(crate) parent_id: u64,
@@ -43,6 +53,7 @@ pub(crate) struct Tracer {
     propagate: bool,
     pub(crate) report: bool,
     istio_tags: bool,
+    client_spans: bool,
     tag_bytes_max: usize,
     tags: Vec<(String, Value)>,
 }
@@ -87,6 +98,7 @@ impl Tracer {
             propagate: plan.propagate,
             report: plan.report,
             istio_tags: plan.istio_tags,
+            client_spans: plan.client_spans,
             tag_bytes_max,
             tags: tags.collect(),
         })
@@ -109,11 +121,26 @@ impl Tracer {
         let sampled = caller.sampled.unwrap_or_else(|| self.is_sampled(headers));
         let (trace_id, parent_id) = caller.ids.unwrap_or_else(|| (self.new_trace_id(), 0));
         let narrow = if caller.ids.is_some() { caller.narrow } else { !self.wide_ids };
-        let trace = Trace { trace_id, span_id: fastrand::u64(1..), parent_id, sampled, state: caller.state };
+        let (span_id, state) = (fastrand::u64(1..), caller.state);
+        let trace = Trace { trace_id, span_id, parent_id, sampled, narrow, state };
         if self.propagate {
-            self.propagation.inject(&trace, narrow, headers);
+            self.propagation.inject(&trace, headers);
         }
         trace
+    }
+
+    /// Begins the span of an attempt to send the request, if attempts have spans and the trace is to be reported, and
+    /// writes it into the headers in place of the exchange's.
+    pub(crate) fn attempt(&self, trace: &Trace, headers: &mut HeaderMap) -> Option<u64> {
+        if !(self.client_spans && self.report && trace.sampled) {
+            return None;
+        }
+        let span_id = fastrand::u64(1..);
+        if self.propagate {
+            let of_attempt = Trace { span_id, parent_id: trace.span_id, ..trace.clone() };
+            self.propagation.inject(&of_attempt, headers);
+        }
+        Some(span_id)
     }
 
     fn new_trace_id(&self) -> u128 {
@@ -154,7 +181,7 @@ impl Tracer {
             let value = match value {
                 Value::Literal(text) => Some(text.clone()),
                 Value::Header(name, default) => text_of(record.request_headers, name)
-                    .map(str::to_owned)
+                    .map(Cow::into_owned)
                     .or_else(|| (!default.is_empty()).then(|| default.clone())),
                 Value::Format(format) => format.text(facts),
             };
@@ -163,6 +190,7 @@ impl Tracer {
             }
         }
         Span {
+            kind: SpanKind::Server,
             trace_id: trace.trace_id,
             id: trace.span_id,
             parent_id: trace.parent_id,
@@ -170,6 +198,50 @@ impl Tracer {
             name: span_name(facts),
             start: record.started,
             end: record.started + record.duration,
+            is_error,
+            tags,
+        }
+    }
+
+    /// The span of an attempt, named as Envoy names what a router sends.
+    pub(crate) fn client_span(&self, trace: &Trace, attempt: (usize, &Try), facts: &Facts<'_>) -> Span {
+        let record = facts.record;
+        let (number, attempt) = attempt;
+        // What answered is the last attempt; those before it failed.
+        let is_last = number + 1 == record.tries.len();
+        let status = if is_last && attempt.flags == "-" { record.status } else { 0 };
+        let flags = if is_last { record.flags } else { attempt.flags };
+        let is_error = status == 0 || status >= 500;
+        let mut tags = Vec::with_capacity(12);
+        let mut put = |name: &'static str, value: String| tags.push((Cow::Borrowed(name), value));
+        put("component", "proxy".to_owned());
+        put("http.protocol", record.protocol.to_owned());
+        put("upstream_cluster", or_dash(record.cluster));
+        put("upstream_cluster.name", or_dash(record.cluster));
+        put("upstream_address", attempt.upstream.to_string());
+        put("peer.address", attempt.upstream.to_string());
+        put("response_flags", flags.to_owned());
+        put("http.status_code", status.to_string());
+        if number > 0 {
+            put("retry.count", number.to_string());
+        }
+        if is_error {
+            put("error", "true".to_owned());
+        }
+        if self.istio_tags {
+            workload_tags("destination", |field| Some(field.of(&attempt.workload)), &mut tags);
+        }
+        let start = record.started + attempt.after;
+        let rest = record.duration.saturating_sub(attempt.after);
+        Span {
+            kind: SpanKind::Client,
+            trace_id: trace.trace_id,
+            id: attempt.span_id,
+            parent_id: trace.span_id,
+            state: trace.state.clone(),
+            name: format!("router {} egress", record.cluster),
+            start,
+            end: start + attempt.duration.unwrap_or(rest),
             is_error,
             tags,
         }
@@ -190,8 +262,8 @@ impl Tracer {
         put("request_size", record.request_body_bytes.to_string());
         put("response_size", record.response_body_bytes.to_string());
         put("response_flags", record.flags.to_owned());
-        put("user_agent", or_dash(record.user_agent));
-        put("guid:x-request-id", record.request_id.to_owned());
+        put("user_agent", record.user_agent.map_or("-".into(), legible).into_owned());
+        put("guid:x-request-id", legible(record.request_id.unwrap_or_default()).into_owned());
         put("peer.address", record.downstream.ip().to_string());
         put("downstream_cluster", "-".to_owned());
         put("upstream_cluster", or_dash(record.cluster));
@@ -234,6 +306,33 @@ fn istio_tags(facts: &Facts<'_>, tags: &mut Vec<(Cow<'static, str>, String)>) {
     ] {
         tags.push((tag.into(), value.to_owned()));
     }
+    for (action, what, key) in DRY_RUN {
+        let said = facts.record.metadata.and_then(|all| all.get(RBAC)?.get(key)?.as_str());
+        if let Some(said) = said {
+            let tag = format!("istio.authorization.dry_run.{action}_policy.{what}");
+            tags.push((Cow::Owned(tag), said.to_owned()));
+        }
+    }
+    for (end, side) in [("source", Side::Downstream), ("destination", Side::Upstream)] {
+        workload_tags(end, |field| facts.peer(side, field), tags);
+    }
+}
+
+/// What policies on trial came to: the namespace in which RBAC says so, and its keys.
+const RBAC: &str = "envoy.filters.http.rbac";
+const DRY_RUN: [(&str, &str, &str); 4] = [
+    ("allow", "name", "istio_dry_run_allow_shadow_effective_policy_id"),
+    ("allow", "result", "istio_dry_run_allow_shadow_engine_result"),
+    ("deny", "name", "istio_dry_run_deny_shadow_effective_policy_id"),
+    ("deny", "result", "istio_dry_run_deny_shadow_engine_result"),
+];
+
+/// Istio's tags of one end of the traffic.
+fn workload_tags<'a>(
+    end: &str,
+    read: impl Fn(PeerField) -> Option<&'a str>,
+    tags: &mut Vec<(Cow<'static, str>, String)>,
+) {
     let fields = [
         ("workload", PeerField::Workload),
         ("namespace", PeerField::Namespace),
@@ -245,11 +344,9 @@ fn istio_tags(facts: &Facts<'_>, tags: &mut Vec<(Cow<'static, str>, String)>) {
         ("workload_type", PeerField::Type),
         ("instance_name", PeerField::Name),
     ];
-    for (end, side) in [("source", Side::Downstream), ("destination", Side::Upstream)] {
-        for (field, of) in fields {
-            if let Some(value) = facts.peer(side, of) {
-                tags.push((Cow::Owned(format!("istio.{end}_{field}")), value.to_owned()));
-            }
+    for (field, of) in fields {
+        if let Some(value) = read(of) {
+            tags.push((Cow::Owned(format!("istio.{end}_{field}")), value.to_owned()));
         }
     }
 }

@@ -61,7 +61,14 @@ impl Exchange {
             trailers: headers(&[("x-end", "2")]),
             claims,
             metadata,
-            trace: Trace { trace_id: 0xabc, span_id: 1, parent_id: 0, sampled: true, state: String::new() },
+            trace: Trace {
+                trace_id: 0xabc,
+                span_id: 1,
+                parent_id: 0,
+                sampled: true,
+                narrow: false,
+                state: String::new(),
+            },
         }
     }
 
@@ -75,12 +82,12 @@ impl Exchange {
             upstream_duration: Some(Duration::from_millis(11)),
             first_byte: Some(Duration::from_micros(10_500)),
             backend_latency: Some(Duration::from_micros(11_250)),
-            request_id: "0a1b",
+            request_id: Some(b"0a1b"),
             method: "GET",
             path: "/a/b?c=d",
             protocol: "HTTP/1.1",
             authority: "cart:80",
-            user_agent: "curl/8",
+            user_agent: Some(b"curl/8"),
             status: 200,
             details: "via_upstream",
             request_body_bytes: 3,
@@ -116,6 +123,10 @@ impl Exchange {
     ) -> T {
         let mut record = self.record();
         change(&mut record);
-        see(&Facts { own: &self.own, scope: &self.scope, record: &record })
+        self.see(&record, see)
+    }
+
+    pub(crate) fn see<T>(&self, record: &HttpRecord<'_>, see: impl FnOnce(&Facts<'_>) -> T) -> T {
+        see(&Facts { own: &self.own, scope: &self.scope, record })
     }
 }

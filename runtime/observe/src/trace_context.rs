@@ -48,7 +48,7 @@ impl Propagation {
     }
 
     /// Writes a trace into the headers for the upstream. Context of the caller that this kind does not speak of stays.
-    pub(crate) fn inject(self, trace: &Trace, narrow: bool, headers: &mut HeaderMap) {
+    pub(crate) fn inject(self, trace: &Trace, headers: &mut HeaderMap) {
         if self != Self::B3 {
             let flags = u8::from(trace.sampled);
             put(
@@ -65,7 +65,7 @@ impl Propagation {
         if self == Self::W3c {
             return;
         }
-        let width = if narrow { 16 } else { 32 };
+        let width = if trace.narrow { 16 } else { 32 };
         let trace_id = format!("{:0width$x}", trace.trace_id);
         let sampled = if trace.sampled { "1" } else { "0" };
         if headers.contains_key(B3) {
@@ -236,18 +236,24 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_again() {
-        let trace =
-            Trace { trace_id: IDS.0, span_id: IDS.1, parent_id: 7, sampled: true, state: "a=1".to_owned() };
+        let trace = Trace {
+            trace_id: IDS.0,
+            span_id: IDS.1,
+            parent_id: 7,
+            sampled: true,
+            narrow: false,
+            state: "a=1".to_owned(),
+        };
         for kind in [Propagation::W3c, Propagation::B3, Propagation::B3AndW3c] {
             let mut headers = headers(&[("b3", "1".to_owned())]);
-            kind.inject(&trace, false, &mut headers);
+            kind.inject(&trace, &mut headers);
             let found = kind.extract(&headers);
             assert_eq!((found.ids, found.sampled), (Some(IDS), Some(true)), "{kind:?}");
             assert_eq!(headers.contains_key("traceparent"), kind != Propagation::B3);
             assert_eq!(headers.contains_key("x-b3-traceid"), kind != Propagation::W3c);
         }
         let mut headers = HeaderMap::new();
-        Propagation::B3.inject(&Trace { trace_id: 0xabc, ..trace }, true, &mut headers);
+        Propagation::B3.inject(&Trace { trace_id: 0xabc, narrow: true, ..trace }, &mut headers);
         assert_eq!(headers["x-b3-traceid"], "0000000000000abc");
         assert_eq!(headers["x-b3-parentspanid"], "0000000000000007");
         assert!(!headers.contains_key("b3"), "only who sent it in one header gets it in one");

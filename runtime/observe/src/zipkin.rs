@@ -1,7 +1,7 @@
 //! Spans as Zipkin's JSON, version 2.
 
 use crate::Own;
-use crate::span::Span;
+use crate::span::{Span, SpanKind};
 use serde_json::{Map, Value, json};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -18,7 +18,10 @@ fn of_span(span: &Span, service: &str) -> Value {
     let mut value = json!({
         "traceId": trace_id(span.trace_id),
         "id": format!("{:016x}", span.id),
-        "kind": "SERVER",
+        "kind": match span.kind {
+            SpanKind::Server => "SERVER",
+            SpanKind::Client => "CLIENT",
+        },
         "name": span.name,
         "timestamp": micros(span.start),
         // Zipkin takes no duration of nothing.

@@ -2,7 +2,7 @@
 
 use parking_lot::{Condvar, Mutex};
 use prometheus_client::metrics::counter::Counter;
-use std::io::Write;
+use std::io::{self, Write};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -42,7 +42,12 @@ enum LineEnd {
 struct Waiting {
     bytes: Vec<u8>,
     closed: bool,
+    /// What is written to is to be opened anew.
+    reopen: bool,
 }
+
+/// Opens what is written to.
+type Open = Box<dyn FnMut() -> io::Result<Box<dyn Write + Send>> + Send>;
 
 impl AccessLog {
     /// A log that writes nothing.
@@ -53,16 +58,42 @@ impl AccessLog {
     /// Starts the thread that writes to `out`. It ends, after writing what waits, when the log is dropped.
     /// Lines that it must drop are counted in `dropped`.
     pub fn start(out: impl Write + Send + 'static, dropped: Counter) -> Self {
+        Self::run(Box::new(out), None, dropped)
+    }
+
+    /// The same with what `open` opens, which [`AccessLog::reopen`] has opened anew.
+    ///
+    /// # Errors
+    /// When it cannot be opened now.
+    pub fn open<W: Write + Send + 'static>(
+        mut open: impl FnMut() -> io::Result<W> + Send + 'static,
+        dropped: Counter,
+    ) -> io::Result<Self> {
+        let out = Box::new(open()?);
+        let open: Open = Box::new(move || -> io::Result<Box<dyn Write + Send>> { Ok(Box::new(open()?)) });
+        Ok(Self::run(out, Some(open), dropped))
+    }
+
+    fn run(out: Box<dyn Write + Send>, open: Option<Open>, dropped: Counter) -> Self {
         let queue = Arc::new(Queue { waiting: Mutex::default(), changed: Condvar::new(), dropped });
         let of_writer = Arc::clone(&queue);
         let writer =
-            std::thread::Builder::new().name("access-log".into()).spawn(move || of_writer.drain(out));
+            std::thread::Builder::new().name("access-log".into()).spawn(move || of_writer.drain(out, open));
         match writer {
             Ok(writer) => Self { queue: Some(queue), writer: Some(writer) },
             Err(error) => {
                 tracing::error!(%error, "no access log: its thread cannot start");
                 Self::off()
             }
+        }
+    }
+
+    /// Has what is written to opened anew, soon: its name may by now stand for another file. Lines that wait go to the
+    /// new one; if there can be none, everything goes where it went before.
+    pub fn reopen(&self) {
+        if let Some(queue) = &self.queue {
+            queue.waiting.lock().reopen = true;
+            queue.changed.notify_one();
         }
     }
 
@@ -105,11 +136,25 @@ impl AccessLog {
     }
 }
 
+/// What the writer was told beside the lines.
+struct Taken {
+    /// This block is the last.
+    closed: bool,
+    /// It belongs into what is opened anew.
+    reopen: bool,
+}
+
 impl Queue {
-    fn drain(&self, mut out: impl Write) {
+    fn drain(&self, mut out: Box<dyn Write + Send>, mut open: Option<Open>) {
         let mut block = Vec::new();
         loop {
-            let closed = self.take(&mut block);
+            let Taken { closed, reopen } = self.take(&mut block);
+            if let (true, Some(open)) = (reopen, &mut open) {
+                match open() {
+                    Ok(new) => out = new,
+                    Err(error) => tracing::warn!(%error, "an access log cannot be opened anew"),
+                }
+            }
             if let Err(error) = out.write_all(&block).and_then(|()| out.flush()) {
                 tracing::warn!(%error, "access log lines are lost");
             }
@@ -120,15 +165,16 @@ impl Queue {
         }
     }
 
-    /// Waits for a block and swaps it for the empty `block`. Says whether it is the last.
-    fn take(&self, block: &mut Vec<u8>) -> bool {
+    /// Waits for a block and swaps it for the empty `block`.
+    fn take(&self, block: &mut Vec<u8>) -> Taken {
         let mut waiting = self.waiting.lock();
-        self.changed.wait_while(&mut waiting, |waiting| waiting.bytes.is_empty() && !waiting.closed);
-        let small = |waiting: &mut Waiting| waiting.bytes.len() < FLUSH_BYTES && !waiting.closed;
+        let is_told = |waiting: &Waiting| waiting.closed || waiting.reopen;
+        self.changed.wait_while(&mut waiting, |waiting| waiting.bytes.is_empty() && !is_told(waiting));
+        let small = |waiting: &mut Waiting| waiting.bytes.len() < FLUSH_BYTES && !is_told(waiting);
         // Woken early or not, what waits is written now.
         let _timed_out = self.changed.wait_while_for(&mut waiting, small, FLUSH_AFTER);
         std::mem::swap(&mut waiting.bytes, block);
-        waiting.closed
+        Taken { closed: waiting.closed, reopen: std::mem::take(&mut waiting.reopen) }
     }
 }
 
@@ -182,6 +228,47 @@ mod tests {
         let text = String::from_utf8(blocks.iter().flatten().collect()).unwrap();
         let expected: String = (0..10).map(|number| format!("line {number}\n")).collect();
         assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn what_is_opened_anew_gets_what_waits_and_what_follows() {
+        let (sender, blocks) = mpsc::sync_channel(100);
+        let mut opened = 0;
+        let open = move || {
+            opened += 1;
+            match opened {
+                // It cannot be opened now: lines go where they went.
+                2 => Err(io::Error::other("no")),
+                _ => Ok(Named(opened, sender.clone())),
+            }
+        };
+        let log = AccessLog::open(open, Counter::default()).unwrap();
+        let line = |text: &'static str| {
+            log.write(|out| out.extend_from_slice(text.as_bytes()));
+            blocks.recv().unwrap()
+        };
+        assert_eq!(line("a"), "1 a\n");
+        log.reopen();
+        assert_eq!(line("b"), "1 b\n");
+        log.reopen();
+        assert_eq!(line("c"), "3 c\n");
+        assert_eq!(line("d"), "3 d\n");
+        assert!(AccessLog::open(|| Err::<Handed, _>(io::Error::other("no")), Counter::default()).is_err());
+    }
+
+    /// Hands blocks over with a number before them.
+    struct Named(u32, mpsc::SyncSender<String>);
+
+    impl Write for Named {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let text = format!("{} {}", self.0, String::from_utf8_lossy(bytes));
+            self.1.send(text).map_err(io::Error::other)?;
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
     }
 
     #[test]

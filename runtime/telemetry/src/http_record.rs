@@ -2,11 +2,11 @@
 
 use crate::histogram::Histogram;
 use crate::labels::{CustomLabels, HttpLabels, PeerLabels};
-use crate::metrics::Metrics;
+use crate::metrics::{HttpBounds, Metrics};
 use crate::observe::Observe;
 use crate::table::Activity;
 use crate::tcp_record::copy_text;
-use crate::trace::Trace;
+use crate::trace::{Trace, Try};
 use cairn_mesh::{Identity, Service, Workload};
 use http::HeaderMap;
 use parking_lot::Mutex;
@@ -30,20 +30,22 @@ pub struct HttpRecord<'a> {
     pub first_byte: Option<Duration>,
     /// From sending the request to the last byte of the upstream's answer.
     pub backend_latency: Option<Duration>,
-    /// `x-request-id`.
-    pub request_id: &'a str,
+    /// `x-request-id`, as it came; `None`: there is none.
+    pub request_id: Option<&'a [u8]>,
     /// The method.
     pub method: &'a str,
-    /// The path with its query, as filters saw it.
+    /// The path with its query, as it went upstream.
     pub path: &'a str,
+    /// The path as filters saw it, where a route changed it since (Envoy's `x-envoy-original-path`).
+    pub original_path: &'a str,
     /// `HTTP/1.1` and so on.
     pub protocol: &'static str,
     /// Host or `:authority`.
     pub authority: &'a str,
-    /// `user-agent`.
-    pub user_agent: &'a str,
-    /// `x-forwarded-for`.
-    pub forwarded_for: &'a str,
+    /// `user-agent`, as it came; `None`: there is none.
+    pub user_agent: Option<&'a [u8]>,
+    /// `x-forwarded-for`, as it came; `None`: there is none.
+    pub forwarded_for: Option<&'a [u8]>,
     /// The status; 0 when the client left before one was sent.
     pub status: u16,
     /// Envoy's response flags, `-` for none.
@@ -82,6 +84,8 @@ pub struct HttpRecord<'a> {
     pub metadata: Option<&'a Map<String, Value>>,
     /// The trace it is part of.
     pub trace: Option<&'a Trace>,
+    /// The attempts to send it, where they have spans of their own.
+    pub tries: &'a [Try],
     /// Numbers connections within the process.
     pub connection_id: u64,
     /// Whether this is HTTP, or a connection of anything else.
@@ -119,13 +123,14 @@ impl<'a> HttpRecord<'a> {
             upstream_duration: None,
             first_byte: None,
             backend_latency: None,
-            request_id: "",
+            request_id: None,
             method: "",
             path: "",
+            original_path: "",
             protocol: "",
             authority: "",
-            user_agent: "",
-            forwarded_for: "",
+            user_agent: None,
+            forwarded_for: None,
             status: 0,
             flags: "-",
             details: "",
@@ -145,6 +150,7 @@ impl<'a> HttpRecord<'a> {
             token_principal: "",
             metadata: None,
             trace: None,
+            tries: &[],
             connection_id: 0,
             http: true,
             downstream,
@@ -160,6 +166,11 @@ impl<'a> HttpRecord<'a> {
             notes: Vec::new(),
         }
     }
+
+    /// The path that logs show: as it was before a route changed it.
+    pub fn logged_path(&self) -> &'a str {
+        if self.original_path.is_empty() { self.path } else { self.original_path }
+    }
 }
 
 /// The metrics of one downstream connection: the labels that do not change, and handles to the series met so far, so
@@ -168,7 +179,14 @@ pub struct HttpScope {
     metrics: Arc<Metrics>,
     source: PeerLabels,
     service: Option<Arc<Service>>,
-    handles: Mutex<SmallVec<[Handle; 2]>>,
+    handles: Mutex<Handles>,
+}
+
+/// Handles, and the epoch of the metrics that they belong to.
+#[derive(Default)]
+struct Handles {
+    epoch: u64,
+    list: SmallVec<[Handle; 2]>,
 }
 
 /// The most handles kept per connection.
@@ -243,6 +261,12 @@ impl HttpScope {
             }
         };
         let mut handles = self.handles.lock();
+        let epoch = self.metrics.epoch();
+        if handles.epoch != epoch {
+            handles.list.clear();
+            handles.epoch = epoch;
+        }
+        let handles = &mut handles.list;
         if let Some(handle) = handles.iter().find(|handle| handle.key.fits(record, &custom)) {
             return count(&handle.series);
         }
@@ -294,7 +318,7 @@ impl Key {
 }
 
 /// The values of one label set.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct HttpSeries {
     pub(crate) requests: AtomicU64,
     pub(crate) request_messages: AtomicU64,
@@ -306,6 +330,17 @@ pub(crate) struct HttpSeries {
 }
 
 impl HttpSeries {
+    pub(crate) fn new(bounds: &HttpBounds) -> Self {
+        Self {
+            requests: AtomicU64::default(),
+            request_messages: AtomicU64::default(),
+            response_messages: AtomicU64::default(),
+            duration: Histogram::new(&bounds.duration),
+            request_bytes: Histogram::new(&bounds.request_bytes),
+            response_bytes: Histogram::new(&bounds.response_bytes),
+        }
+    }
+
     fn count(&self, record: &HttpRecord<'_>) {
         self.requests.fetch_add(1, Relaxed);
         self.duration.observe(u64::try_from(record.duration.as_micros()).unwrap_or(u64::MAX));
@@ -413,7 +448,8 @@ impl HttpExplanation {
     pub(crate) fn refill(&mut self, scope: &HttpScope, record: &HttpRecord<'_>) {
         self.started = record.started;
         self.duration = record.duration;
-        copy_text(&mut self.request_id, record.request_id);
+        let id = record.request_id.unwrap_or_default();
+        copy_text(&mut self.request_id, std::str::from_utf8(id).unwrap_or_default());
         self.source = Some(record.downstream);
         self.source_identity.clone_from(&scope.source.principal);
         self.source_workload.clone_from(&scope.source.workload);
@@ -421,7 +457,7 @@ impl HttpExplanation {
         self.destination = Some(record.local);
         copy_text(&mut self.method, record.method);
         copy_text(&mut self.authority, record.authority);
-        copy_path(&mut self.path, record.path);
+        copy_path(&mut self.path, record.logged_path());
         self.protocol = record.protocol;
         self.status = record.status;
         self.grpc_status = record.grpc_status;

@@ -23,7 +23,7 @@ pub use access_log::AccessLog;
 pub use denials::{Denials, Denied, is_service};
 pub use http_record::{HttpExplanation, HttpRecord, HttpScope};
 pub use labels::{CustomLabels, PeerLabels, Reporter, Security, TcpLabels};
-pub use line::{append_address, append_number, append_text, append_timestamp};
+pub use line::{append_address, append_bytes, append_number, append_timestamp};
 pub use metrics::{Metrics, MetricsSettings};
 pub use observe::{Observe, Wanted, Wants, legible};
 pub use prometheus_client::metrics::counter::Counter;
@@ -31,7 +31,7 @@ pub use prometheus_client::metrics::gauge::Gauge;
 pub use recent::{Recent, Slot};
 pub use shape::{MetricForm, MetricShape};
 pub use tcp_record::{Direction, TcpConnection, TcpExplanation, TcpRecord};
-pub use trace::Trace;
+pub use trace::{Trace, Try};
 
 use std::io::Write;
 use std::sync::Arc;

@@ -12,17 +12,17 @@ pub(crate) fn http(out: &mut Vec<u8>, record: &HttpRecord<'_>) {
     out.push(b'[');
     append_timestamp(out, record.started, 3);
     out.extend_from_slice(b"] \"");
-    append_text(out, record.method);
+    append_or_dash(out, record.method);
     out.push(b' ');
-    append_text(out, record.path);
+    append_or_dash(out, record.logged_path());
     out.push(b' ');
-    append_text(out, record.protocol);
+    append_or_dash(out, record.protocol);
     out.extend_from_slice(b"\" ");
     append_number(out, u64::from(record.status));
     out.push(b' ');
-    append_text(out, record.flags);
+    append_or_dash(out, record.flags);
     out.push(b' ');
-    append_text(out, record.details);
+    append_reason(out, record.details);
     // Connection termination details: an exchange outlives its connection only when nobody ended it.
     out.extend_from_slice(b" - \"");
     append_reason(out, record.upstream_failure);
@@ -37,18 +37,20 @@ pub(crate) fn http(out: &mut Vec<u8>, record: &HttpRecord<'_>) {
         Some(duration) => append_number(out, duration.as_millis() as u64),
         None => out.push(b'-'),
     }
-    for quoted in [record.forwarded_for, record.user_agent, record.request_id, record.authority] {
+    for header in [record.forwarded_for, record.user_agent, record.request_id] {
         out.extend_from_slice(b" \"");
-        append_text(out, quoted);
+        append_bytes(out, header.unwrap_or(b"-"));
         out.push(b'"');
     }
     out.extend_from_slice(b" \"");
+    append_or_dash(out, record.authority);
+    out.extend_from_slice(b"\" \"");
     match record.upstream {
         Some(upstream) => append_address(out, upstream),
         None => out.push(b'-'),
     }
     out.extend_from_slice(b"\" ");
-    append_text(out, record.cluster);
+    append_or_dash(out, record.cluster);
     out.push(b' ');
     match record.upstream_local {
         Some(local) => append_address(out, local),
@@ -60,7 +62,7 @@ pub(crate) fn http(out: &mut Vec<u8>, record: &HttpRecord<'_>) {
     append_address(out, record.downstream);
     // SNI: none inside a tunnel.
     out.extend_from_slice(b" - ");
-    append_text(out, record.route);
+    append_or_dash(out, record.route);
 }
 
 /// Appends ztunnel's line, without a line feed.
@@ -118,18 +120,43 @@ fn field(out: &mut Vec<u8>, name: &str, value: &str) {
     out.push(b'"');
 }
 
-/// Why there was no connection: as Envoy writes it, without spaces.
+/// Why something failed, or what decided: as Envoy writes it, without spaces; `-` if there is nothing to say.
 fn append_reason(out: &mut Vec<u8>, reason: &str) {
     let before = out.len();
-    append_text(out, reason);
+    append_or_dash(out, reason);
     for byte in out.iter_mut().skip(before).filter(|byte| **byte == b' ') {
         *byte = b'_';
     }
 }
 
-/// A text from a peer: as it is, everything that could end a line or a field escaped; `-` if empty. Envoy escapes
-/// nothing, so that a quote in `user-agent` makes up the fields behind it.
-pub fn append_text(out: &mut Vec<u8>, value: &str) {
+fn append_or_dash(out: &mut Vec<u8>, value: &str) {
+    if value.is_empty() {
+        out.push(b'-');
+    } else {
+        append_bytes(out, value.as_bytes());
+    }
+}
+
+/// A value as Envoy writes it: as it is, quotes and what is no UTF-8 included. Only what no header can hold, and what
+/// could end a line, is escaped: a token's claim or a plugin's word might hold a line feed.
+pub fn append_bytes(out: &mut Vec<u8>, value: &[u8]) {
+    let ends_a_line = |byte: u8| byte < b' ' && byte != b'\t';
+    if !value.iter().copied().any(ends_a_line) {
+        out.extend_from_slice(value);
+        return;
+    }
+    for byte in value.iter().copied() {
+        if ends_a_line(byte) {
+            // Writing to a Vec cannot fail.
+            let _ = write!(out, "\\x{byte:02x}");
+        } else {
+            out.push(byte);
+        }
+    }
+}
+
+/// A text of a ztunnel's line: what could end a line or a field is escaped; `-` if empty.
+fn append_text(out: &mut Vec<u8>, value: &str) {
     if value.is_empty() {
         out.push(b'-');
         return;

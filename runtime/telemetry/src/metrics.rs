@@ -1,5 +1,6 @@
 //! The process's metrics: Istio's standard families, and whatever else a crate registers.
 
+use crate::histogram::{self, Bounds};
 use crate::http_record::HttpSeries;
 use crate::labels::{HttpLabels, TcpLabels};
 use crate::scrape::{Family, Read};
@@ -34,10 +35,43 @@ impl Default for MetricsSettings {
     }
 }
 
+/// The bounds of each histogram.
+#[derive(Debug, PartialEq)]
+pub(crate) struct HttpBounds {
+    pub(crate) duration: Bounds,
+    pub(crate) request_bytes: Bounds,
+    pub(crate) response_bytes: Bounds,
+}
+
+impl Default for HttpBounds {
+    fn default() -> Self {
+        Self::of(&[])
+    }
+}
+
+impl HttpBounds {
+    fn of(buckets: &[(Arc<str>, Arc<[f64]>)]) -> Self {
+        let of = |name: &str| {
+            let name = format!("istiocustom.{name}");
+            let fits = buckets.iter().filter(|(prefix, _)| name.starts_with(&**prefix));
+            let longest = fits.max_by_key(|(prefix, _)| prefix.len());
+            longest.map_or_else(histogram::standard, |(_, bounds)| Arc::clone(bounds))
+        };
+        Self { duration: of(DURATION), request_bytes: of(REQUEST_BYTES), response_bytes: of(RESPONSE_BYTES) }
+    }
+}
+
+const DURATION: &str = "istio_request_duration_milliseconds";
+const REQUEST_BYTES: &str = "istio_request_bytes";
+const RESPONSE_BYTES: &str = "istio_response_bytes";
+
 /// The metrics of one process.
 pub struct Metrics {
     registry: Mutex<Registry>,
     standard: Standard,
+    bounds: Mutex<Arc<HttpBounds>>,
+    /// Counts how often the bounds changed, after which all series begin anew.
+    epoch: AtomicU64,
     /// Times a new label set was counted in an overflow series, whose peers are `unknown`.
     overflows: Counter,
 }
@@ -58,7 +92,34 @@ impl Metrics {
             "Label sets counted as unknown peers, because there are too many",
             overflows.clone(),
         );
-        Arc::new(Self { registry: Mutex::new(registry), standard, overflows })
+        let bounds = Mutex::default();
+        Arc::new(Self {
+            registry: Mutex::new(registry),
+            standard,
+            bounds,
+            epoch: AtomicU64::new(0),
+            overflows,
+        })
+    }
+
+    /// Takes over other bounds of histograms, by the beginning of their names with `istiocustom.` before them, as in
+    /// Envoy, the longest winning; and how long a series may count nothing. Series of other bounds begin anew: samples of
+    /// one family must not differ in them.
+    pub fn configure(&self, buckets: &[(Arc<str>, Arc<[f64]>)], idle_max: Option<Duration>) {
+        self.standard.http.set_idle_max(idle_max);
+        self.standard.tcp.set_idle_max(idle_max);
+        let bounds = HttpBounds::of(buckets);
+        let mut known = self.bounds.lock();
+        if **known != bounds {
+            *known = Arc::new(bounds);
+            self.standard.http.clear();
+            self.epoch.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// Whose handles are of another epoch must ask for them anew.
+    pub(crate) fn epoch(&self) -> u64 {
+        self.epoch.load(Relaxed)
     }
 
     /// A counter of its own, without labels. `name` has no `_total`; it is printed with one.
@@ -99,7 +160,10 @@ impl Metrics {
     }
 
     pub(crate) fn http_series(&self, labels: &HttpLabels) -> Arc<HttpSeries> {
-        let (series, full) = self.standard.http.series(labels, HttpLabels::overflow);
+        // Held while the table is asked, so that no series of old bounds comes after the table was cleared.
+        let bounds = self.bounds.lock();
+        let make = || HttpSeries::new(&bounds);
+        let (series, full) = self.standard.http.series(labels, make, HttpLabels::overflow);
         if full {
             self.overflows.inc();
         }
@@ -107,7 +171,7 @@ impl Metrics {
     }
 
     pub(crate) fn tcp_series(&self, labels: &TcpLabels) -> Arc<TcpSeries> {
-        let (series, full) = self.standard.tcp.series(labels, TcpLabels::overflow);
+        let (series, full) = self.standard.tcp.series(labels, TcpSeries::default, TcpLabels::overflow);
         if full {
             self.overflows.inc();
         }
@@ -181,24 +245,13 @@ impl Standard {
         ];
         type Distribution = (Metric, &'static str, &'static str, fn(&HttpSeries) -> Read);
         let distributions: [Distribution; 3] = [
-            (
-                Metric::RequestDuration,
-                "istio_request_duration_milliseconds",
-                "Duration of HTTP requests",
-                |values| values.duration.read(),
-            ),
-            (
-                Metric::RequestSize,
-                "istio_request_bytes",
-                "Size of HTTP requests, headers included",
-                |values| values.request_bytes.read(),
-            ),
-            (
-                Metric::ResponseSize,
-                "istio_response_bytes",
-                "Size of HTTP responses, headers included",
-                |values| values.response_bytes.read(),
-            ),
+            (Metric::RequestDuration, DURATION, "Duration of HTTP requests", |values| values.duration.read()),
+            (Metric::RequestSize, REQUEST_BYTES, "Size of HTTP requests, headers included", |values| {
+                values.request_bytes.read()
+            }),
+            (Metric::ResponseSize, RESPONSE_BYTES, "Size of HTTP responses, headers included", |values| {
+                values.response_bytes.read()
+            }),
         ];
         let series = self.http.list(now);
         for (metric, name, help, column) in counters {

@@ -1,7 +1,8 @@
 //! What one destination's telemetry settings ask for beyond the process's own log and metrics.
 
 use crate::{HttpRecord, HttpScope, MetricShape, Trace};
-use http::{HeaderMap, HeaderName, HeaderValue};
+use http::{HeaderMap, HeaderName};
+use std::borrow::Cow;
 use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,6 +23,10 @@ pub trait Observe: Debug + Send + Sync {
 
     /// Begins the trace of a request that arrives with `headers`, and writes its context into them for the upstream.
     fn trace(&self, headers: &mut HeaderMap) -> Option<Box<Trace>>;
+
+    /// Begins the span of an attempt to send a traced request, and writes it into `headers` in place of the exchange's.
+    /// `None`: attempts have no spans.
+    fn attempt(&self, trace: &Trace, headers: &mut HeaderMap) -> Option<u64>;
 
     /// Logs a finished exchange or connection and reports its span. It never waits.
     fn finished(&self, scope: &HttpScope, record: &HttpRecord<'_>);
@@ -71,38 +76,37 @@ impl Wanted {
     /// What is wanted of `headers`.
     pub fn of(&self, headers: &HeaderMap) -> HeaderMap {
         let names = match self {
-            Self::All => return headers.iter().map(|(name, value)| (name.clone(), legible(value))).collect(),
+            Self::All => return headers.clone(),
             Self::Names(names) => names,
         };
         let mut kept = HeaderMap::with_capacity(names.len());
         for name in names {
             for value in headers.get_all(name) {
-                kept.append(name, legible(value));
+                kept.append(name, value.clone());
             }
         }
         kept
     }
 }
 
-/// A header's value as text: as it is if it is UTF-8, else with each byte as the letter of Latin-1 that it is, as Envoy's
-/// JSON has it.
-pub fn legible(value: &HeaderValue) -> HeaderValue {
-    if std::str::from_utf8(value.as_bytes()).is_ok() {
-        return value.clone();
+/// Bytes of a peer as text: as they are if they are UTF-8, else each as the letter of Latin-1 that it is, as Envoy's JSON
+/// has them.
+pub fn legible(bytes: &[u8]) -> Cow<'_, str> {
+    match std::str::from_utf8(bytes) {
+        Ok(text) => text.into(),
+        Err(_) => bytes.iter().map(|byte| char::from(*byte)).collect::<String>().into(),
     }
-    let letters: String = value.as_bytes().iter().map(|byte| char::from(*byte)).collect();
-    HeaderValue::from_bytes(letters.as_bytes()).unwrap_or_else(|_| HeaderValue::from_static(""))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use http::HeaderValue;
 
     #[test]
     fn every_value_of_a_header_is_text() {
         for (value, expected) in [(&b"a"[..], "a"), ("ü".as_bytes(), "ü"), (b"a\xffb", "aÿb")] {
-            let value = HeaderValue::from_bytes(value).unwrap();
-            assert_eq!(legible(&value).as_bytes(), expected.as_bytes());
+            assert_eq!(legible(value), expected);
         }
     }
 

@@ -1,7 +1,6 @@
 //! The standard families in Prometheus' text format, version 0.0.4. Label sets that print the same under one metric,
 //! because it leaves out what tells them apart, are one sample: they are added up.
 
-use crate::histogram::BUCKETS;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::fmt::Write;
@@ -21,7 +20,7 @@ impl Sum for u64 {
 pub(crate) struct Read {
     pub(crate) sum: f64,
     /// Each bound with the count of its bucket alone.
-    pub(crate) buckets: [(f64, u64); BUCKETS],
+    pub(crate) buckets: Vec<(f64, u64)>,
 }
 
 impl Sum for Read {

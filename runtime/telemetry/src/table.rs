@@ -16,32 +16,51 @@ pub(crate) trait Activity {
 pub(crate) struct Table<L, S> {
     series_max: usize,
     /// How long a series may be idle until it is forgotten.
-    idle_max: Option<Duration>,
+    idle_max: Mutex<Option<Duration>>,
     series: RwLock<HashMap<L, Arc<S>>>,
     /// What each series had counted when it last changed, and when that was seen.
     seen: Mutex<HashMap<L, (u64, Instant)>>,
 }
 
-impl<L: Eq + Hash + Clone, S: Default + Activity> Table<L, S> {
+impl<L: Eq + Hash + Clone, S: Activity> Table<L, S> {
     pub(crate) fn new(series_max: usize, idle_max: Option<Duration>) -> Self {
+        let idle_max = Mutex::new(idle_max);
         Self { series_max, idle_max, series: RwLock::default(), seen: Mutex::default() }
     }
 
-    /// The series of `labels`, created if it is new; when the table is full, that of `overflow(labels)`, and `true`.
-    pub(crate) fn series(&self, labels: &L, overflow: impl FnOnce(&L) -> L) -> (Arc<S>, bool) {
+    /// Forgets from now on what idles for so long.
+    pub(crate) fn set_idle_max(&self, idle_max: Option<Duration>) {
+        *self.idle_max.lock() = idle_max;
+    }
+
+    /// Forgets all series.
+    pub(crate) fn clear(&self) {
+        self.series.write().clear();
+        self.seen.lock().clear();
+    }
+
+    /// The series of `labels`, which `make` makes if it is new; when the table is full, that of `overflow(labels)`, and
+    /// `true`.
+    pub(crate) fn series(
+        &self,
+        labels: &L,
+        make: impl FnOnce() -> S,
+        overflow: impl FnOnce(&L) -> L,
+    ) -> (Arc<S>, bool) {
         if let Some(series) = self.series.read().get(labels) {
             return (Arc::clone(series), false);
         }
         let mut table = self.series.write();
         if table.len() < self.series_max || table.contains_key(labels) {
-            return (Arc::clone(table.entry(labels.clone()).or_default()), false);
+            return (Arc::clone(table.entry(labels.clone()).or_insert_with(|| Arc::new(make()))), false);
         }
-        (Arc::clone(table.entry(overflow(labels)).or_default()), true)
+        (Arc::clone(table.entry(overflow(labels)).or_insert_with(|| Arc::new(make()))), true)
     }
 
     /// All series, for a scrape at `now`.
     pub(crate) fn list(&self, now: Instant) -> Vec<(L, Arc<S>)> {
-        if let Some(idle_max) = self.idle_max {
+        let idle_max = *self.idle_max.lock();
+        if let Some(idle_max) = idle_max {
             self.forget(idle_max, now);
         }
         self.series.read().iter().map(|(labels, series)| (labels.clone(), Arc::clone(series))).collect()
@@ -80,8 +99,8 @@ mod tests {
     fn a_series_that_idles_is_forgotten_unless_it_is_held() {
         let table: Table<u32, AtomicU64> = Table::new(10, Some(Duration::from_secs(60)));
         let start = Instant::now();
-        let held = table.series(&1, |_| 0).0;
-        let counted = |labels: u32| table.series(&labels, |_| 0).0.fetch_add(1, Relaxed);
+        let held = table.series(&1, AtomicU64::default, |_| 0).0;
+        let counted = |labels: u32| table.series(&labels, AtomicU64::default, |_| 0).0.fetch_add(1, Relaxed);
         let left = |seconds| {
             let list = table.list(start + Duration::from_secs(seconds));
             let mut left: Vec<u32> = list.into_iter().map(|(labels, _)| labels).collect();
@@ -103,7 +122,7 @@ mod tests {
     fn a_full_table_counts_new_label_sets_in_the_overflow_series() {
         let table: Table<u32, AtomicU64> = Table::new(2, None);
         let count = |labels| {
-            let (series, full) = table.series(&labels, |_| u32::MAX);
+            let (series, full) = table.series(&labels, AtomicU64::default, |_| u32::MAX);
             series.fetch_add(1, Relaxed);
             full
         };

@@ -58,6 +58,7 @@ fn over_grpc() -> TelemetryProviderKind {
 
 fn span(id: u64) -> Item {
     Item::Span(Box::new(Span {
+        kind: crate::span::SpanKind::Server,
         trace_id: 0xab,
         id,
         parent_id: 0,

@@ -6,25 +6,21 @@ use crate::testing::Exchange;
 use cairn_mesh::LogValue;
 use cairn_telemetry::HttpRecord;
 
-fn written(format: &str, change: impl FnOnce(&mut HttpRecord<'_>)) -> String {
+fn bytes(format: &str, change: impl FnOnce(&mut HttpRecord<'_>)) -> Vec<u8> {
     let format = Format::parse(format).unwrap_or_else(|error| panic!("{format}: {error}"));
     let mut out = Vec::new();
     Exchange::new().with(change, |facts| format.write(&mut out, facts, false));
-    String::from_utf8(out).unwrap()
+    out
 }
 
-/// Istio's default line as a format, as its documentation gives it.
-const ISTIO: &str = "[%START_TIME%] \"%REQ(:METHOD)% %REQ(X-ENVOY-ORIGINAL-PATH?:PATH)% %PROTOCOL%\" %RESPONSE_CODE% \
-    %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% %CONNECTION_TERMINATION_DETAILS% \
-    \"%UPSTREAM_TRANSPORT_FAILURE_REASON%\" %BYTES_RECEIVED% %BYTES_SENT% %DURATION% \
-    %RESP(X-ENVOY-UPSTREAM-SERVICE-TIME)% \"%REQ(X-FORWARDED-FOR)%\" \"%REQ(USER-AGENT)%\" \"%REQ(X-REQUEST-ID)%\" \
-    \"%REQ(:AUTHORITY)%\" \"%UPSTREAM_HOST%\" %UPSTREAM_CLUSTER_RAW% %UPSTREAM_LOCAL_ADDRESS% \
-    %DOWNSTREAM_LOCAL_ADDRESS% %DOWNSTREAM_REMOTE_ADDRESS% %REQUESTED_SERVER_NAME% %ROUTE_NAME%";
+fn written(format: &str, change: impl FnOnce(&mut HttpRecord<'_>)) -> String {
+    String::from_utf8(bytes(format, change)).unwrap()
+}
 
 #[test]
 fn istios_default_format_writes_the_default_line() {
     type Change = fn(&mut HttpRecord<'_>);
-    let changes: [(&str, Change); 4] = [
+    let changes: [(&str, Change); 6] = [
         ("an answer", |_| ()),
         ("no connection", |record| {
             (record.flags, record.upstream_local) = ("URX,UF", None);
@@ -32,7 +28,12 @@ fn istios_default_format_writes_the_default_line() {
         }),
         ("a failure", |record| {
             (record.upstream, record.upstream_duration, record.cluster) = (None, None, "");
-            (record.status, record.flags, record.user_agent) = (503, "UH", "a\"b\n");
+            (record.status, record.flags) = (503, "UH");
+            (record.user_agent, record.details) = (Some(b"a\"b\n\xff\t"), "a b");
+        }),
+        ("a changed path", |record| record.original_path = "/before"),
+        ("empty headers", |record| {
+            (record.user_agent, record.request_id, record.forwarded_for) = (Some(b""), Some(b""), Some(b""));
         }),
         ("a connection", |record| {
             *record = HttpRecord {
@@ -47,7 +48,9 @@ fn istios_default_format_writes_the_default_line() {
         change(&mut record);
         let mut expected = Vec::new();
         cairn_telemetry::append_default_line(&mut expected, &record);
-        assert_eq!(written(ISTIO, change), String::from_utf8(expected).unwrap(), "{name}");
+        expected.push(b'\n');
+        let written = bytes(ISTIO, change);
+        assert_eq!(written.escape_ascii().to_string(), expected.escape_ascii().to_string(), "{name}");
     }
 }
 
@@ -91,14 +94,14 @@ fn every_operator_has_its_value() {
         ("%ROUTE_NAME%", "shop/r/0"),
         ("%GRPC_STATUS%", "-"),
         ("%DYNAMIC_METADATA(envoy.filters.http.jwt_authn:payload:iss)%", "me"),
-        ("%DYNAMIC_METADATA(envoy.filters.http.jwt_authn:payload:groups)%", "[\\\"a\\\",\\\"b\\\"]"),
+        ("%DYNAMIC_METADATA(envoy.filters.http.jwt_authn:payload:groups)%", "[\"a\",\"b\"]"),
         ("%METADATA(DYNAMIC:envoy.filters.http.jwt_authn:deep:n)%", "7"),
         ("%METADATA(ROUTE:com.example:x)%", "-"),
         ("%DYNAMIC_METADATA(com.example:x)%", "-"),
         ("%DYNAMIC_METADATA(envoy.filters.http.rbac:istio_dry_run_allow_shadow_engine_result)%", "denied"),
         (
             "%DYNAMIC_METADATA(envoy.filters.http.rbac)%",
-            "{\\\"istio_dry_run_allow_shadow_engine_result\\\":\\\"denied\\\"}",
+            "{\"istio_dry_run_allow_shadow_engine_result\":\"denied\"}",
         ),
         ("%CEL(request.path + '!')%", "/a/b?c=d!"),
         ("%CEL(request.headers['missing'])%", "-"),
@@ -152,12 +155,61 @@ fn a_grpc_status_is_a_name_or_a_number() {
 }
 
 #[test]
-fn peers_cannot_forge_fields_or_lines() {
-    let line = written("\"%REQ(USER-AGENT)%\" %REQ(:PATH)%", |record| {
-        record.user_agent = "a\" 200\n";
-        record.path = "/\u{e9}";
-    });
-    assert_eq!(line, "\"a\\\" 200\\x0a\" /é");
+fn headers_are_written_as_envoy_writes_them() {
+    let mut headers = http::HeaderMap::new();
+    for (name, value) in [
+        ("x-quote", &b"a\"b\\c"[..]),
+        ("x-latin", b"a\xffb"),
+        ("x-utf8", "ü".as_bytes()),
+        ("x-tab", b"a\tb"),
+        ("x-empty", b""),
+        ("x-two", b"1"),
+        ("x-two", b"2"),
+        ("via", b"1"),
+        ("via", b"2"),
+    ] {
+        headers.append(name, http::HeaderValue::from_bytes(value).unwrap());
+    }
+    for (format, text, json) in [
+        ("%REQ(x-quote)%", &b"a\"b\\c"[..], "\"a\\\"b\\\\c\""),
+        ("%REQ(x-latin)%", b"a\xffb", "\"a\\u00ffb\""),
+        ("%REQ(x-latin):2%", b"a\xff", "\"a\\u00ff\""),
+        ("%REQ(x-utf8)%", "ü".as_bytes(), "\"ü\""),
+        ("%REQ(x-utf8):1%", b"\xc3", "\"\\u00c3\""),
+        ("%REQ(x-tab)%", b"a\tb", "\"a\\tb\""),
+        ("%REQ(x-empty)%", b"", "\"\""),
+        ("%REQ(x-missing?x-empty)%", b"", "\"\""),
+        ("%REQ(x-missing)%", b"-", "null"),
+        ("<%REQ(x-latin)%%REQ(x-missing)%>", b"<a\xffb->", "\"<a\\u00ffb->\""),
+        ("%REQ(x-two)%", b"1", "\"1\""),
+        ("%REQ(via)%", b"1,2", "\"1,2\""),
+        ("%CEL(request.headers['x-two'])%", b"1,2", "\"1,2\""),
+        ("%CEL(response.code)%", b"200", "\"200\""),
+    ] {
+        let parsed = Format::parse(format).unwrap();
+        let (mut out, mut as_json) = (Vec::new(), Vec::new());
+        let exchange = Exchange::new();
+        let mut record = exchange.record();
+        record.request_headers = Some(&headers);
+        exchange.see(&record, |facts| {
+            parsed.write(&mut out, facts, false);
+            parsed.write_json(&mut as_json, facts, false);
+        });
+        assert_eq!(out.escape_ascii().to_string(), text.escape_ascii().to_string(), "{format}");
+        assert_eq!(String::from_utf8(as_json).unwrap(), json, "{format}");
+    }
+}
+
+#[test]
+fn what_filters_say_cannot_end_a_line() {
+    let said = serde_json::json!({"n": {"k": "a\nb\r\u{0}"}});
+    let exchange = Exchange::new();
+    let mut record = exchange.record();
+    record.metadata = said.as_object();
+    let mut out = Vec::new();
+    let format = Format::parse("%DYNAMIC_METADATA(n:k)%").unwrap();
+    exchange.see(&record, |facts| format.write(&mut out, facts, false));
+    assert_eq!(out, b"a\\x0ab\\x0d\\x00");
 }
 
 #[test]
@@ -229,5 +281,39 @@ fn json_of_ones_own_may_be_nested() {
     ];
     let format = |omit_empty| json(&JsonFormat::new(&entries, omit_empty).unwrap());
     assert_eq!(format(false), "{\"a\":{\"code\":200,\"x\":null},\"list\":[null,true],\"z\":\"-/HTTP/1.1\"}");
-    assert_eq!(format(true), "{\"a\":{\"code\":200},\"list\":[true],\"z\":\"-/HTTP/1.1\"}");
+    assert_eq!(format(true), "{\"a\":{\"code\":200},\"list\":[true],\"z\":\"/HTTP/1.1\"}");
+}
+
+#[test]
+fn json_keeps_the_parts_of_what_has_parts() {
+    for (format, expected) in [
+        ("%DYNAMIC_METADATA(envoy.filters.http.jwt_authn:payload:groups)%", "[\"a\",\"b\"]"),
+        ("%DYNAMIC_METADATA(envoy.filters.http.jwt_authn:payload:iss)%", "\"me\""),
+        ("%METADATA(DYNAMIC:envoy.filters.http.jwt_authn:deep)%", "{\"n\":7}"),
+        ("%DYNAMIC_METADATA(com.example:x)%", "null"),
+        ("%FILTER_STATE(upstream_peer:FIELD:workload)%", "\"cart\""),
+    ] {
+        let mut out = Vec::new();
+        let parsed = Format::parse(format).unwrap();
+        Exchange::new().with(|_| (), |facts| parsed.write_json(&mut out, facts, false));
+        assert_eq!(String::from_utf8(out).unwrap(), expected, "{format}");
+    }
+    for (form, first) in [("", '{'), (":TYPED", '{'), (":PLAIN", '"')] {
+        let parsed = Format::parse(&format!("%FILTER_STATE(downstream_peer{form})%")).unwrap();
+        let mut out = Vec::new();
+        Exchange::new().with(|_| (), |facts| parsed.write_json(&mut out, facts, false));
+        assert!(out.starts_with(first.to_string().as_bytes()), "{form}");
+    }
+}
+
+#[test]
+fn a_map_of_which_nothing_is_left_is_left_out() {
+    let missing = || LogValue::Text("%REQ(x-missing)%".into());
+    let entries = [
+        ("list".into(), LogValue::List(vec![missing()])),
+        ("map".into(), LogValue::Map(vec![("k".into(), missing())])),
+    ];
+    let format = |omit_empty| json(&JsonFormat::new(&entries, omit_empty).unwrap());
+    assert_eq!(format(true), "{\"list\":[]}");
+    assert_eq!(format(false), "{\"list\":[null],\"map\":{\"k\":null}}");
 }

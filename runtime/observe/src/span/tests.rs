@@ -20,6 +20,7 @@ fn plan(kind: TelemetryProviderKind, sampling: u16) -> TracingPlan {
         tags: BTreeMap::new(),
         use_request_id: true,
         istio_tags: true,
+        client_spans: false,
     }
 }
 
@@ -134,7 +135,8 @@ fn tags_of(
     plan: &TracingPlan,
     change: impl FnOnce(&mut cairn_telemetry::HttpRecord<'_>),
 ) -> (Span, BTreeMap<String, String>) {
-    let trace = Trace { trace_id: 1, span_id: 2, parent_id: 3, sampled: true, state: String::new() };
+    let trace =
+        Trace { trace_id: 1, span_id: 2, parent_id: 3, sampled: true, narrow: false, state: String::new() };
     let span = Exchange::new().with(change, |facts| Tracer::compile(plan).unwrap().span(&trace, facts));
     let tags = span.tags.iter().map(|(name, value)| (name.to_string(), value.clone())).collect();
     (span, tags)
@@ -223,4 +225,138 @@ fn custom_tags_come_from_where_they_say() {
     let mut wants = Wants::default();
     Tracer::compile(&plan).unwrap().want(&mut wants);
     assert_ne!(wants.request, Default::default());
+}
+
+#[test]
+fn attempts_have_spans_where_the_gateway_asks() {
+    let asked = |sampling| TracingPlan { client_spans: true, ..plan(otel(), sampling) };
+    for (name, plan, expected) in [
+        ("by default", plan(otel(), 10_000), false),
+        ("asked", asked(10_000), true),
+        ("not sampled", asked(0), false),
+        ("not reported", TracingPlan { report: false, ..asked(10_000) }, false),
+    ] {
+        let tracer = Tracer::compile(&plan).unwrap();
+        let mut sent = HeaderMap::new();
+        let trace = tracer.begin(&mut sent);
+        let attempt = tracer.attempt(&trace, &mut sent);
+        assert_eq!(attempt.is_some(), expected, "{name}");
+        let told = format!("{:016x}", attempt.unwrap_or(trace.span_id));
+        assert_eq!(sent["traceparent"].to_str().unwrap().split('-').nth(2), Some(&*told), "{name}");
+    }
+    let silent = TracingPlan { propagate: false, ..asked(10_000) };
+    let tracer = Tracer::compile(&silent).unwrap();
+    let mut sent = HeaderMap::new();
+    let trace = tracer.begin(&mut sent);
+    assert!(tracer.attempt(&trace, &mut sent).is_some() && sent.is_empty(), "a span that nobody is told of");
+}
+
+#[test]
+fn an_attempts_context_names_the_exchange_as_its_parent_in_b3() {
+    let tracer = Tracer::compile(&TracingPlan { client_spans: true, ..plan(zipkin(true), 10_000) }).unwrap();
+    let mut sent = headers(&[("b3", "00000000000000ab-00000000000000cd-1")]);
+    let trace = tracer.begin(&mut sent);
+    let first = tracer.attempt(&trace, &mut sent).unwrap();
+    let second = tracer.attempt(&trace, &mut sent).unwrap();
+    assert_ne!(first, second);
+    assert_eq!(sent["x-b3-spanid"], format!("{second:016x}").as_str());
+    assert_eq!(sent["x-b3-parentspanid"], format!("{:016x}", trace.span_id).as_str());
+    assert_eq!(sent["b3"], format!("00000000000000ab-{second:016x}-1").as_str());
+}
+
+#[test]
+fn an_attempts_span_is_its_exchanges_child() {
+    let cart = crate::testing::workload("cart");
+    let attempt = |span_id, after, duration, flags| Try {
+        span_id,
+        after: Duration::from_millis(after),
+        duration,
+        upstream: "10.0.0.2:8080".parse().unwrap(),
+        workload: Arc::clone(&cart),
+        flags,
+    };
+    let failed = attempt(7, 1, Some(Duration::from_millis(2)), "UF");
+    let tries = [failed, attempt(8, 4, None, "-")];
+    let exchange = Exchange::new();
+    let mut record = exchange.record();
+    record.tries = &tries;
+    let trace = record.trace.unwrap();
+    let plan = TracingPlan { client_spans: true, ..plan(otel(), 0) };
+    let tracer = Tracer::compile(&plan).unwrap();
+    let spans: Vec<Span> = exchange.see(&record, |facts| {
+        tries.iter().enumerate().map(|one| tracer.client_span(trace, one, facts)).collect()
+    });
+    let millis = |span: &Span| {
+        let since = |at: SystemTime| at.duration_since(record.started).unwrap().as_micros();
+        (since(span.start), since(span.end))
+    };
+    let [first, second] = spans.as_slice() else { panic!("{spans:?}") };
+    assert_eq!((first.kind, first.id, first.parent_id), (SpanKind::Client, 7, trace.span_id));
+    assert_eq!((second.id, second.parent_id, second.trace_id), (8, trace.span_id, trace.trace_id));
+    assert_eq!(millis(first), (1000, 3000));
+    assert_eq!(millis(second), (4000, 12_900), "to the exchange's end");
+    assert_eq!((first.is_error, second.is_error), (true, false));
+    assert_eq!(second.name, "router inbound-vip|80|http|cart egress");
+    let tag = |span: &Span, name: &str| {
+        span.tags.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone()).unwrap_or_default()
+    };
+    for (name, of_first, of_second) in [
+        ("component", "proxy", "proxy"),
+        ("http.protocol", "HTTP/1.1", "HTTP/1.1"),
+        ("upstream_cluster", "inbound-vip|80|http|cart", "inbound-vip|80|http|cart"),
+        ("upstream_cluster.name", "inbound-vip|80|http|cart", "inbound-vip|80|http|cart"),
+        ("upstream_address", "10.0.0.2:8080", "10.0.0.2:8080"),
+        ("peer.address", "10.0.0.2:8080", "10.0.0.2:8080"),
+        ("response_flags", "UF", "-"),
+        ("http.status_code", "0", "200"),
+        ("retry.count", "", "1"),
+        ("error", "true", ""),
+        ("istio.destination_workload", "cart", "cart"),
+    ] {
+        assert_eq!((&*tag(first, name), &*tag(second, name)), (of_first, of_second), "{name}");
+    }
+}
+
+#[test]
+fn policies_on_trial_are_told() {
+    let said = serde_json::json!({"envoy.filters.http.rbac": {
+        "istio_dry_run_allow_shadow_engine_result": "denied",
+        "istio_dry_run_allow_shadow_effective_policy_id": "ns[a]-policy[b]-rule[0]",
+        "istio_dry_run_deny_shadow_engine_result": "allowed",
+    }});
+    let exchange = Exchange::new();
+    let mut record = exchange.record();
+    record.metadata = said.as_object();
+    let tags = |plan: &TracingPlan| {
+        let tracer = Tracer::compile(plan).unwrap();
+        let span = exchange.see(&record, |facts| tracer.span(record.trace.unwrap(), facts));
+        let of_trial = |(name, _): &(Cow<'static, str>, String)| name.contains("dry_run");
+        span.tags
+            .into_iter()
+            .filter(of_trial)
+            .map(|(name, value)| format!("{name}={value}"))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(
+        tags(&plan(otel(), 0)),
+        [
+            "istio.authorization.dry_run.allow_policy.name=ns[a]-policy[b]-rule[0]",
+            "istio.authorization.dry_run.allow_policy.result=denied",
+            "istio.authorization.dry_run.deny_policy.result=allowed",
+        ]
+    );
+    assert!(tags(&TracingPlan { istio_tags: false, ..plan(otel(), 0) }).is_empty());
+}
+
+#[test]
+fn a_path_is_cut_where_the_provider_says() {
+    for (most, expected) in
+        [(4, "http://cart:80/a/b"), (256, "http://cart:80/a/b?c=d"), (0, "http://cart:80")]
+    {
+        let mut kind = otel();
+        if let TelemetryProviderKind::OtelTrace(otel) = &mut kind {
+            otel.tag_bytes_max = most;
+        }
+        assert_eq!(tags_of(&plan(kind, 0), |_| ()).1["http.url"], expected, "{most}");
+    }
 }

@@ -14,12 +14,12 @@ fn http_line(change: impl FnOnce(&mut HttpRecord<'_>)) -> String {
     let mut record = HttpRecord {
         duration: Duration::from_micros(12_900),
         upstream_duration: Some(Duration::from_millis(11)),
-        request_id: "0a1b",
+        request_id: Some(b"0a1b"),
         method: "GET",
         path: "/a?b=c",
         protocol: "HTTP/1.1",
         authority: "echo:80",
-        user_agent: "curl/8",
+        user_agent: Some(b"curl/8"),
         status: 200,
         details: "via_upstream",
         response_body_bytes: 5,
@@ -62,9 +62,36 @@ fn what_is_missing_is_a_dash() {
 }
 
 #[test]
-fn a_peer_cannot_forge_fields_or_lines() {
-    let line = http_line(|record| record.user_agent = "a\" 200\n[x\\ é");
-    assert!(line.contains(" \"a\\\" 200\\x0a[x\\\\ é\" "), "{line}");
+fn headers_are_written_as_they_came() {
+    for (name, value, expected) in [
+        ("none", None, &b"-"[..]),
+        ("empty", Some(&b""[..]), b""),
+        ("quotes, as Envoy has them", Some(b"a\" 200 \\"), b"a\" 200 \\"),
+        ("UTF-8", Some("\u{e9}".as_bytes()), "\u{e9}".as_bytes()),
+        ("Latin-1", Some(b"a\xffb"), b"a\xffb"),
+        ("a tab", Some(b"a\tb"), b"a\tb"),
+        ("what no header can hold", Some(b"a\nb\0"), b"a\\x0ab\\x00"),
+    ] {
+        let mut record =
+            HttpRecord::new(at_millis(0), "10.0.0.1:1".parse().unwrap(), "10.0.0.2:2".parse().unwrap());
+        record.user_agent = value;
+        let mut out = Vec::new();
+        http(&mut out, &record);
+        let quoted = [&b"\"-\" \""[..], expected, b"\" \"-\" \"-\""].concat();
+        assert!(out.windows(quoted.len()).any(|part| part == quoted), "{name}: {}", out.escape_ascii());
+    }
+}
+
+#[test]
+fn a_path_that_a_route_changed_is_logged_as_it_was() {
+    let line = http_line(|record| record.original_path = "/before");
+    assert!(line.contains("\"GET /before HTTP/1.1\""), "{line}");
+}
+
+#[test]
+fn reasons_have_no_spaces() {
+    let line = http_line(|record| (record.details, record.upstream_failure) = ("a b", "c d"));
+    assert!(line.contains(" 200 - a_b - \"c_d\" "), "{line}");
 }
 
 #[test]

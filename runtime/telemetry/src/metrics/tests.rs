@@ -220,3 +220,183 @@ fn a_connection_counts_bytes_once_however_often_it_reports() {
         ]
     );
 }
+
+/// Each label of `istio_requests_total`: what it says of ends that the mesh knows, and of an exchange of which nothing
+/// is known.
+#[test]
+fn each_label_has_its_value_and_its_default() {
+    let known = |name: &str| {
+        let mut workload = (*workload(name)).clone();
+        workload.workload_name = format!("{name}-deployment").into();
+        workload.canonical_name = format!("{name}-app").into();
+        workload.canonical_revision = "v2".into();
+        workload.cluster_id = "c1".into();
+        Arc::new(workload)
+    };
+    let service = Arc::new(cairn_mesh::Service {
+        name: "cart".into(),
+        namespace: "shop".into(),
+        hostname: "cart.shop.svc.cluster.local".into(),
+        vips: Vec::new(),
+        ports: Vec::new(),
+        subject_alt_names: Vec::new(),
+        waypoint: None,
+        load_balancing: Default::default(),
+        canonical: true,
+    });
+    let (web, cart) = (known("web"), known("cart"));
+    let labels = |source: PeerLabels, service, record: &HttpRecord<'_>| {
+        let metrics = Metrics::new("waypoint", "1", MetricsSettings::default());
+        HttpScope::new(&metrics, source, service).count(record, None);
+        let samples = parse(&metrics.encode());
+        let sample = samples.iter().find(|sample| sample.0 == "istio_requests_total").unwrap();
+        sample.1.iter().cloned().collect::<BTreeMap<String, String>>()
+    };
+    let of_all = labels(
+        PeerLabels::of(Some(&web), Some(&web.identity)),
+        Some(service),
+        &HttpRecord { grpc: true, grpc_status: Some(0), flags: "UF", ..record(200, Some(&cart)) },
+    );
+    let of_nothing = labels(PeerLabels::default(), None, &record(0, None));
+    let table = [
+        ("reporter", "waypoint", "waypoint"),
+        ("source_workload", "web-deployment", "unknown"),
+        ("source_canonical_service", "web-app", "unknown"),
+        ("source_canonical_revision", "v2", "latest"),
+        ("source_workload_namespace", "shop", "unknown"),
+        ("source_principal", "spiffe://cluster.local/ns/shop/sa/web", "unknown"),
+        ("source_app", "web-app", "unknown"),
+        ("source_version", "v2", "unknown"),
+        ("source_cluster", "c1", "unknown"),
+        ("destination_workload", "cart-deployment", "unknown"),
+        ("destination_workload_namespace", "shop", "unknown"),
+        ("destination_principal", "spiffe://cluster.local/ns/shop/sa/cart", "unknown"),
+        ("destination_app", "cart-app", "unknown"),
+        ("destination_version", "v2", "unknown"),
+        ("destination_service", "cart.shop.svc.cluster.local", "unknown"),
+        ("destination_canonical_service", "cart-app", "unknown"),
+        ("destination_canonical_revision", "v2", "latest"),
+        ("destination_service_name", "cart", "unknown"),
+        ("destination_service_namespace", "shop", "unknown"),
+        ("destination_cluster", "c1", "unknown"),
+        ("request_protocol", "grpc", "http"),
+        ("response_code", "200", "0"),
+        ("grpc_response_status", "0", ""),
+        ("response_flags", "UF", "-"),
+        ("connection_security_policy", "mutual_tls", "none"),
+    ];
+    for (label, known, unknown) in table {
+        assert_eq!((&*of_all[label], &*of_nothing[label]), (known, unknown), "{label}");
+    }
+    assert_eq!((of_all.len(), of_nothing.len()), (table.len(), table.len()));
+}
+
+#[test]
+fn both_ends_must_be_proven_for_mutual_tls() {
+    let (proven, bare) = (peer("web"), PeerLabels { principal: None, ..peer("web") });
+    for (source, destination, expected) in [
+        (&proven, &proven, "mutual_tls"),
+        (&bare, &proven, "none"),
+        (&proven, &bare, "none"),
+        (&bare, &bare, "none"),
+    ] {
+        assert_eq!(Security::between(source, destination).as_str(), expected);
+    }
+}
+
+/// Which labels each family has, of a waypoint: connections have no codes, and messages end with the cluster.
+#[test]
+fn each_family_has_its_labels() {
+    let metrics = Metrics::new("waypoint", "1", MetricsSettings::default());
+    let cart = workload("cart");
+    let stream =
+        HttpRecord { grpc: true, request_messages: 2, response_messages: 3, ..record(200, Some(&cart)) };
+    HttpScope::new(&metrics, peer("web"), None).count(&stream, None);
+    let labels = TcpLabels {
+        reporter: Reporter::Waypoint,
+        source: peer("web"),
+        destination: peer("cart"),
+        service: None,
+        response_flags: "-",
+        security: Security::MutualTls,
+        custom: CustomLabels::default(),
+    };
+    let mut connection = TcpConnection::open(&metrics, labels);
+    connection.report(1, 1);
+    connection.close("-");
+    let samples = parse(&metrics.encode());
+    let has = |name: &str, label: &str| {
+        let sample = samples.iter().find(|sample| sample.0 == name).unwrap_or_else(|| panic!("no {name}"));
+        sample.1.iter().any(|(known, _)| known == label)
+    };
+    for (name, count, code, grpc, flags) in [
+        ("istio_requests_total", 25, true, true, true),
+        ("istio_request_duration_milliseconds_sum", 25, true, true, true),
+        ("istio_request_bytes_sum", 25, true, true, true),
+        ("istio_response_bytes_sum", 25, true, true, true),
+        ("istio_request_messages_total", 20, false, false, false),
+        ("istio_response_messages_total", 20, false, false, false),
+        ("istio_tcp_connections_opened_total", 23, false, false, true),
+        ("istio_tcp_connections_closed_total", 23, false, false, true),
+        ("istio_tcp_sent_bytes_total", 23, false, false, true),
+        ("istio_tcp_received_bytes_total", 23, false, false, true),
+    ] {
+        let found =
+            (has(name, "response_code"), has(name, "grpc_response_status"), has(name, "response_flags"));
+        assert_eq!(found, (code, grpc, flags), "{name}");
+        let sample = samples.iter().find(|sample| sample.0 == name).unwrap();
+        assert_eq!(sample.1.len(), count, "{name}: {:?}", sample.1);
+    }
+    assert_eq!(values(&samples, "istio_request_messages_total"), [2.0]);
+    assert_eq!(values(&samples, "istio_response_messages_total"), [3.0]);
+}
+
+#[test]
+fn histograms_have_the_bounds_that_the_longest_prefix_says() {
+    let metrics = Metrics::new("waypoint", "1", MetricsSettings::default());
+    let scope = HttpScope::new(&metrics, peer("web"), None);
+    let rows = |metric: &str| {
+        let name = format!("istio_{metric}_bucket");
+        values(&parse(&metrics.encode()), &name).len()
+    };
+    scope.count(&record(200, None), None);
+    let all = ["request_duration_milliseconds", "request_bytes", "response_bytes"];
+    assert_eq!(all.map(rows), [20, 20, 20]);
+    let bounds = |prefix: &str, list: &[f64]| (Arc::from(prefix), Arc::from(list));
+    let nine = [1.0, 5.0, 10.0, 50.0, 100.0, 500.0, 1000.0, 5000.0, 10_000.0];
+    for (name, said, expected) in [
+        ("all of Istio's", vec![bounds("istiocustom", &nine)], [10, 10, 10]),
+        (
+            "the longest prefix",
+            vec![bounds("istio", &[1.0]), bounds("istiocustom.istio_request_bytes", &[1.0, 2.0])],
+            [2, 3, 2],
+        ),
+        ("a prefix of nothing", vec![bounds("cluster.", &[1.0])], [20, 20, 20]),
+        ("none again", vec![], [20, 20, 20]),
+    ] {
+        metrics.configure(&said, None);
+        // A connection that was open before counts in the new series, too.
+        scope.count(&record(200, None), None);
+        assert_eq!(all.map(rows), expected, "{name}");
+    }
+    let before = values(&parse(&metrics.encode()), "istio_requests_total");
+    metrics.configure(&[], Some(Duration::from_secs(9)));
+    assert_eq!(values(&parse(&metrics.encode()), "istio_requests_total"), before, "nothing changed");
+    metrics.configure(&[bounds("istio", &[0.5])], None);
+    scope.count(&record(200, None), None);
+    let text = metrics.encode();
+    assert!(
+        text.contains("istio_request_duration_milliseconds_bucket{") && text.contains("le=\"0.5\"} 0"),
+        "{text}"
+    );
+}
+
+#[test]
+fn series_that_idle_are_forgotten_when_it_is_said() {
+    let metrics = Metrics::new("waypoint", "1", MetricsSettings::default());
+    HttpScope::new(&metrics, peer("web"), None).count(&record(200, None), None);
+    let count = || values(&parse(&metrics.encode()), "istio_requests_total").len();
+    assert_eq!((count(), count()), (1, 1), "by default for ever");
+    metrics.configure(&[], Some(Duration::ZERO));
+    assert_eq!(count(), 0);
+}

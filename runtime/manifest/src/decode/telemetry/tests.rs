@@ -123,6 +123,8 @@ tracing:
 
 #[test]
 fn every_metric_has_its_name() {
+    let all = "metrics: [{overrides: [{match: {metric: ALL_METRICS}, disabled: true}]}]";
+    assert_eq!(the_policy(telemetry(all)).metrics[0].overrides[0].metric, None);
     for (name, metric) in Metric::ALL {
         let spec = format!("metrics: [{{overrides: [{{match: {{metric: {name}}}, disabled: true}}]}}]");
         let policy = the_policy(telemetry(&spec));
