@@ -149,6 +149,7 @@ fn start_operators(proxy: &Arc<Proxy>, readiness: Readiness) -> anyhow::Result<(
     Operators {
         readiness_address: at(15021),
         metrics_address: at(15020),
+        metrics_address_too: None,
         admin_address: SocketAddr::new(proxy.settings.admin_address, 15000),
         readiness,
         metrics: Arc::new(move || counted.telemetry.metrics.encode() + &counted.trials.encode_metrics()),

@@ -14,5 +14,5 @@ pub use logging::{LogFormat, LoggingError, init_logging};
 pub use operators::{OperatorError, Operators, Text, admin_layers};
 pub use readiness::{Pending, Readiness};
 pub use settings::{SettingsError, load_file};
-pub use signals::stop_signal;
+pub use signals::{Signals, reopen_signals, stop_signal};
 pub use threads::{ThreadError, Workers, control_runtime};

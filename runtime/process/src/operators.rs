@@ -42,6 +42,8 @@ pub struct Operators {
     pub readiness_address: SocketAddr,
     /// `/metrics` and `/stats/prometheus`; Istio's port is 15020.
     pub metrics_address: SocketAddr,
+    /// The same once more, where scrapers expect it of a waypoint; Istio's port is 15090.
+    pub metrics_address_too: Option<SocketAddr>,
     /// The binary's own routes; Istio's port is 15000, on loopback only.
     pub admin_address: SocketAddr,
     /// What readiness waits for.
@@ -56,7 +58,7 @@ pub struct Operators {
 pub type Text = Arc<dyn Fn() -> String + Send + Sync>;
 
 impl Operators {
-    /// Binds all three ports and serves them on the current runtime until it ends.
+    /// Binds all ports and serves them on the current runtime until it ends.
     ///
     /// # Errors
     /// When a port cannot be had.
@@ -69,6 +71,9 @@ impl Operators {
         let metrics =
             Router::new().route("/metrics", get(render.clone())).route("/stats/prometheus", get(render));
         serve(self.readiness_address, "readiness", ready)?;
+        if let Some(address) = self.metrics_address_too {
+            serve(address, "metrics", metrics.clone())?;
+        }
         serve(self.metrics_address, "metrics", metrics)?;
         serve(self.admin_address, "admin", self.admin)
     }

@@ -87,8 +87,9 @@ async fn serve(settings: Settings, workers: Workers) -> anyhow::Result<()> {
     let mut telemetry_settings =
         TelemetrySettings { access_log: settings.access_log, ..TelemetrySettings::default() };
     telemetry_settings.metrics.idle_max = settings.metrics_idle;
+    // What Istio's proxies call themselves in `istio_build`.
     let telemetry =
-        Telemetry::new("waypoint", env!("CARGO_PKG_VERSION"), &telemetry_settings, std::io::stdout());
+        Telemetry::new("proxy", env!("CARGO_PKG_VERSION"), &telemetry_settings, std::io::stdout());
     let issuer = CaClient::new(CaSettings {
         address: settings.ca_address.clone(),
         roots: settings.xds_root.clone(),
@@ -284,6 +285,7 @@ fn start_operators(
     Operators {
         readiness_address: at(15021),
         metrics_address: at(15020),
+        metrics_address_too: Some(at(15090)),
         admin_address: SocketAddr::new(waypoint.settings.admin_address, 15000),
         readiness,
         metrics: Arc::new(move || {
@@ -312,6 +314,10 @@ async fn first_certificate(waypoint: &Waypoint, pending: Pending) {
 
 /// Compiles sites whenever the mesh or a plugin changes.
 async fn compile(waypoint: Arc<Waypoint>, loader: Arc<Loader>, first: oneshot::Sender<()>, settled: Pending) {
+    // As Envoy, which `logrotate` tells so. Where it cannot be heard, nothing else is lost.
+    let mut rotated = cairn_process::reopen_signals().inspect_err(|error| {
+        tracing::warn!(%error, "access logs are not opened anew: SIGUSR1 cannot be heard");
+    });
     let own = Own { gateway: waypoint.settings.gateway.clone(), address: waypoint.settings.hbone.ip() };
     let observers = observers::Observers::new(&waypoint);
     let mut sites = Sites::new(own, Arc::clone(&waypoint.keyring), observers);
@@ -327,6 +333,9 @@ async fn compile(waypoint: Arc<Waypoint>, loader: Arc<Loader>, first: oneshot::S
     loop {
         changes.borrow_and_update();
         let snapshot = waypoint.mesh.snapshot();
+        let said = &snapshot.l7().gateway_telemetry;
+        let idle_max = said.eviction.or(waypoint.settings.metrics_idle);
+        waypoint.telemetry.metrics.configure(&said.buckets, idle_max);
         let table = sites.update(&snapshot, &mut plugins);
         waypoint.snapshot.store(snapshot);
         waypoint.table.store(Arc::new(table));
@@ -354,7 +363,16 @@ async fn compile(waypoint: Arc<Waypoint>, loader: Arc<Loader>, first: oneshot::S
                 }
             }
             _ = tidying.tick() => plugins.purge(),
+            Some(()) = next(&mut rotated) => sites.reopen_logs(),
         }
+    }
+}
+
+/// The next signal; never, where there are none.
+async fn next(signals: &mut std::io::Result<cairn_process::Signals>) -> Option<()> {
+    match signals {
+        Ok(signals) => signals.recv().await,
+        Err(_) => std::future::pending().await,
     }
 }
 

@@ -53,6 +53,11 @@ impl Observers {
         Self { outputs: Outputs::new(telemetry, Arc::clone(&own), start), own, known: Vec::new() }
     }
 
+    /// Opens the files of access logs anew.
+    pub(crate) fn reopen_logs(&self) {
+        self.outputs.reopen();
+    }
+
     /// The observer of a plan; `None` where nobody asks for anything but the standard metrics and the process's log.
     pub(crate) fn of(&mut self, plan: &TelemetryPlan) -> Option<Arc<dyn Observe>> {
         if is_standard(plan) {

@@ -134,6 +134,13 @@ impl Sites {
         Self { own, keyring, observers: None, known: HashMap::new(), left: HashMap::new() }
     }
 
+    /// Opens the files of access logs anew, for what rotates them has moved them away.
+    pub fn reopen_logs(&self) {
+        if let Some(observers) = &self.observers {
+            observers.reopen_logs();
+        }
+    }
+
     /// Compiles what changed and returns the table of all. `plugins` starts to load what is new.
     pub fn update(&mut self, snapshot: &Snapshot, plugins: &mut dyn PluginSource) -> Table {
         let l7 = snapshot.l7();
@@ -233,7 +240,8 @@ impl Sites {
                 Addressed::Service(service) => self.own.routes(l7, service, port),
                 Addressed::Workload(_) => Vec::new(),
             },
-            telemetry: TelemetryPlan::merge(&self.own.telemetry(l7, addressed, root), &settings.telemetry),
+            telemetry: TelemetryPlan::merge(&self.own.telemetry(l7, addressed, root), &settings.telemetry)
+                .at(&l7.gateway_telemetry),
         }
     }
 }
