@@ -5,29 +5,19 @@ use crate::scenario::{
     seen_name,
 };
 use crate::{custom, http2, jwt, rbac, tcp};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use cairn_mesh::PathNormalization;
+use cairn_tests::envoy::{Start, extension, loopback, typed};
 use serde_json::{Value, json};
-use std::collections::HashMap;
-use std::fs::{self, File};
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, Stdio};
-use std::time::{Duration, Instant};
-use tempfile::TempDir;
+use std::path::Path;
+use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 /// How long Envoy may take to start, and to answer.
 const START_MAX: Duration = Duration::from_secs(60);
 const ANSWER_MAX: Duration = Duration::from_secs(15);
-
-/// Runs a program while its standard input is open, so that it ends with this process, however that ends.
-const LIFELINE: &str = r#"
-"$@" </dev/null & program=$!
-cat >/dev/null
-kill -TERM "$program"; wait "$program"
-"#;
 
 /// The modes of path normalisation: a listener for each.
 const MODES: [PathNormalization; 4] = [
@@ -37,88 +27,26 @@ const MODES: [PathNormalization; 4] = [
     PathNormalization::DecodeAndMergeSlashes,
 ];
 
-/// Where Envoy is, if it is installed.
-pub fn program() -> Option<PathBuf> {
-    let installed = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/peers/envoy");
-    std::env::var_os("ENVOY").map(PathBuf::from).or(Some(installed)).filter(|file| file.exists())
-}
-
 /// A running Envoy that knows some scenarios. It ends when dropped.
-pub struct Envoy {
-    process: Child,
-    lifeline: Option<ChildStdin>,
-    directory: TempDir,
-    /// How many listeners there must be.
-    listeners_wanted: usize,
-    listeners: HashMap<String, SocketAddr>,
-}
+pub struct Envoy(cairn_tests::envoy::Envoy);
 
 impl Envoy {
     /// Starts `program` with `scenarios`.
     pub async fn start(program: &Path, scenarios: &[Scenario]) -> Result<Self> {
-        let directory = tempfile::tempdir()?;
-        let configuration = directory.path().join("envoy.json");
-        fs::write(&configuration, serde_json::to_vec(&bootstrap(scenarios))?)?;
-        let log = File::create(directory.path().join("envoy.log"))?;
-        let mut process = Command::new("sh")
-            .args(["-c", LIFELINE, "envoy"])
-            .arg(program)
-            .arg("-c")
-            .arg(&configuration)
-            .args(["--concurrency", "1", "--disable-hot-restart", "--log-level", "warning"])
-            .arg("--admin-address-path")
-            .arg(directory.path().join("admin"))
-            .stdin(Stdio::piped())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .context("cannot run sh")?;
-        let lifeline = process.stdin.take();
-        let listeners_wanted = MODES.len() + scenarios.iter().filter(|scenario| scenario.tcp).count();
-        let mut envoy = Self { process, lifeline, directory, listeners_wanted, listeners: HashMap::new() };
-        envoy.listeners = envoy.wait_for_listeners().await?;
-        Ok(envoy)
-    }
-
-    async fn wait_for_listeners(&self) -> Result<HashMap<String, SocketAddr>> {
-        let deadline = Instant::now() + START_MAX;
-        loop {
-            match self.listeners().await {
-                Ok(listeners) => return Ok(listeners),
-                Err(error) if Instant::now() > deadline || self.log().contains("exiting") => {
-                    return Err(error.context(format!("Envoy does not start:\n{}", self.log())));
-                }
-                Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
-            }
-        }
-    }
-
-    async fn listeners(&self) -> Result<HashMap<String, SocketAddr>> {
-        let admin: SocketAddr = fs::read_to_string(self.directory.path().join("admin"))?.trim().parse()?;
-        let ready = get(admin, "/ready").await?;
-        ensure!(ready.trim() == "LIVE", "not ready: {ready}");
-        let listeners: Value = serde_json::from_str(&get(admin, "/listeners?format=json").await?)?;
-        let list = listeners["listener_statuses"].as_array().context("no listeners")?;
-        ensure!(list.len() == self.listeners_wanted, "not all listeners: {listeners}");
-        list.iter()
-            .map(|listener| {
-                let name = listener["name"].as_str().context("no name")?.to_owned();
-                let at = &listener["local_address"]["socket_address"];
-                let (ip, port) = (at["address"].as_str().context("no address")?, &at["port_value"]);
-                Ok((name, format!("{ip}:{port}").parse()?))
-            })
-            .collect()
-    }
-
-    fn log(&self) -> String {
-        fs::read_to_string(self.directory.path().join("envoy.log")).unwrap_or_default()
+        let start = Start {
+            bootstrap: &bootstrap(scenarios),
+            listeners: MODES.len() + scenarios.iter().filter(|scenario| scenario.tcp).count(),
+            flags: &[],
+            limit: START_MAX,
+        };
+        cairn_tests::envoy::Envoy::start(program, &start).await.map(Self)
     }
 
     /// What becomes of a request to scenario number `index`.
     pub async fn ask(&self, index: usize, normalization: PathNormalization, ask: &Ask) -> Result<Outcome> {
-        match self.listeners.get(&tcp::name(index)) {
-            Some(listener) => Self::connect(*listener, ask).await,
-            None => Ok(Answer::outcome(self.answer(index, normalization, ask).await?, ask)),
+        match self.0.address(&tcp::name(index)) {
+            Ok(listener) => Self::connect(listener, ask).await,
+            Err(_) => Ok(Answer::outcome(self.answer(index, normalization, ask).await?, ask)),
         }
     }
 
@@ -142,7 +70,7 @@ impl Envoy {
         normalization: PathNormalization,
         ask: &Ask,
     ) -> Result<Option<Answer>> {
-        let listener = self.listeners.get(&format!("{normalization:?}")).context("no such listener")?;
+        let listener = self.0.address(&format!("{normalization:?}"))?;
         let asking = async {
             let mut stream = TcpStream::connect(listener).await?;
             // Nothing is left behind when it closes, so that ports do not run out.
@@ -159,23 +87,6 @@ impl Envoy {
         };
         tokio::time::timeout(ANSWER_MAX, asking).await.with_context(|| format!("no answer to {ask}"))?
     }
-}
-
-impl Drop for Envoy {
-    fn drop(&mut self) {
-        drop(self.lifeline.take());
-        let _status = self.process.wait();
-    }
-}
-
-async fn get(admin: SocketAddr, path: &str) -> Result<String> {
-    let mut stream = TcpStream::connect(admin).await?;
-    stream
-        .write_all(format!("GET {path} HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").as_bytes())
-        .await?;
-    let mut bytes = Vec::new();
-    stream.read_to_end(&mut bytes).await?;
-    Ok(Answer::parse(&bytes).context("no answer")?.into_body())
 }
 
 /// The PROXY protocol's word for who connects to what.
@@ -196,7 +107,7 @@ fn bootstrap(scenarios: &[Scenario]) -> Value {
     let listeners: Vec<Value> =
         of_http.chain(of_tcp.map(|(index, scenario)| tcp::listener(index, scenario))).collect();
     json!({
-        "admin": { "address": loopback() },
+        "admin": { "address": loopback(0) },
         "static_resources": { "listeners": listeners, "clusters": custom::clusters() },
         "layered_runtime": { "layers": [{ "name": "static", "static_layer": {
             // As Istio sets it: a fragment is dropped, not refused.
@@ -206,22 +117,6 @@ fn bootstrap(scenarios: &[Scenario]) -> Value {
             "re2.max_program_size.error_level": 32768,
         } }] },
     })
-}
-
-/// Any port of loopback.
-pub fn loopback() -> Value {
-    json!({ "socket_address": { "address": "127.0.0.1", "port_value": 0 } })
-}
-
-/// A message of this type of Envoy's extensions.
-pub fn typed(kind: &str, mut fields: Value) -> Value {
-    fields["@type"] = format!("type.googleapis.com/envoy.extensions.{kind}").into();
-    fields
-}
-
-/// An extension with its configuration.
-pub fn extension(name: &str, kind: &str, fields: Value) -> Value {
-    json!({ "name": name, "typed_config": typed(kind, fields) })
 }
 
 fn listener(mode: PathNormalization, scenarios: &[Scenario]) -> Value {
@@ -260,7 +155,7 @@ fn listener(mode: PathNormalization, scenarios: &[Scenario]) -> Value {
     );
     json!({
         "name": format!("{mode:?}"),
-        "address": loopback(),
+        "address": loopback(0),
         "listener_filters": [proxy_protocol(json!({}))],
         "filter_chains": [{ "filters": [manager] }],
     })

@@ -2,7 +2,7 @@
 //! what they are to decide. Both sides are held to it. Those with action CUSTOM are in the tests of external
 //! authorization.
 
-use crate::envoy::{self, Envoy};
+use crate::envoy::Envoy;
 use crate::ours::{self, Ours};
 use crate::scenario::{Ask, Outcome, Remarks, Scenario};
 use anyhow::{Context, Result, ensure};
@@ -345,7 +345,7 @@ async fn istios_goldens_are_decided_as_they_are_meant() -> Result<()> {
             ensure!(expected.is(&outcome), "{}: {ask}\nis not {expected:?}: {outcome:?}", golden.name);
         }
     }
-    let Some(program) = envoy::program() else {
+    let Some(program) = cairn_tests::envoy::program() else {
         cairn_tests::skipped("no Envoy in target/peers; `tests/peers` installs it");
         return Ok(());
     };

@@ -84,7 +84,7 @@ async fn compare(
     kinds: &[&str],
     mut scenario: impl FnMut(&mut Generator, usize) -> Scenario,
 ) -> Result<()> {
-    let Some(program) = envoy::program() else {
+    let Some(program) = cairn_tests::envoy::program() else {
         cairn_tests::skipped("no Envoy in target/peers; `tests/peers` installs it");
         return Ok(());
     };

@@ -1,7 +1,7 @@
 //! Connections that carry no HTTP: for Envoy a listener for each scenario, with the network filters of Istio's inbound
 //! chain, and the translation of policies that Istio does for it.
 
-use crate::envoy::{extension, loopback, proxy_protocol, typed};
+use crate::envoy::proxy_protocol;
 use crate::rbac;
 use crate::scenario::{Ask, Scenario};
 use serde_json::{Value, json};
@@ -40,7 +40,7 @@ pub fn listener(index: usize, scenario: &Scenario) -> Value {
     filters.push(extension("echo", "filters.network.echo.v3.Echo", json!({})));
     json!({
         "name": name(index),
-        "address": loopback(),
+        "address": loopback(0),
         "listener_filters": [proxy_protocol(told)],
         "filter_chains": [{ "filters": filters }],
     })

@@ -22,6 +22,16 @@ spec:
 ",
 );
 
+/// The mesh with annotations on the waypoint's Gateway.
+fn annotated(annotations: &str) -> Result<String> {
+    let plain = "metadata: { name: gate, namespace: shop, labels:";
+    ensure!(SMALL.1.contains(plain), "no such Gateway");
+    Ok(SMALL.1.replace(
+        plain,
+        &format!("metadata: {{ name: gate, namespace: shop, annotations: {{ {annotations} }}, labels:"),
+    ))
+}
+
 /// A Telemetry of the catalog.
 fn of_catalog(spec: &str) -> String {
     format!(
@@ -34,7 +44,7 @@ spec:
     )
 }
 
-fn mesh_config(text: &str) -> String {
+pub fn mesh_config(text: &str) -> String {
     let text: String = text.lines().map(|line| format!("    {line}\n")).collect();
     format!(
         "apiVersion: v1\nkind: ConfigMap\nmetadata: {{ name: istio, namespace: istio-system }}\ndata:\n  mesh: |\n{text}"
@@ -72,7 +82,7 @@ impl Shop {
 }
 
 /// Does something again and again until it has come to what is wanted: an edit takes its time.
-async fn until_true<F: Future<Output = Result<bool>>>(
+pub async fn until_true<F: Future<Output = Result<bool>>>(
     what: &str,
     mut attempt: impl FnMut() -> F,
 ) -> Result<()> {
@@ -220,7 +230,22 @@ async fn a_service_has_labels_of_its_own_that_prometheus_reads() -> Result<()> {
         .and_then(|sample| sample["labels"].as_object())
         .context("the sibling's series")?;
     assert_eq!(labels.len(), 25, "{labels:?}");
-    Ok(())
+
+    // Bounds of its own, and series that are forgotten when nobody counts.
+    let said = "sidecar.istio.io/statsHistogramBuckets: '{\"istiocustom\": [1, 5, 10, 50, 100, 500, 1000, 5000, 10000]}', \
+                sidecar.istio.io/statsEvictionInterval: 1s";
+    shop.mesh.write("small.yaml", &annotated(said)?)?;
+    until_true("ten buckets", || async {
+        shop.get("sibling", "/", &[]).await?;
+        let text = metrics(shop.waypoint).await?;
+        let is_bucket = |line: &&str| {
+            line.starts_with("istio_request_duration_milliseconds_bucket{") && line.contains(&sibling)
+        };
+        Ok(text.lines().filter(is_bucket).count() == 10)
+    })
+    .await?;
+    until_true("no series", || async { Ok(!metrics(shop.waypoint).await?.contains("istio_requests_total{")) })
+        .await
 }
 
 /// Providers at a collector's ports: by address, and by a name that only DNS knows.
@@ -335,6 +360,51 @@ async fn spans_and_logs_arrive_at_real_collectors() -> Result<()> {
         let text = serde_json::to_string(&collector.all(kind))?;
         assert!(!text.contains("/sibling"), "{kind}: {text}");
         assert!(!kind.starts_with('z') || !text.contains("/not-sampled"), "{text}");
+        assert!(!text.contains("CLIENT") && !text.contains("\"client\":true"), "{kind}: {text}");
     }
+
+    // Where the Gateway asks, each attempt has a span, and that is what the upstream sees.
+    shop.mesh.write("small.yaml", &annotated("cairn.dev/client-spans: \"true\"")?)?;
+    until_true("an attempt's context", || async {
+        Ok(shop.get("catalog", "/b3", &b3).await?.seen("x-b3-parentspanid") != Some("b7ad6b7169203331"))
+    })
+    .await?;
+    let answer = shop.get("catalog", "/b3-attempt", &b3).await?;
+    let (id, parent_id) = (answer.seen("x-b3-spanid"), answer.seen("x-b3-parentspanid"));
+    let attempt = collector.wait("zipkin", |span| span["id"].as_str() == id).await?;
+    assert_eq!(
+        (&attempt["side"], attempt["parentId"].as_str()),
+        (&"CLIENT".into(), parent_id),
+        "{attempt:#}"
+    );
+    let server = collector.wait("zipkin", |span| span["id"].as_str() == parent_id).await?;
+    assert_eq!(
+        (&server["side"], &server["parentId"]),
+        (&"SERVER".into(), &"b7ad6b7169203331".into()),
+        "{server:#}"
+    );
+
+    shop.mesh.write("telemetry.yaml", &traced("otel-grpc"))?;
+    let caller = [("traceparent", &*parent)];
+    until_true("an attempt's traceparent", || async {
+        let answer = shop.get("catalog", "/attempt", &caller).await?;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        Ok(answer.seen("traceparent").is_some_and(|sent| sent != parent))
+    })
+    .await?;
+    let answer = shop.get("catalog", "/attempt", &caller).await?;
+    let id = answer.seen("traceparent").and_then(|sent| sent.split('-').nth(2)).context("no traceparent")?;
+    let attempt = collector.wait("otlp-grpc", |span| span["span"] == id).await?;
+    assert_eq!((&attempt["client"], &attempt["trace"]), (&true.into(), &trace.into()), "{attempt:#}");
+    assert_eq!(
+        attempt["tags"]["upstream_cluster"]["stringValue"],
+        "inbound-vip|8000|http|catalog.shop.svc.cluster.local"
+    );
+    let server = collector.wait("otlp-grpc", |span| span["span"] == attempt["parent"]).await?;
+    assert_eq!(
+        (&server["server"], &server["parent"]),
+        (&true.into(), &"b7ad6b7169203331".into()),
+        "{server:#}"
+    );
     Ok(())
 }

@@ -52,7 +52,7 @@ async fn modules_of_a_given_folder_do_what_they_do_in_envoy() -> Result<()> {
 }
 
 async fn compare(modules: Vec<Module>) -> Result<()> {
-    let Some(program) = envoy::program() else {
+    let Some(program) = cairn_tests::envoy::program() else {
         println!("skipped: no Envoy in target/peers; `tests/peers` installs it");
         return Ok(());
     };

@@ -1,5 +1,7 @@
 //! The end-to-end tests, the harness they share and the tidy test.
 
+pub mod envoy;
+
 /// Says that a test could not run, and why. Where `CAIRN_NO_SKIPS` is set to anything, as `.ci/run` does, that is a
 /// failure: what CI does not test it must not pass.
 ///

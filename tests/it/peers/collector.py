@@ -41,6 +41,7 @@ def say_spans(kind, request, metadata):
                     "state": span.trace_state,
                     "name": span.name,
                     "server": span.kind == span.SPAN_KIND_SERVER,
+                    "client": span.kind == span.SPAN_KIND_CLIENT,
                     "nanos": span.end_time_unix_nano - span.start_time_unix_nano,
                     "tags": texts(span.attributes),
                 })
