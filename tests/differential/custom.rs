@@ -1,13 +1,13 @@
 //! Policies with action CUSTOM: made up, and as Envoy knows them: per provider a filter that marks what its policies match,
 //! and one that asks about what is marked.
 
-use crate::envoy::{extension, typed};
 use crate::generate::Generator;
 use crate::provider::{DECIDE, DECISIONS};
 use crate::rbac;
 use crate::scenario::{Ask, Scenario};
 use cairn_manifest::Loaded;
 use cairn_mesh::{AuthorizationProvider, MeshSettings};
+use cairn_tests::envoy::{extension, typed};
 use serde_json::{Map, Value, json};
 use std::sync::{Arc, LazyLock};
 

@@ -4,6 +4,7 @@
 use crate::envoy::proxy_protocol;
 use crate::rbac;
 use crate::scenario::{Ask, Scenario};
+use cairn_tests::envoy::{extension, loopback, typed};
 use serde_json::{Value, json};
 use std::net::IpAddr;
 

@@ -123,7 +123,11 @@ fn asks() -> Vec<Ask> {
         (
             "utf-8",
             b"GET /app/utf HTTP/1.1",
-            &["user-agent: ü€".as_bytes(), "x-a: ü".as_bytes(), "x-b: üüüü".as_bytes()],
+            &[
+                b"user-agent: \xc3\xbc\xe2\x82\xac",
+                b"x-a: \xc3\xbc",
+                b"x-b: \xc3\xbc\xc3\xbc\xc3\xbc\xc3\xbc",
+            ],
         ),
         (
             "latin-1",

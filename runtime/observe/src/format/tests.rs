@@ -29,11 +29,12 @@ fn istios_default_format_writes_the_default_line() {
         ("a failure", |record| {
             (record.upstream, record.upstream_duration, record.cluster) = (None, None, "");
             (record.status, record.flags) = (503, "UH");
-            (record.user_agent, record.details) = (Some(b"a\"b\n\xff\t"), "a b");
+            (record.user_agent, record.details) = (Some(&b"a\"b\n\xff\t"[..]), "a b");
         }),
         ("a changed path", |record| record.original_path = "/before"),
         ("empty headers", |record| {
-            (record.user_agent, record.request_id, record.forwarded_for) = (Some(b""), Some(b""), Some(b""));
+            (record.user_agent, record.request_id, record.forwarded_for) =
+                (Some(&b""[..]), Some(&b""[..]), Some(&b""[..]));
         }),
         ("a connection", |record| {
             *record = HttpRecord {
