@@ -9,8 +9,8 @@ use arc_swap::ArcSwap;
 use cairn_filter::{Chain, Connection, Factory, Peer};
 use cairn_http::{MeshCallout, RouteTable, Site, SiteHandle, Worker, WorkerSettings, serve};
 use cairn_mesh::{
-    AppProtocol, Change, FailStrategy, Identity, MeshSettings, NetworkAddress, PluginPhase, ResourceName,
-    Service, ServicePort, Snapshot, Store, WasmPlugin, Workload,
+    AppProtocol, Change, FailStrategy, Identity, MeshSettings, NetworkAddress, PluginKind, PluginPhase,
+    ResourceName, Service, ServicePort, Snapshot, Store, WasmPlugin, Workload,
 };
 use cairn_net::{Drain, DrainTrigger, drain};
 use cairn_telemetry::{Telemetry, TelemetrySettings};
@@ -117,6 +117,8 @@ fn factory(engine: &Engine, module: &Module) -> Result<Arc<dyn Factory>> {
         pull_policy: None,
         pull_secret: None,
         plugin_name: module.known.root.into(),
+        kind: PluginKind::Http,
+        ports: Vec::new(),
         config: module.known.config.as_str().into(),
         phase: PluginPhase::Unspecified,
         priority: 0,

@@ -1,7 +1,7 @@
 //! The chain: the filters of one destination, compiled once.
 
 use crate::running::Active;
-use crate::{Admission, Connection, Exchange, Factory, Phases, Running};
+use crate::{Admission, Connection, ConnectionFilter, Exchange, Factory, Phases, Running, Wakers};
 use std::sync::Arc;
 
 /// The filters of one destination in request order, compiled once per configuration.
@@ -59,6 +59,11 @@ impl Chain {
             }
         }
         Admission::Pass(None)
+    }
+
+    /// Starts the instances for one connection that carries no HTTP, in request order; mostly there are none.
+    pub fn connect(&self, exchange: &Exchange, wakers: &Wakers) -> Vec<Box<dyn ConnectionFilter>> {
+        self.links.iter().filter_map(|link| link.factory.connect(exchange, wakers)).collect()
     }
 
     /// Starts the instances for one exchange.

@@ -47,6 +47,8 @@ pub enum Protocol {
     Http11,
     /// HTTP/2.
     Http2,
+    /// None that is known: the bytes of a connection.
+    Tcp,
 }
 
 impl Protocol {
@@ -56,6 +58,7 @@ impl Protocol {
             Self::Http10 => "HTTP/1.0",
             Self::Http11 => "HTTP/1.1",
             Self::Http2 => "HTTP/2",
+            Self::Tcp => "TCP",
         }
     }
 }

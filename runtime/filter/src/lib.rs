@@ -11,6 +11,7 @@
 mod body;
 mod callout;
 mod chain;
+mod connection;
 mod exchange;
 mod flow;
 mod head;
@@ -29,6 +30,7 @@ pub use callout::{
     CalloutParts, CalloutRequest, NoCallout,
 };
 pub use chain::Chain;
+pub use connection::{Closer, ConnectionFilter, Passage, Wakers};
 pub use exchange::{Connection, Exchange, Measures, Note, Peer, Protocol};
 pub use head::{RequestHead, ResponseHead};
 pub use metadata::Metadata;
@@ -130,6 +132,13 @@ pub trait Factory: Send + Sync {
     /// changed. The future must bound its own waiting.
     fn ask(&self, connection: &Connection) -> Option<AdmissionFuture> {
         let _ = connection;
+        None
+    }
+
+    /// Starts an instance for a connection that carries no HTTP and that may pass; `None`: this filter does not look at
+    /// its bytes.
+    fn connect(&self, exchange: &Exchange, wakers: &Wakers) -> Option<Box<dyn ConnectionFilter>> {
+        let _ = (exchange, wakers);
         None
     }
 }

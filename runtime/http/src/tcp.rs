@@ -1,4 +1,6 @@
-//! Connections that carry no HTTP: an endpoint is chosen and bytes are copied.
+//! Connections that carry no HTTP: an endpoint is chosen and bytes are copied, or shown to filters on their way.
+
+mod filtered;
 
 use crate::endpoint::{Chosen, Reach, choose};
 use crate::record::REPORT_EVERY;
@@ -6,13 +8,13 @@ use crate::route::Target;
 use crate::stream::Upstream;
 use crate::upstream::Open;
 use crate::{Failure, Site, SiteHandle, Worker, upstream};
-use cairn_filter::{Admission, Connection, Denial};
+use cairn_filter::{Admission, Closer, Connection, Denial};
 use cairn_net::ByteCounts;
 use cairn_telemetry::{
     CustomLabels, Direction, HttpRecord, HttpScope, Observe, PeerLabels, Reporter, Security, TcpConnection,
     TcpLabels, TcpRecord,
 };
-use std::io;
+use filtered::Filters;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
@@ -25,7 +27,7 @@ use tokio::sync::watch;
 const DENIED: &str = "DENY";
 
 /// Copies between `stream` and an endpoint of its destination.
-pub(crate) async fn serve<S>(mut stream: S, connection: &Connection, site: &SiteHandle, worker: &Worker)
+pub(crate) async fn serve<S>(mut stream: S, connection: &Arc<Connection>, site: &SiteHandle, worker: &Worker)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send,
 {
@@ -41,7 +43,19 @@ where
     let mut flags = "-";
     let (mut upstream_local, mut upstream_failure) = (None, "");
     let mut verdict = admit(&current, connection).await;
-    let (chosen, outcome) = match (&verdict, open(connection, &current, worker)) {
+    let filters = match verdict {
+        Admission::Pass(_) => Filters::start(&current.chain, connection, started),
+        Admission::Refuse(_) => None,
+    };
+    let mut closer = Closer::Here;
+    let opening = async {
+        if let Some(filters) = &filters {
+            Box::pin(filters.opened()).await.map_err(|end| ("-", "", end.into_reason()))?;
+        }
+        let opened = open(connection, &current, worker).await;
+        opened.map_err(|failure| (failure.answer().flags, failure.transport(), failure.to_string()))
+    };
+    let (chosen, outcome) = match (&verdict, opening) {
         (Admission::Refuse(denial), _) => {
             failed(DENIED);
             flags = DENIED;
@@ -52,8 +66,21 @@ where
                 upstream_local = local;
                 let labels = observed.labels(connection, Some(&chosen), "-");
                 let mut counted = TcpConnection::open(&worker.telemetry().metrics, labels);
+                if let Some(filters) = &filters {
+                    filters.connected(&chosen);
+                }
+                let copying = copy(
+                    (&mut stream, &mut server),
+                    &counts,
+                    &mut counted,
+                    observed.interval(),
+                    filters.as_ref(),
+                );
                 let ended = tokio::select! {
-                    copied = copy(&mut stream, &mut server, &counts, &mut counted, observed.interval()) => copied.map_err(|error| error.to_string()),
+                    (by, copied) = copying => {
+                        closer = by;
+                        copied
+                    }
                     denial = until_refused(connection, site, Arc::clone(&current), &mut changes) => {
                         let reason = denial.reason.clone();
                         verdict = Admission::Refuse(denial);
@@ -67,14 +94,16 @@ where
                 counted.close(flags);
                 (Some(chosen), ended)
             }
-            Err(failure) => {
-                flags = failure.answer().flags;
-                upstream_failure = failure.transport();
+            Err((flag, failure, reason)) => {
+                (flags, upstream_failure) = (flag, failure);
                 failed(flags);
-                (None, Err(failure.to_string()))
+                (None, Err(reason))
             }
         },
     };
+    if let Some(filters) = &filters {
+        filters.closed(closer);
+    }
     let (decision, policy) = match &verdict {
         Admission::Pass(Some(by)) => ("allow", &**by),
         Admission::Pass(None) => ("", ""),
@@ -253,17 +282,28 @@ async fn open(connection: &Connection, site: &Site, worker: &Worker) -> Result<(
     }
 }
 
+/// Copies both ways, through filters if there are any, and says who ended it.
 async fn copy<S>(
-    client: &mut S,
-    server: &mut Upstream,
+    (client, server): (&mut S, &mut Upstream),
     counts: &ByteCounts,
     counted: &mut TcpConnection,
     interval: Duration,
-) -> io::Result<()>
+    filters: Option<&Filters>,
+) -> (Closer, Result<(), String>)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send,
 {
-    let mut copying = pin!(cairn_net::copy(client, server, counts));
+    let mut copying = pin!(async {
+        let Some(filters) = filters else {
+            let copied = cairn_net::copy(client, server, counts).await;
+            return (Closer::Here, copied.map_err(|error| error.to_string()));
+        };
+        // Apart, so that connections without filters are none the larger.
+        match Box::pin(filters.copy(client, server, counts)).await {
+            Ok(by) => (by, Ok(())),
+            Err(end) => (end.by(), Err(end.into_reason())),
+        }
+    });
     let outcome = loop {
         match tokio::time::timeout(interval, copying.as_mut()).await {
             Ok(outcome) => break outcome,

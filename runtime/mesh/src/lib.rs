@@ -38,7 +38,7 @@ pub use joined::is_joined_header;
 pub use name::{Kind, ResourceKey, ResourceName};
 pub use path::normalize_path;
 pub use plan::{HBONE_PORT, Plan, Refusal, Tunnel, plan, resolve_waypoint};
-pub use plugin::{FailStrategy, PluginPhase, PullPolicy, PullSecret, WasmPlugin};
+pub use plugin::{FailStrategy, PluginKind, PluginPhase, PullPolicy, PullSecret, WasmPlugin};
 pub use policy::{
     AuthorizationPolicy, ClaimPath, Condition, CustomPolicy, HostMatch, IpMatch, MetadataKey, MetadataMatch,
     Operation, PathMatch, PolicyRule, PortMatch, ServiceAccount, Source, TargetKind, TargetRef,

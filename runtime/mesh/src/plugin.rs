@@ -30,6 +30,16 @@ pub enum FailStrategy {
     Reload,
 }
 
+/// What a plugin looks at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum PluginKind {
+    /// Exchanges of HTTP.
+    #[default]
+    Http,
+    /// The bytes of connections that carry no HTTP.
+    Network,
+}
+
 /// When a module that was fetched before is asked for again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PullPolicy {
@@ -72,6 +82,10 @@ pub struct WasmPlugin {
     pub pull_secret: Option<Arc<str>>,
     /// The root id that the module registers its context under.
     pub plugin_name: Arc<str>,
+    /// What it looks at.
+    pub kind: PluginKind,
+    /// The ports of services to which connections are looked at, for [`PluginKind::Network`]; empty: all.
+    pub ports: Vec<u16>,
     /// Its configuration as JSON text; empty without one.
     pub config: Arc<str>,
     /// When it runs.

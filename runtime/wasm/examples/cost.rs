@@ -7,7 +7,7 @@
 #![allow(clippy::expect_used, reason = "a measuring tool may stop with a message")]
 
 use cairn_filter::{Connection, Exchange, Peer, Protocol, RequestHead, ResponseHead};
-use cairn_mesh::{FailStrategy, Identity, PluginPhase, ResourceName, WasmPlugin, Workload};
+use cairn_mesh::{FailStrategy, Identity, PluginKind, PluginPhase, ResourceName, WasmPlugin, Workload};
 use cairn_wasm::{Engine, EngineSettings};
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Version};
@@ -115,6 +115,8 @@ fn plugin(config: &str) -> WasmPlugin {
         pull_policy: None,
         pull_secret: None,
         plugin_name: "".into(),
+        kind: PluginKind::Http,
+        ports: Vec::new(),
         config: config.into(),
         phase: PluginPhase::Unspecified,
         priority: 0,

@@ -7,7 +7,7 @@
 
 #![allow(clippy::expect_used, reason = "a measuring tool may stop with a message")]
 
-use cairn_mesh::{FailStrategy, PluginPhase, ResourceName, WasmPlugin};
+use cairn_mesh::{FailStrategy, PluginKind, PluginPhase, ResourceName, WasmPlugin};
 use cairn_wasm::{CacheSettings, Engine, EngineSettings, Started};
 use std::path::Path;
 use std::process::Command;
@@ -87,6 +87,8 @@ fn plugin(number: usize) -> WasmPlugin {
         pull_policy: None,
         pull_secret: None,
         plugin_name: "".into(),
+        kind: PluginKind::Http,
+        ports: Vec::new(),
         config: "".into(),
         phase: PluginPhase::Unspecified,
         priority: 0,

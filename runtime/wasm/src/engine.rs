@@ -7,12 +7,12 @@ use crate::loaded::{Loaded, Modules, Origin, Started, Version, compile_apart};
 use crate::metrics::Registry;
 use crate::module::{self, Module};
 use crate::places::{Places, WorkerPlace};
-use crate::plugin::{Plugin, PluginFactory};
+use crate::plugin::{ConnectionPluginFactory, Plugin, PluginFactory};
 use crate::shared::Shared;
 use crate::state::State;
 use crate::ticker::Ticker;
 use cairn_filter::Factory;
-use cairn_mesh::WasmPlugin;
+use cairn_mesh::{PluginKind, WasmPlugin};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use wasmtime::{Config, Linker, OptLevel, WasmBacktraceDetails};
@@ -164,9 +164,14 @@ impl Engine {
     /// # Errors
     /// As [`Engine::factory`].
     pub fn start(&self, module: Arc<Module>, plugin: &WasmPlugin) -> Result<Started, PluginError> {
+        let kind = plugin.kind;
         let plugin = Plugin::start(module, plugin, Arc::clone(&self.environment))?;
         let version = Version(Arc::downgrade(&plugin));
-        Ok(Started { factory: Arc::new(PluginFactory::new(plugin)), version })
+        let factory: Arc<dyn Factory> = match kind {
+            PluginKind::Http => Arc::new(PluginFactory::new(plugin)),
+            PluginKind::Network => Arc::new(ConnectionPluginFactory::new(plugin)),
+        };
+        Ok(Started { factory, version })
     }
 
     /// What plugins count, and what the host counts about them, in the Prometheus text format.

@@ -1,5 +1,6 @@
 //! One instance of a plugin: its start, and the callbacks of its streams. The only place that calls guests.
 
+mod connection;
 mod grpc;
 mod outside;
 mod parts;
@@ -13,6 +14,7 @@ use crate::pairs;
 use crate::state::{Facts, State, Stream, number_of};
 use crate::ticker::{CALLBACK_DEADLINE, START_DEADLINE, ticks};
 use cairn_filter::{Exchange, LocalReply, RequestHead, ResponseHead, Side};
+use connection::ConnectionCallbacks;
 use outside::OutsideCallbacks;
 use parts::PartCallbacks;
 use std::collections::VecDeque;
@@ -74,6 +76,7 @@ struct Callbacks {
     done: Option<TypedFunc<u32, u32>>,
     delete: Option<TypedFunc<u32, ()>>,
     parts: PartCallbacks,
+    connection: ConnectionCallbacks,
     outside: OutsideCallbacks,
 }
 
@@ -132,6 +135,15 @@ impl Instance {
 
     /// A new stream context; `None` when there are too many.
     pub(crate) fn open(&mut self) -> Result<Option<u32>, Crash> {
+        let spare = &mut self.store.data_mut().spare;
+        let buffers = (spare.pop().unwrap_or_default(), spare.pop().unwrap_or_default());
+        let stream =
+            Stream { request: emptied(buffers.0), response: emptied(buffers.1), ..Stream::default() };
+        self.open_as(stream)
+    }
+
+    /// A new context for a stream; `None` when there are too many.
+    fn open_as(&mut self, stream: Stream) -> Result<Option<u32>, Crash> {
         let state = self.store.data_mut();
         if state.streams.len() >= STREAMS_MAX {
             return Ok(None);
@@ -141,9 +153,6 @@ impl Instance {
             context = following(context);
         }
         self.next_context = following(context);
-        let buffers = (state.spare.pop().unwrap_or_default(), state.spare.pop().unwrap_or_default());
-        let stream =
-            Stream { request: emptied(buffers.0), response: emptied(buffers.1), ..Stream::default() };
         state.streams.insert(context, stream);
         if let Some(create) = &self.callbacks.context_create {
             call(&mut self.store, create, (context, ROOT_CONTEXT), Callback::ContextCreate, context)?;
@@ -481,6 +490,7 @@ fn callbacks(store: &mut Store<State>, instance: &wasmtime::Instance) -> Callbac
         done: instance.get_typed_func(&mut *store, "proxy_on_done").ok(),
         delete: instance.get_typed_func(&mut *store, "proxy_on_delete").ok(),
         parts: PartCallbacks::resolve(store, instance),
+        connection: ConnectionCallbacks::resolve(store, instance),
         outside: OutsideCallbacks::resolve(store, instance),
     }
 }

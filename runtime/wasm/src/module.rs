@@ -70,7 +70,7 @@ fn abi_version(module: &wasmtime::Module) -> Result<AbiVersion, PluginError> {
 }
 
 /// The callbacks that are called, with the numbers of their parameters and whether they have a result.
-const CALLED: [(&str, &[usize], bool); 25] = [
+const CALLED: [(&str, &[usize], bool); 30] = [
     ("proxy_on_context_create", &[2], false),
     ("proxy_on_vm_start", &[2], true),
     ("proxy_on_configure", &[2], true),
@@ -81,6 +81,11 @@ const CALLED: [(&str, &[usize], bool); 25] = [
     ("proxy_on_response_body", &[3], true),
     ("proxy_on_request_trailers", &[2], true),
     ("proxy_on_response_trailers", &[2], true),
+    ("proxy_on_new_connection", &[1], true),
+    ("proxy_on_downstream_data", &[3], true),
+    ("proxy_on_upstream_data", &[3], true),
+    ("proxy_on_downstream_connection_close", &[2], false),
+    ("proxy_on_upstream_connection_close", &[2], false),
     ("proxy_on_tick", &[1], false),
     ("proxy_on_queue_ready", &[2], false),
     ("proxy_on_http_call_response", &[5], false),

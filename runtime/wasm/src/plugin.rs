@@ -1,7 +1,10 @@
 //! A plugin as a filter: its instances, one per worker, what happens when one crashes, and the life of one exchange.
 
+mod connection;
 mod grpc;
 mod outside;
+
+pub(crate) use connection::ConnectionPluginFactory;
 
 use crate::bodies::Bodies;
 use crate::engine::Environment;

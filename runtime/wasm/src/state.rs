@@ -58,6 +58,8 @@ pub(crate) struct Stream {
     pub(crate) held: [Option<Box<Held>>; 2],
     /// The bodies of the request and of the response, once the guest was shown some.
     pub(crate) bodies: Option<Arc<Bodies>>,
+    /// What the client and the server sent, where the stream is a connection without HTTP.
+    pub(crate) data: Option<Arc<Bodies>>,
     /// The trailers of the request and of the response.
     pub(crate) trailers: [Trailers; 2],
     /// The exchange is over and the guest asked for time until it calls `proxy_done`.
@@ -65,6 +67,11 @@ pub(crate) struct Stream {
 }
 
 impl Stream {
+    /// Whether it is a connection without HTTP.
+    pub(crate) fn is_connection(&self) -> bool {
+        self.data.is_some()
+    }
+
     /// Wakes the exchange, which then looks for what changed.
     pub(crate) fn wake(&self) {
         self.waiting.iter().flatten().for_each(|waiting| waiting.notify_one());

@@ -8,7 +8,7 @@ use cairn_filter::{
     Callout, CalloutAnswer, CalloutError, CalloutFuture, CalloutRequest, Connection, Exchange, Measures,
     Peer, Protocol, RequestHead, ResponseHead,
 };
-use cairn_mesh::{FailStrategy, PluginPhase, ResourceName, WasmPlugin};
+use cairn_mesh::{FailStrategy, PluginKind, PluginPhase, ResourceName, WasmPlugin};
 use cairn_wasm::{Engine, EngineSettings, WorkerPlace};
 use http::header::{HeaderMap, HeaderValue};
 use http::uri::PathAndQuery;
@@ -225,6 +225,8 @@ async fn run(module: &[u8], lines: &Lines) {
         pull_policy: None,
         pull_secret: None,
         plugin_name: "my-root".into(),
+        kind: PluginKind::Http,
+        ports: Vec::new(),
         config: "{\"the configuration\": 1}".into(),
         phase: PluginPhase::Unspecified,
         priority: 0,

@@ -1,10 +1,12 @@
 //! The plugins of this waypoint: loaded in the background, swapped in when they are ready, kept when their next version
 //! is not.
 
+mod absent;
 mod loader;
 mod metrics;
 mod view;
 
+pub use absent::absent;
 pub use loader::{Event, Loader, LoaderSettings};
 pub use metrics::encode_metrics;
 pub use view::View;

@@ -5,15 +5,15 @@
 
 use crate::keys::Keyring;
 use crate::observers::Observers;
-use crate::plugins::{PluginSource, Standing};
+use crate::plugins::{PluginSource, Standing, absent};
 use crate::scope::{Addressed, Own};
 use arc_swap::ArcSwap;
 use cairn_filter::{Chain, Position, Slot, sort_factories};
 use cairn_http::{RouteTable, Site, SiteHandle};
 use cairn_mesh::{
     AppProtocol, AuthorizationPolicy, CustomPolicy, FailStrategy, HttpRoute, JwtRule, MeshSettings,
-    NetworkAddress, PluginPhase, RequestAuthentication, ResourceName, Service, Snapshot, TelemetryPlan,
-    TextMatch, Unenforceable, WasmPlugin, Workload,
+    NetworkAddress, PluginKind, PluginPhase, RequestAuthentication, ResourceName, Service, Snapshot,
+    TelemetryPlan, TextMatch, Unenforceable, WasmPlugin, Workload,
 };
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, SocketAddr};
@@ -248,15 +248,28 @@ impl Sites {
 
 impl Sites {
     fn compile(&mut self, parts: &Parts, port: u16, protocol: AppProtocol) -> Site {
+        report_blind(parts, port, protocol);
         let observer = self.observers.as_mut().and_then(|observers| observers.of(&parts.telemetry));
         Site { observer, ..compile(parts, port, protocol) }
+    }
+}
+
+/// Says of plugins that are attached to a destination and see nothing of it.
+fn report_blind(parts: &Parts, port: u16, protocol: AppProtocol) {
+    let Some(service) = parts.service.as_ref().filter(|_| !carries_connections(protocol)) else { return };
+    let is_blind = |plugin: &WasmPlugin| {
+        plugin.kind == PluginKind::Network && (plugin.ports.is_empty() || plugin.ports.contains(&port))
+    };
+    for (plugin, _) in parts.plugins.iter().filter(|(plugin, _)| is_blind(plugin)) {
+        tracing::warn!(plugin = %plugin.name, service = %service.hostname, port,
+            "a plugin of type NETWORK sees no HTTP, which is all that the port is declared to carry");
     }
 }
 
 /// The site without its observer.
 fn compile(parts: &Parts, port: u16, protocol: AppProtocol) -> Site {
     Site {
-        chain: Chain::new(sort_factories(slots(parts))),
+        chain: Chain::new(sort_factories(slots(parts, port, protocol))),
         routes: RouteTable::compile(
             &parts.routes,
             parts.service.as_deref(),
@@ -295,23 +308,31 @@ fn closed(parts: &Parts, port: u16, protocol: AppProtocol) -> Site {
 }
 
 /// A filter specification becomes a factory: the one `match` where built-ins and plugins meet.
-fn slots(parts: &Parts) -> Vec<Slot> {
+fn slots(parts: &Parts, port: u16, protocol: AppProtocol) -> Vec<Slot> {
     let mut slots = Vec::new();
     let built_in = |position, factory| Slot { position, priority: 0, factory };
     let mut unenforceable = parts.unenforceable.clone();
-    for (plugin, standing) in &parts.plugins {
+    for (plugin, standing) in parts.plugins.iter().filter(|(plugin, _)| meets(plugin, port, protocol)) {
+        let at_its_place = |factory| Slot {
+            position: match plugin.phase {
+                PluginPhase::Authn => Position::PluginAuthn,
+                PluginPhase::Authz => Position::PluginAuthz,
+                PluginPhase::Stats => Position::PluginStats,
+                PluginPhase::Unspecified => Position::PluginUnspecified,
+            },
+            priority: plugin.priority,
+            factory,
+        };
         match standing {
-            Standing::Ready(factory, _) => slots.push(Slot {
-                position: match plugin.phase {
-                    PluginPhase::Authn => Position::PluginAuthn,
-                    PluginPhase::Authz => Position::PluginAuthz,
-                    PluginPhase::Stats => Position::PluginStats,
-                    PluginPhase::Unspecified => Position::PluginUnspecified,
-                },
-                priority: plugin.priority,
-                factory: Arc::clone(factory),
-            }),
+            Standing::Ready(factory, _) => slots.push(at_its_place(Arc::clone(factory))),
             Standing::Loading | Standing::Failed(_) if plugin.fail_strategy == FailStrategy::Open => {}
+            Standing::Loading | Standing::Failed(_) if plugin.kind == PluginKind::Network => {
+                let reason = match standing {
+                    Standing::Failed(reason) => reason,
+                    _ => "it is still being loaded",
+                };
+                slots.push(at_its_place(absent(&plugin.name.to_string(), reason)));
+            }
             Standing::Loading => unenforceable.push(not_running(plugin, "it is still being loaded")),
             Standing::Failed(reason) => unenforceable.push(not_running(plugin, reason)),
         }
@@ -342,6 +363,20 @@ fn slots(parts: &Parts) -> Vec<Slot> {
         slots.push(built_in(Position::Authorization, factory));
     }
     slots
+}
+
+/// Whether a plugin has to do with what a port carries. As in Istio, plugins of type NETWORK see connections without HTTP
+/// only, and those for some ports none to a pod by its address.
+fn meets(plugin: &WasmPlugin, port: u16, protocol: AppProtocol) -> bool {
+    plugin.kind == PluginKind::Http
+        || carries_connections(protocol) && (plugin.ports.is_empty() || plugin.ports.contains(&port))
+}
+
+fn carries_connections(protocol: AppProtocol) -> bool {
+    match protocol {
+        AppProtocol::Tcp | AppProtocol::Tls | AppProtocol::Unknown => true,
+        AppProtocol::Http11 | AppProtocol::Http2 | AppProtocol::Grpc => false,
+    }
 }
 
 fn not_running(plugin: &WasmPlugin, reason: &str) -> Arc<Unenforceable> {

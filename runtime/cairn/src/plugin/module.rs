@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 use cairn_filter::Factory;
-use cairn_mesh::{FailStrategy, PluginPhase, ResourceName, WasmPlugin};
+use cairn_mesh::{FailStrategy, PluginKind, PluginPhase, ResourceName, WasmPlugin};
 use cairn_wasm::Engine;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -72,6 +72,8 @@ pub fn plugin(name: &str, config: &str) -> WasmPlugin {
         pull_policy: None,
         pull_secret: None,
         plugin_name: "".into(),
+        kind: PluginKind::Http,
+        ports: Vec::new(),
         config: config.into(),
         phase: PluginPhase::Unspecified,
         priority: 0,

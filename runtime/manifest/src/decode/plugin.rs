@@ -5,7 +5,9 @@ use crate::diagnostic::Severity;
 use crate::field::FieldPath;
 use crate::object::Object;
 use crate::reader::{Entries, Findings, Node};
-use cairn_mesh::{Change, FailStrategy, MeshSettings, PluginPhase, PullPolicy, ResourceKey, WasmPlugin};
+use cairn_mesh::{
+    Change, FailStrategy, MeshSettings, PluginKind, PluginPhase, PullPolicy, ResourceKey, WasmPlugin,
+};
 use serde_json::{Number, Value};
 use std::sync::Arc;
 
@@ -63,6 +65,8 @@ pub(super) fn decode(
             .and_then(|number| i32::try_from(number).ok())
     });
     let (env, host_env) = env(&spec, findings);
+    let kind = kind(&spec, findings);
+    let selected = selected(&spec, kind, &mut obstacle, findings);
     let plugin = WasmPlugin {
         name: object.name.clone(),
         targets: attachment.targets.clone(),
@@ -71,6 +75,8 @@ pub(super) fn decode(
         pull_policy: pull_policy(&spec, findings),
         pull_secret: pull_secret(&spec, findings),
         plugin_name: plugin_name(&spec, findings),
+        kind,
+        ports: selected.clone().unwrap_or_default(),
         config: config(&spec, findings),
         phase: spec.get("phase").and_then(|node| node.choice(&PHASES, findings)).unwrap_or_default(),
         priority: priority.unwrap_or(i32::MIN),
@@ -82,8 +88,6 @@ pub(super) fn decode(
         host_env,
         holds_heads: holds_heads(object, findings),
     };
-    plugin_type(&spec, &mut obstacle, findings);
-    let runs = selects_servers(&spec, &mut obstacle, findings);
     unused_fields(&spec, &plugin, findings);
     if findings.broken {
         return refusal(object, key, &attachment, findings);
@@ -94,7 +98,7 @@ pub(super) fn decode(
         findings.note(Severity::Warning, "not-attached", &spec.at, reason);
         return vec![Change::L7Removed(key.clone())];
     }
-    if !runs {
+    if selected.is_none() {
         let reason = "is for clients only, and a waypoint stands on the server's side: the plugin never runs";
         findings.note(Severity::Warning, "not-attached", &spec.at.key("match"), reason);
         return vec![Change::L7Removed(key.clone())];
@@ -245,28 +249,58 @@ fn pull_secret(spec: &Entries<'_>, findings: &mut Findings) -> Option<Arc<str>> 
     Some(name.into())
 }
 
-fn plugin_type(spec: &Entries<'_>, obstacle: &mut Obstacle, findings: &mut Findings) {
-    const TYPES: [(&str, bool); 3] = [("UNSPECIFIED_PLUGIN_TYPE", true), ("HTTP", true), ("NETWORK", false)];
-    let Some(node) = spec.get("type") else { return };
-    if node.choice(&TYPES, findings) == Some(false) {
-        *obstacle = Some((node.at, "plugins of type NETWORK are not supported yet".to_owned()));
-    }
+fn kind(spec: &Entries<'_>, findings: &mut Findings) -> PluginKind {
+    const TYPES: [(&str, PluginKind); 3] = [
+        ("UNSPECIFIED_PLUGIN_TYPE", PluginKind::Http),
+        ("HTTP", PluginKind::Http),
+        ("NETWORK", PluginKind::Network),
+    ];
+    spec.get("type").and_then(|node| node.choice(&TYPES, findings)).unwrap_or_default()
 }
 
-/// Whether `match` takes traffic on the server's side.
-fn selects_servers(spec: &Entries<'_>, obstacle: &mut Obstacle, findings: &mut Findings) -> bool {
+/// The ports to which `match` takes traffic on the server's side, none for all; `None` where it takes no such traffic.
+fn selected(
+    spec: &Entries<'_>,
+    kind: PluginKind,
+    obstacle: &mut Obstacle,
+    findings: &mut Findings,
+) -> Option<Vec<u16>> {
     const MODES: [(&str, bool); 4] =
         [("UNDEFINED", true), ("CLIENT", false), ("SERVER", true), ("CLIENT_AND_SERVER", true)];
     let selectors = spec.list("match", findings);
-    let mut runs = selectors.is_empty();
+    let mut all = selectors.is_empty();
+    let mut some = Vec::new();
     for node in &selectors {
         let entries = node.map(&["mode", "ports"], findings);
-        runs |= entries.get("mode").is_none_or(|node| node.choice(&MODES, findings).unwrap_or(true));
-        if let Some(ports) = entries.get("ports").filter(|ports| !ports.list(findings).is_empty()) {
+        let takes_servers =
+            entries.get("mode").is_none_or(|node| node.choice(&MODES, findings).unwrap_or(true));
+        let ports = entries.get("ports");
+        let numbers = ports.as_ref().map(|ports| ports_of(ports, findings)).unwrap_or_default();
+        if let Some(ports) = ports.filter(|_| !numbers.is_empty() && kind == PluginKind::Http) {
             *obstacle = Some((ports.at, "plugins for some ports only are not supported yet".to_owned()));
         }
+        if takes_servers {
+            all |= numbers.is_empty();
+            some.extend(numbers);
+        }
     }
-    runs
+    some.sort_unstable();
+    some.dedup();
+    match (all, some.is_empty()) {
+        (true, _) => Some(Vec::new()),
+        (false, true) => None,
+        (false, false) => Some(some),
+    }
+}
+
+/// The numbers of a list of ports.
+fn ports_of(ports: &Node<'_>, findings: &mut Findings) -> Vec<u16> {
+    let number = |node: &Node<'_>, findings: &mut Findings| {
+        let entries = node.map(&["number"], findings);
+        let number = entries.require("number", findings)?.integer(1..=65535, findings)?;
+        u16::try_from(number).ok()
+    };
+    ports.list(findings).iter().filter_map(|node| number(node, findings)).collect()
 }
 
 /// Fields without a meaning, here or for this module.

@@ -611,16 +611,41 @@ fn pull_secrets_are_read_and_what_is_in_them_not_said() {
 
 #[test]
 fn a_plugin_that_cannot_run_refuses_its_targets_unless_it_may_be_missing() {
-    for (name, spec, field) in [
-        ("network", "url: file:///p.wasm\ntype: NETWORK", "spec.type"),
-        ("ports", "url: file:///p.wasm\nmatch: [{ports: [{number: 80}]}]", "spec.match[0].ports"),
-    ] {
+    for (name, spec, field) in
+        [("ports", "url: file:///p.wasm\nmatch: [{ports: [{number: 80}]}]", "spec.match[0].ports")]
+    {
         let decoded = plugin(&format!("{TARGET}{spec}"));
         assert_eq!(shorts(&decoded), [format!("error unenforceable {field}")], "{name}");
         assert_eq!(the_refusal(&decoded).targets.len(), 1, "{name}");
         let decoded = plugin(&format!("{TARGET}{spec}\nfailStrategy: FAIL_OPEN"));
         assert_eq!(shorts(&decoded), [format!("error not-supported {field}")], "{name}");
         assert!(matches!(decoded.changes.as_slice(), [Change::L7Removed(_)]), "{name}");
+    }
+}
+
+#[test]
+fn a_plugin_for_connections_may_be_for_some_ports_only() {
+    for (name, matched, expected) in [
+        ("no match", "", Some(&[][..])),
+        ("a port", "match: [{ports: [{number: 9000}]}]", Some(&[9000][..])),
+        (
+            "ports of several",
+            "match: [{ports: [{number: 9001}, {number: 9000}]}, {mode: SERVER, ports: [{number: 9000}]}]",
+            Some(&[9000, 9001][..]),
+        ),
+        ("all of one, some of another", "match: [{ports: [{number: 9000}]}, {mode: SERVER}]", Some(&[][..])),
+        ("ports of clients", "match: [{mode: CLIENT, ports: [{number: 9000}]}]", None),
+        ("clients and some", "match: [{mode: CLIENT}, {ports: [{number: 9000}]}]", Some(&[9000][..])),
+    ] {
+        let decoded = plugin(&format!("{TARGET}url: file:///p.wasm\ntype: NETWORK\n{matched}"));
+        match (decoded.changes.as_slice(), expected) {
+            ([Change::Plugin(plugin)], Some(ports)) => {
+                assert_eq!((plugin.kind, &*plugin.ports), (cairn_mesh::PluginKind::Network, ports), "{name}");
+                assert_eq!(shorts(&decoded), [""; 0], "{name}");
+            }
+            ([Change::L7Removed(_)], None) => {}
+            other => panic!("{name}: {other:?}"),
+        }
     }
 }
 
@@ -641,6 +666,11 @@ fn wrong_plugins_are_refused_at_the_exact_field() {
             "a value for a variable of the proxy's",
             "url: file:///p\nvmConfig: {env: [{name: A, value: b, valueFrom: HOST}]}",
             "invalid-value spec.vmConfig.env[0].value",
+        ),
+        (
+            "no port",
+            "url: file:///p\ntype: NETWORK\nmatch: [{ports: [{number: 0}]}]",
+            "invalid-value spec.match[0].ports[0].number",
         ),
         ("short digest", "url: file:///p\nsha256: abc", "invalid-value spec.sha256"),
         ("unknown phase", "url: file:///p\nphase: LATER", "invalid-value spec.phase"),

@@ -1,11 +1,12 @@
 //! Buffers: bodies, what a callback brings, and configuration.
 //!
-//! A body can be read and changed while the guest's callback for it runs, and for as long as the guest holds it; outside
-//! of that it is empty, and cannot be changed.
+//! A body, and what was sent on a connection, can be read and changed while the guest's callback for it runs, and for as
+//! long as the guest holds it; outside of that it is empty, and cannot be changed.
 
 use super::Guest;
 use super::memory::{give, read, split, write_u32};
 use crate::abi::{Callback, Done, Status, answer};
+use crate::bodies::Bodies;
 use crate::state::State;
 use cairn_filter::Side;
 use wasmtime::Linker;
@@ -42,25 +43,30 @@ pub(super) fn define(linker: &mut Linker<State>) -> wasmtime::Result<()> {
     Ok(())
 }
 
-/// Whose body a buffer is, by its number.
+/// Whose body a buffer is, or what was sent by whom on a connection, by its number.
 fn side(number: u32) -> Option<Side> {
     match number {
-        0 => Some(Side::Request),
-        1 => Some(Side::Response),
+        0 | 2 => Some(Side::Request),
+        1 | 3 => Some(Side::Response),
         _ => None,
     }
+}
+
+/// What the stream at hand shows in the buffer of this number: bodies, or the bytes of a connection.
+fn shown(state: &State, number: u32) -> Option<&Bodies> {
+    let stream = state.stream()?;
+    if number < 2 { stream.bodies.as_deref() } else { stream.data.as_deref() }
 }
 
 /// Calls `look` with the bytes of a buffer.
 fn with_buffer<T>(state: &State, number: u32, look: impl FnOnce(&[u8]) -> T) -> Result<T, Status> {
     if let Some(side) = side(number) {
-        let bodies = state.stream().and_then(|stream| stream.bodies.as_deref());
-        let body = bodies.map(|bodies| bodies.side(side)).filter(|body| body.is_at_hand);
+        let body = shown(state, number).map(|bodies| bodies.side(side)).filter(|body| body.is_at_hand);
         return Ok(look(body.as_ref().map_or(&[][..], |body| &body.bytes)));
     }
     let bytes = match number {
-        // Bytes of connections, and arguments of foreign functions: there are none.
-        2 | 3 | 8 => &[][..],
+        // Arguments of foreign functions: there are none.
+        8 => &[][..],
         5 => &state.outside.delivery.message,
         // The body of the answer to a call, while it is delivered.
         4 => state.outside.delivery.body.as_deref().ok_or(Status::NotFound)?,
@@ -98,8 +104,7 @@ fn set(guest: &mut Guest<'_>, number: u32, (start, size): (u32, u32), (at, lengt
     let (memory, state) = split(guest)?;
     let with = read(memory, at, length)?;
     let side = side(number).ok_or(Status::BadArgument)?;
-    let bodies = state.stream().and_then(|stream| stream.bodies.as_deref());
-    let body = bodies.map(|bodies| bodies.side(side)).filter(|body| body.is_at_hand);
+    let body = shown(state, number).map(|bodies| bodies.side(side)).filter(|body| body.is_at_hand);
     Ok(body.ok_or(Status::BadArgument)?.set(start as usize, size as usize, with)?)
 }
 

@@ -14,7 +14,7 @@ use super::headers::{find, for_each};
 use super::memory::{give, read, split};
 use crate::abi::{Callback, Done, MapKind, Status, answer};
 use crate::state::State;
-use cairn_filter::{Measures, Side};
+use cairn_filter::{Measures, Protocol, Side};
 use std::borrow::Cow;
 use std::time::Instant;
 use wasmtime::Linker;
@@ -164,7 +164,10 @@ fn request<'a>(state: &'a State, rest: &[u8]) -> Option<Value<'a>> {
         b"headers_bytes" => Some(Value::Int(state.exchange().map(|_| bytes(state, kind))? as i64)),
         b"headers" => all(state, kind),
         b"time" => Some(Value::time(state.exchange()?.started_at)),
-        b"protocol" => Some(Value::text(state.exchange()?.protocol.as_str())),
+        b"protocol" => {
+            let protocol = state.exchange()?.protocol;
+            (protocol != Protocol::Tcp).then(|| Value::text(protocol.as_str()))
+        }
         // Known once the exchange is over.
         b"duration" if matches!(state.callback, Callback::Log | Callback::Done) => {
             Some(Value::duration(Instant::now().duration_since(state.exchange()?.started)))

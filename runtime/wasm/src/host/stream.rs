@@ -5,7 +5,7 @@ use super::memory::{read, split};
 use crate::abi::{Callback, Done, ROOT_CONTEXT, Status, VM_CONTEXT, answer};
 use crate::heads::refuse_injection;
 use crate::pairs::Pairs;
-use crate::state::State;
+use crate::state::{State, Stream};
 use bytes::Bytes;
 use cairn_filter::LocalReply;
 use http::StatusCode;
@@ -88,26 +88,30 @@ fn done(state: &mut State) -> Done {
     Ok(())
 }
 
+/// Whether a stream is what this number means: a request or a response, or one way of a connection. With any other, Envoy
+/// answers OK and does nothing.
+fn is_its(stream: &Stream, number: u32) -> bool {
+    stream.is_connection() == (number >= 2)
+}
+
 fn continue_stream(state: &mut State, number: u32) -> Done {
-    match (state.stream_mut(), number) {
-        (Some(stream), 0 | 1) => {
-            if let Some(resumed) = stream.resumed.get_mut(number as usize) {
-                *resumed = true;
-            }
-            stream.wake();
-            Ok(())
-        }
-        // TCP streams, and contexts without one: Envoy answers OK and does nothing.
-        (_, 0..=3) => Ok(()),
-        _ => Err(Status::BadArgument.into()),
+    if number > 3 {
+        return Err(Status::BadArgument.into());
     }
+    // Envoy does not know how to resume what a server sends on a connection (3), and says so with a status that SDKs do
+    // not survive.
+    if let Some(stream) = state.stream_mut().filter(|stream| is_its(stream, number)) {
+        stream.resumed[number as usize % 2] = true;
+        stream.wake();
+    }
+    Ok(())
 }
 
 fn close_stream(state: &mut State, number: u32) -> Done {
     if number > 3 {
         return Err(Status::BadArgument.into());
     }
-    if let Some(stream) = state.stream_mut() {
+    if let Some(stream) = state.stream_mut().filter(|stream| is_its(stream, number)) {
         stream.closed = true;
         stream.wake();
     }

@@ -2,6 +2,7 @@
 
 mod bodies;
 mod calls;
+mod connections;
 mod crashes;
 mod foreign;
 mod grpc;
@@ -14,7 +15,7 @@ use crate::{Engine, EngineSettings, PluginError};
 use cairn_filter::{
     Connection, Exchange, Factory, Filter, Peer, Protocol, RequestHead, ResponseHead, Verdict,
 };
-use cairn_mesh::{FailStrategy, Identity, PluginPhase, ResourceName, WasmPlugin, Workload};
+use cairn_mesh::{FailStrategy, Identity, PluginKind, PluginPhase, ResourceName, WasmPlugin, Workload};
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version};
 use std::sync::Arc;
@@ -133,6 +134,8 @@ fn plugin(fail_strategy: FailStrategy, config: &str) -> WasmPlugin {
         pull_policy: None,
         pull_secret: None,
         plugin_name: "root".into(),
+        kind: PluginKind::Http,
+        ports: Vec::new(),
         config: config.into(),
         phase: PluginPhase::Unspecified,
         priority: 0,

@@ -2,7 +2,7 @@
 
 use super::*;
 use cairn_fetch::{FetchSettings, Fetcher, Puller, Store, StoreSettings};
-use cairn_mesh::{FailStrategy, PluginPhase};
+use cairn_mesh::{FailStrategy, PluginKind, PluginPhase};
 use cairn_wasm::{CacheSettings, Engine, EngineSettings};
 use std::path::Path;
 
@@ -26,6 +26,8 @@ fn spec(url: &str, config: &str) -> L7 {
         pull_policy: None,
         pull_secret: None,
         plugin_name: "".into(),
+        kind: PluginKind::Http,
+        ports: Vec::new(),
         config: config.into(),
         phase: PluginPhase::Authn,
         priority: 0,

@@ -65,6 +65,8 @@ fn plugin(strategy: FailStrategy) -> Change {
         pull_policy: None,
         pull_secret: None,
         plugin_name: "".into(),
+        kind: PluginKind::Http,
+        ports: Vec::new(),
         config: "".into(),
         phase: PluginPhase::Authn,
         priority: 0,
@@ -186,6 +188,56 @@ async fn a_plugin_that_cannot_run_closes_or_opens_as_it_says() {
         assert_eq!(brief["state"], "failed");
         assert!(brief["reason"].as_str().is_some_and(|reason| reason.contains("/nonexistent/p.wasm")));
     }
+}
+
+#[tokio::test]
+async fn a_plugin_for_connections_stands_where_there_are_some() {
+    let attached = |strategy, ports: &[u16]| {
+        let Change::Plugin(plugin) = plugin(strategy) else { unreachable!() };
+        Change::Plugin(WasmPlugin { kind: PluginKind::Network, ports: ports.to_vec(), ..plugin })
+    };
+    let mut service = service("raw", "10.1.0.4", bound_to_waypoint());
+    if let Change::Service(service) = &mut service {
+        let port = |port, protocol| ServicePort { port, target_port: 8080, protocol };
+        service.ports =
+            vec![port(80, AppProtocol::Http11), port(81, AppProtocol::Unknown), port(90, AppProtocol::Tcp)];
+    }
+    // It is not loaded: where it stands, it closes connections and answers no request.
+    for (name, strategy, ports, expected) in [
+        ("everywhere but where there is HTTP only", FailStrategy::Close, &[][..], [false, true, true, true]),
+        ("of some ports", FailStrategy::Close, &[80, 90][..], [false, false, true, false]),
+        ("it may be missing", FailStrategy::Open, &[][..], [false; 4]),
+    ] {
+        let table = Bench::new().update(&mesh(vec![service.clone(), attached(strategy, ports)]));
+        let found = ["10.1.0.4:80", "10.1.0.4:81", "10.1.0.4:90", "10.0.0.2:9999"].map(|address| {
+            let site = table.at(address.parse().unwrap()).expect("a site").load_full();
+            let stands = site.chain.names().any(|name| name == "shop/p");
+            assert_eq!(closes(&site), stands, "{name}: {address}");
+            assert!(site.chain.names().all(|name| name == "shop/p"), "{name}: nothing else refuses");
+            stands
+        });
+        assert_eq!(found, expected, "{name}");
+    }
+}
+
+/// Whether the filters of a site close a connection as soon as it is there.
+fn closes(site: &Site) -> bool {
+    let address = "10.0.0.9:1".parse().unwrap();
+    let connection = cairn_filter::Connection {
+        id: 1,
+        worker: 0,
+        source: cairn_filter::Peer { address, identity: None, workload: None },
+        destination: address,
+        service: None,
+        local: None,
+        callout: Arc::new(NoCallout),
+    };
+    let now = (std::time::Instant::now(), std::time::SystemTime::now());
+    let tcp = cairn_filter::Protocol::Tcp;
+    let mut exchange = cairn_filter::Exchange::new(Arc::new(connection), tcp, now.0, now.1);
+    let filters = site.chain.connect(&exchange, &cairn_filter::Wakers::default());
+    let mut passages = filters.into_iter().map(|mut filter| filter.opened(&mut exchange));
+    passages.any(|passage| matches!(passage, cairn_filter::Passage::Close(_)))
 }
 
 #[tokio::test]
