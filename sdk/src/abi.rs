@@ -60,7 +60,29 @@ impl std::fmt::Display for HostError {
 
 impl std::error::Error for HostError {}
 
-/// Which half of an exchange; the number is the stream's in `proxy_continue_stream`.
+/// What goes on, or ends (`proxy_stream_type_t`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stream {
+    Request = 0,
+    Response = 1,
+    /// What the client of a connection sends.
+    Downstream = 2,
+    /// What the server of a connection sends.
+    Upstream = 3,
+}
+
+impl Stream {
+    pub(crate) fn buffer(self) -> Buffer {
+        match self {
+            Self::Request => Buffer::RequestBody,
+            Self::Response => Buffer::ResponseBody,
+            Self::Downstream => Buffer::DownstreamData,
+            Self::Upstream => Buffer::UpstreamData,
+        }
+    }
+}
+
+/// Which half of an exchange.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Side {
     Request = 0,
@@ -82,11 +104,15 @@ impl Side {
         }
     }
 
-    pub(crate) fn body(self) -> Buffer {
+    pub(crate) fn stream(self) -> Stream {
         match self {
-            Self::Request => Buffer::RequestBody,
-            Self::Response => Buffer::ResponseBody,
+            Self::Request => Stream::Request,
+            Self::Response => Stream::Response,
         }
+    }
+
+    pub(crate) fn body(self) -> Buffer {
+        self.stream().buffer()
     }
 }
 
@@ -106,6 +132,8 @@ pub(crate) enum Map {
 pub(crate) enum Buffer {
     RequestBody = 0,
     ResponseBody = 1,
+    DownstreamData = 2,
+    UpstreamData = 3,
     AnswerBody = 4,
     GrpcMessage = 5,
     PluginConfiguration = 7,

@@ -111,6 +111,30 @@ macro_rules! export {
             RUNTIME.with(|runtime| runtime.response_trailers(context))
         }
     };
+    (@one proxy_on_new_connection) => {
+        #[unsafe(no_mangle)]
+        extern "C" fn proxy_on_new_connection(context: u32) -> u32 {
+            RUNTIME.with(|runtime| runtime.new_connection(context))
+        }
+    };
+    (@one proxy_on_downstream_data) => {
+        #[unsafe(no_mangle)]
+        extern "C" fn proxy_on_downstream_data(context: u32, size: usize, end: u32) -> u32 {
+            RUNTIME.with(|runtime| runtime.downstream_data(context, size, end != 0))
+        }
+    };
+    (@one proxy_on_upstream_data) => {
+        #[unsafe(no_mangle)]
+        extern "C" fn proxy_on_upstream_data(context: u32, size: usize, end: u32) -> u32 {
+            RUNTIME.with(|runtime| runtime.upstream_data(context, size, end != 0))
+        }
+    };
+    (@one proxy_on_downstream_connection_close) => {
+        #[unsafe(no_mangle)]
+        extern "C" fn proxy_on_downstream_connection_close(context: u32, peer: u32) {
+            RUNTIME.with(|runtime| runtime.downstream_close(context, peer));
+        }
+    };
     (@one proxy_on_log) => {
         #[unsafe(no_mangle)]
         extern "C" fn proxy_on_log(context: u32) {

@@ -1,7 +1,7 @@
 //! The guest side of proxy-wasm for plugin authors.
 //!
 //! A plugin is a type that implements [`Plugin`]: it is made of its typed configuration and handles what it overrides of
-//! requests, responses, their bodies and trailers, ticks and ends. [`macro@plugin`] on the `impl` block exports just that, so a
+//! requests, responses, their bodies and trailers, connections without HTTP, ticks and ends. [`macro@plugin`] on the `impl` block exports just that, so a
 //! proxy skips all callbacks that the plugin has no use for. Modules speak ABI 0.2.1 and nothing more, so they run in every
 //! proxy-wasm host. [`testing`] is a proxy made of memory: `cargo test` runs the same plugin natively.
 //!
@@ -47,7 +47,7 @@
 //! ```
 //!
 //! Each feature has an example of its own: whole bodies at [`Plugin::on_request_body`], chunks at
-//! [`Plugin::on_request_chunk`], trailers at [`Trailers`], callouts that are awaited at [`Call`] and [`GrpcCall`], timers at
+//! [`Plugin::on_request_chunk`], trailers at [`Trailers`], connections without HTTP at [`Plugin::on_connection`], callouts that are awaited at [`Call`] and [`GrpcCall`], timers at
 //! [`sleep`] and [`tick_every`], shared data at [`shared`], metrics at [`Counter`], what the proxy knows at [`Properties`],
 //! replies at [`Reply`], work beside exchanges at [`spawn`], memory with bounds at [`Cache`].
 
@@ -58,6 +58,7 @@ mod abi;
 mod cache;
 mod call;
 mod config;
+mod connection;
 mod export;
 mod grpc;
 mod logger;
@@ -85,6 +86,7 @@ pub use abi::HostError;
 pub use cache::Cache;
 pub use cairn_sdk_macros::plugin;
 pub use call::{Answer, Call, CallError};
+pub use connection::{ClosedBy, Connection, Passage};
 pub use grpc::{GrpcCall, GrpcError};
 pub use log;
 pub use metrics::{Counter, Gauge, Histogram};

@@ -1,6 +1,6 @@
 //! What a plugin is, and what its handlers decide.
 
-use crate::{Body, Chunk, Properties, Reply, Request, Response, Trailers};
+use crate::{Body, Chunk, ClosedBy, Connection, Passage, Properties, Reply, Request, Response, Trailers};
 use std::fmt;
 use std::pin::Pin;
 
@@ -56,7 +56,7 @@ pub trait Plugin: Sized + 'static {
     /// The configuration, `pluginConfig` of the WasmPlugin. Give its type `deny_unknown_fields` to find typing errors.
     type Config: serde::de::DeserializeOwned;
 
-    /// What is remembered of an exchange between its phases; `()` for nothing.
+    /// What is remembered of an exchange between its phases, or of a connection; `()` for nothing.
     type Exchange: Default + 'static;
 
     /// Makes the plugin of its configuration. An empty configuration is read as `{}`.
@@ -193,10 +193,86 @@ pub trait Plugin: Sized + 'static {
         Flow::Continue
     }
 
+    /// A connection that carries no HTTP is here; nothing of it was read, and no upstream is connected. Called, as the other
+    /// handlers of connections, where the WasmPlugin says `type: NETWORK`.
+    ///
+    /// ```
+    /// use cairn_sdk::{Chunk, ClosedBy, Connection, Passage, Plugin, log};
+    /// # use cairn_sdk::testing::Proxy;
+    ///
+    /// /// Lets only clients in that greet as the protocol wants it, however their greeting is cut.
+    /// struct Greeted;
+    ///
+    /// #[cairn_sdk::plugin]
+    /// impl Plugin for Greeted {
+    ///     type Config = ();
+    ///     /// Whether the client has greeted.
+    ///     type Exchange = bool;
+    /// #   fn configure((): ()) -> Result<Self, String> { Ok(Self) }
+    ///
+    ///     fn on_downstream_data(&self, _: Connection, data: &mut Chunk, greeted: &mut bool) -> Passage {
+    ///         const GREETING: &[u8] = b"HELLO ";
+    ///         let bytes = data.bytes();
+    ///         if *greeted || bytes.starts_with(GREETING) {
+    ///             *greeted = true;
+    ///             return Passage::Continue;
+    ///         }
+    ///         if GREETING.starts_with(&bytes) && !data.is_last() { Passage::Hold } else { Passage::Close }
+    ///     }
+    ///
+    ///     fn on_close(&self, _: Connection, by: ClosedBy, greeted: &mut bool) {
+    ///         log::info!("closed by {by:?}, greeted: {greeted}");
+    ///     }
+    /// }
+    ///
+    /// # let mut proxy = Proxy::<Greeted>::new("").unwrap();
+    /// # let polite = proxy.connect();
+    /// # proxy.client_sends(polite, "HEL");
+    /// # assert_eq!(proxy.to_server(polite), b"");
+    /// # proxy.client_sends(polite, "LO you");
+    /// # proxy.client_sends(polite, "!");
+    /// # assert_eq!(proxy.to_server(polite), b"HELLO you!");
+    /// # let rude = proxy.connect();
+    /// # proxy.client_sends(rude, "GIVE");
+    /// # assert!(!proxy.is_open(rude) && proxy.is_open(polite));
+    /// # assert_eq!((proxy.to_server(rude), proxy.logs()), (Vec::new(), vec!["closed by Proxy, greeted: false".to_owned()]));
+    /// ```
+    fn on_connection(&self, connection: Connection, exchange: &mut Self::Exchange) -> Passage {
+        let _ = (connection, exchange);
+        Passage::Continue
+    }
+
+    /// The client of a connection has sent bytes, or has no more to send; cut wherever the network cut them.
+    fn on_downstream_data(
+        &self,
+        connection: Connection,
+        data: &mut Chunk,
+        exchange: &mut Self::Exchange,
+    ) -> Passage {
+        let _ = (connection, data, exchange);
+        Passage::Continue
+    }
+
+    /// The server of a connection has sent bytes, or has no more to send.
+    fn on_upstream_data(
+        &self,
+        connection: Connection,
+        data: &mut Chunk,
+        exchange: &mut Self::Exchange,
+    ) -> Passage {
+        let _ = (connection, data, exchange);
+        Passage::Continue
+    }
+
+    /// A connection is over.
+    fn on_close(&self, connection: Connection, by: ClosedBy, exchange: &mut Self::Exchange) {
+        let _ = (connection, by, exchange);
+    }
+
     /// The period asked for by [`crate::tick_every`] has passed.
     fn on_tick(&self) {}
 
-    /// The exchange is over; what the proxy knows of it can be read for the last time.
+    /// The exchange, or the connection, is over; what the proxy knows of it can be read for the last time.
     fn on_log(&self, properties: Properties, exchange: &mut Self::Exchange) {
         let _ = (properties, exchange);
     }

@@ -1,7 +1,8 @@
 //! What the callbacks of a module do: contexts and their exchanges, from the proxy's calls to a plugin's handlers. The same
 //! code runs natively under [`crate::testing`].
 
-use crate::abi::{Action, Buffer, Map, Side};
+use crate::abi::{Action, Buffer, Map, Side, Stream};
+use crate::connection::{ClosedBy, Connection, Waits};
 use crate::task::{self, Arrival, CallKind, Place};
 use crate::{Answer, Body, Chunk, Flow, GrpcError, Plugin, Properties, Reply, Request, Response, Trailers};
 use crate::{config, logger, sys, timer};
@@ -30,6 +31,8 @@ struct Exchange<P: Plugin> {
     state: P::Exchange,
     request: Half,
     response: Half,
+    /// Where it is a connection without HTTP and something waits.
+    connection: Waits,
 }
 
 /// How far one half of an exchange is.
@@ -67,8 +70,9 @@ impl<P: Plugin> Runtime<P> {
             return;
         }
         let Some(plugin) = self.plugin(root) else { return };
-        let (request, response) = Default::default();
-        let exchange = Box::new(Exchange { plugin, root, state: P::Exchange::default(), request, response });
+        let (request, response, connection) = Default::default();
+        let state = P::Exchange::default();
+        let exchange = Box::new(Exchange { plugin, root, state, request, response, connection });
         let mut exchanges = self.exchanges.borrow_mut();
         let index = exchanges.partition_point(|(id, _)| *id < context);
         exchanges.insert(index, (context, Some(exchange)));
@@ -130,6 +134,35 @@ impl<P: Plugin> Runtime<P> {
     /// `proxy_on_response_trailers`.
     pub fn response_trailers(&self, context: u32) -> u32 {
         self.with(context, |exchange| exchange.trailers(Side::Response))
+    }
+
+    /// `proxy_on_new_connection`.
+    pub fn new_connection(&self, context: u32) -> u32 {
+        self.with(context, |Exchange { plugin, state, connection, .. }| connection.opened(&**plugin, state))
+    }
+
+    /// `proxy_on_downstream_data`.
+    pub fn downstream_data(&self, context: u32, size: usize, end: bool) -> u32 {
+        self.data(context, Stream::Downstream, (size, end))
+    }
+
+    /// `proxy_on_upstream_data`.
+    pub fn upstream_data(&self, context: u32, size: usize, end: bool) -> u32 {
+        self.data(context, Stream::Upstream, (size, end))
+    }
+
+    fn data(&self, context: u32, stream: Stream, shown: (usize, bool)) -> u32 {
+        self.with(context, |Exchange { plugin, state, connection, .. }| {
+            connection.data(&**plugin, state, stream, shown)
+        })
+    }
+
+    /// `proxy_on_downstream_connection_close`.
+    pub fn downstream_close(&self, context: u32, peer: u32) {
+        self.with(context, |exchange| {
+            exchange.plugin.on_close(Connection(()), ClosedBy::of(peer), &mut exchange.state);
+            Action::Continue
+        });
     }
 
     /// `proxy_on_log`.
@@ -233,6 +266,8 @@ impl<P: Plugin> Runtime<P> {
         self.with(context, |exchange| {
             exchange.resume(Side::Request);
             exchange.resume(Side::Response);
+            let Exchange { plugin, state, connection, .. } = exchange;
+            connection.resume(&**plugin, state);
             Action::Continue
         });
     }
@@ -361,7 +396,7 @@ impl<P: Plugin> Exchange<P> {
 
     fn show_chunk(&mut self, side: Side, size: usize) -> Result<(), Reply> {
         let half = self.half(side);
-        let mut chunk = Chunk::of(side, size, half.ended && !half.trailers);
+        let mut chunk = Chunk::new(side.body(), size, half.ended && !half.trailers);
         match side {
             Side::Request => self.plugin.on_request_chunk(Request(()), &mut chunk, &mut self.state),
             Side::Response => self.plugin.on_response_chunk(Response(()), &mut chunk, &mut self.state),
@@ -383,7 +418,7 @@ impl<P: Plugin> Exchange<P> {
             Poll::Pending => self.half(side).waiting = Some(future),
             Poll::Ready(flow) => {
                 if self.decide(side, flow) == Action::Continue
-                    && let Err(error) = sys::continue_stream(side)
+                    && let Err(error) = sys::continue_stream(side.stream())
                 {
                     log::warn!("the proxy did not go on: {error}");
                 }

@@ -2,7 +2,7 @@
 //! cheap to copy into a future. Values of headers are bytes, as in HTTP: text that is not UTF-8 is no reason for a plugin to
 //! die. A change that the proxy refuses is logged and does nothing.
 
-use crate::abi::{HostError, Map, Side};
+use crate::abi::{Buffer, HostError, Map, Side};
 use crate::{Properties, sys};
 
 /// A request whose headers have arrived. `host` is another name of `:authority`.
@@ -48,10 +48,10 @@ pub struct Body {
     side: Side,
 }
 
-/// A piece of a body on its way.
+/// A piece of a body, or of what is sent on a connection, on its way.
 #[derive(Debug)]
 pub struct Chunk {
-    side: Side,
+    buffer: Buffer,
     length: usize,
     last: bool,
 }
@@ -217,8 +217,8 @@ impl Body {
 }
 
 impl Chunk {
-    pub(crate) fn of(side: Side, length: usize, last: bool) -> Self {
-        Self { side, length, last }
+    pub(crate) fn new(buffer: Buffer, length: usize, last: bool) -> Self {
+        Self { buffer, length, last }
     }
 
     /// Its bytes; none, with a warning in the log, if the proxy does not give them.
@@ -231,7 +231,7 @@ impl Chunk {
     /// # Errors
     /// When the proxy does not give them.
     pub fn read(&self) -> Result<Vec<u8>, HostError> {
-        sys::buffer(self.side.body(), 0, self.length)
+        sys::buffer(self.buffer, 0, self.length)
     }
 
     /// How many they are.
@@ -244,7 +244,8 @@ impl Chunk {
         self.length == 0
     }
 
-    /// Whether the body ends with it. Bodies before trailers end without a last chunk.
+    /// Whether the body ends with it, or the sender has no more to send on a connection. Bodies before trailers end without
+    /// a last chunk.
     pub fn is_last(&self) -> bool {
         self.last
     }
@@ -252,7 +253,7 @@ impl Chunk {
     /// Puts other bytes in its place. Take `content-length` away in the headers' handler if lengths may change.
     pub fn replace(&mut self, bytes: impl AsRef<[u8]>) {
         let bytes = bytes.as_ref();
-        let replaced = sys::set_buffer(self.side.body(), 0, self.length, bytes);
+        let replaced = sys::set_buffer(self.buffer, 0, self.length, bytes);
         if noted("a piece of a body", replaced) {
             self.length = bytes.len();
         }

@@ -1,7 +1,7 @@
 //! The host functions as the [`crate::testing`] world of the thread answers them. The twin of this file, `wasm.rs`, asks the
 //! proxy.
 
-use crate::abi::{Buffer, HostError, Map, MetricKind, Pairs, Side};
+use crate::abi::{Buffer, HostError, Map, MetricKind, Pairs, Stream};
 use crate::testing::world::with;
 
 pub(crate) fn log(level: u32, text: &str) {
@@ -32,10 +32,17 @@ pub(crate) fn set_effective_context(context: u32) -> Result<(), HostError> {
     with(outside(), |world| world.set_effective_context(context))
 }
 
-pub(crate) fn continue_stream(side: Side) -> Result<(), HostError> {
+pub(crate) fn continue_stream(stream: Stream) -> Result<(), HostError> {
     with(outside(), |world| {
         world.may("proxy_continue_stream")?;
-        world.continue_stream(side)
+        world.continue_stream(stream)
+    })
+}
+
+pub(crate) fn close_stream(stream: Stream) -> Result<(), HostError> {
+    with(outside(), |world| {
+        world.may("proxy_close_stream")?;
+        world.close_stream(stream)
     })
 }
 

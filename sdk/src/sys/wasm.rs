@@ -2,7 +2,7 @@
 //! uses. All unsafe code of the SDK is in this file and in what [`crate::export!`] exports.
 #![allow(unsafe_code)]
 
-use crate::abi::{Buffer, HostError, Map, MetricKind, Pairs, Side, read_pairs, write_pairs};
+use crate::abi::{Buffer, HostError, Map, MetricKind, Pairs, Stream, read_pairs, write_pairs};
 use std::ptr::null_mut;
 
 #[link(wasm_import_module = "env")]
@@ -13,6 +13,7 @@ unsafe extern "C" {
     safe fn proxy_set_tick_period_milliseconds(period: u32) -> u32;
     safe fn proxy_set_effective_context(context: u32) -> u32;
     safe fn proxy_continue_stream(stream: u32) -> u32;
+    safe fn proxy_close_stream(stream: u32) -> u32;
     safe fn proxy_get_buffer_bytes(
         kind: u32,
         start: usize,
@@ -178,8 +179,12 @@ pub(crate) fn set_effective_context(context: u32) -> Result<(), HostError> {
     HostError::check(proxy_set_effective_context(context))
 }
 
-pub(crate) fn continue_stream(side: Side) -> Result<(), HostError> {
-    HostError::check(proxy_continue_stream(side as u32))
+pub(crate) fn continue_stream(stream: Stream) -> Result<(), HostError> {
+    HostError::check(proxy_continue_stream(stream as u32))
+}
+
+pub(crate) fn close_stream(stream: Stream) -> Result<(), HostError> {
+    HostError::check(proxy_close_stream(stream as u32))
 }
 
 pub(crate) fn buffer(kind: Buffer, start: usize, most: usize) -> Result<Vec<u8>, HostError> {

@@ -227,7 +227,7 @@ impl Running {
         let mut world = world.borrow_mut();
         let live = world.live.entry(self.context).or_default();
         live.maps[Map::ResponseHeaders as usize] = response.headers;
-        live.buffers = [None, None];
+        live.buffers = Default::default();
         self.chunks = response.chunks.into();
         self.trailers = response.trailers;
         (self.at, self.paused) = (At::Headers(Side::Response), false);

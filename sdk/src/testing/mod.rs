@@ -26,14 +26,17 @@
 //! assert_eq!(proxy.logs(), ["status 201"]);
 //! ```
 
+mod connection;
 mod exchange;
 mod message;
 pub(crate) mod world;
 
+pub use connection::ConnectionId;
 pub use message::{Outcome, Sent, TestRequest, TestResponse};
 
 use crate::runtime::Runtime;
 use crate::{Plugin, logger};
+use connection::Connected;
 use exchange::Running;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -64,6 +67,7 @@ pub struct Proxy<P: Plugin> {
     upstream: Upstream,
     running: BTreeMap<u32, Running>,
     ended: BTreeMap<u32, Outcome>,
+    connections: BTreeMap<u32, Connected>,
 }
 
 /// An exchange under way, started by [`Proxy::start`].
@@ -88,8 +92,8 @@ impl<P: Plugin> Proxy<P> {
             return Err(log.unwrap_or_default());
         }
         let upstream: Upstream = Box::new(|_| TestResponse::new(200));
-        let (running, ended) = Default::default();
-        Ok(Self { runtime, world, root, upstream, running, ended })
+        let (running, ended, connections) = Default::default();
+        Ok(Self { runtime, world, root, upstream, running, ended, connections })
     }
 
     /// The plugin itself.
@@ -255,6 +259,7 @@ impl<P: Plugin> Proxy<P> {
         for context in self.running.keys().copied().collect::<Vec<_>>() {
             self.go_on(context);
         }
+        self.connections_go_on();
     }
 
     fn tick(&mut self, now: u64) {
@@ -325,6 +330,7 @@ impl<P: Plugin> Drop for Proxy<P> {
         for context in std::mem::take(&mut self.running).into_keys() {
             self.finish(context);
         }
+        self.close_all();
         self.runtime.delete(self.root);
     }
 }

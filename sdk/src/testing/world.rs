@@ -2,7 +2,7 @@
 //! answers the host functions.
 
 use super::message::{Sent, TestResponse, canonical};
-use crate::abi::{Buffer, HostError, Map, MetricKind, Pairs, Side};
+use crate::abi::{Buffer, HostError, Map, MetricKind, Pairs, Stream};
 use crate::{Answer, Reply};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
@@ -22,9 +22,11 @@ pub(crate) struct Live {
     pub(crate) maps: [Pairs; 4],
     /// Which of them can be changed now.
     pub(crate) open: [bool; 4],
-    /// What a body's handler sees, per side; `None` while there is none.
-    pub(crate) buffers: [Option<Vec<u8>>; 2],
-    pub(crate) resumed: [bool; 2],
+    /// What a handler sees of bodies and of what is sent on connections, per stream; `None` while there is none.
+    pub(crate) buffers: [Option<Vec<u8>>; 4],
+    pub(crate) resumed: [bool; 4],
+    /// The plugin has ended it.
+    pub(crate) closed: bool,
     pub(crate) reply: Option<Reply>,
 }
 
@@ -167,9 +169,18 @@ impl World {
         self.live.get_mut(&self.effective)
     }
 
-    pub(crate) fn continue_stream(&mut self, side: Side) -> Result<(), HostError> {
+    pub(crate) fn continue_stream(&mut self, stream: Stream) -> Result<(), HostError> {
+        if stream == Stream::Upstream {
+            // As in Envoy.
+            return Err(HostError::Unimplemented);
+        }
         let live = self.exchange().ok_or(HostError::BadArgument)?;
-        live.resumed[side as usize] = true;
+        live.resumed[stream as usize] = true;
+        Ok(())
+    }
+
+    pub(crate) fn close_stream(&mut self, _: Stream) -> Result<(), HostError> {
+        self.exchange().ok_or(HostError::BadArgument)?.closed = true;
         Ok(())
     }
 
@@ -184,7 +195,7 @@ impl World {
 
     pub(crate) fn buffer(&mut self, kind: Buffer, start: usize, most: usize) -> Result<Vec<u8>, HostError> {
         let whole = match kind {
-            Buffer::RequestBody | Buffer::ResponseBody => {
+            Buffer::RequestBody | Buffer::ResponseBody | Buffer::DownstreamData | Buffer::UpstreamData => {
                 self.exchange().and_then(|live| live.buffers[kind as usize].clone()).unwrap_or_default()
             }
             Buffer::AnswerBody => {
@@ -204,7 +215,9 @@ impl World {
         size: usize,
         bytes: &[u8],
     ) -> Result<(), HostError> {
-        let (Buffer::RequestBody | Buffer::ResponseBody) = kind else { return Err(HostError::BadArgument) };
+        if kind as usize >= 4 {
+            return Err(HostError::BadArgument);
+        }
         let buffer = self.exchange().and_then(|live| live.buffers[kind as usize].as_mut());
         let buffer = buffer.ok_or(HostError::NotFound)?;
         if start == 0 {
