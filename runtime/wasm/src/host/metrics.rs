@@ -37,6 +37,7 @@ fn define_metric(guest: &mut Guest<'_>, kind: u32, name: (u32, u32), id_at: u32)
 
 fn get_metric(guest: &mut Guest<'_>, id: u32, value_at: u32) -> Done {
     let (memory, state) = split(guest)?;
+    check(memory, value_at, 8)?;
     let value = find(state, id)?.value()?;
     Ok(write(memory, value_at, &value.to_le_bytes())?)
 }

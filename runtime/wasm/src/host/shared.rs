@@ -86,11 +86,11 @@ fn register(guest: &mut Guest<'_>, name: Slice, id_at: u32) -> Done {
 fn resolve(guest: &mut Guest<'_>, vm: Slice, name: Slice, id_at: u32) -> Done {
     let (memory, state) = split(guest)?;
     check(memory, id_at, 4)?;
+    let (vm, name) = (read(memory, vm.0, vm.1)?, read(memory, name.0, name.1)?);
     // Our plugins have the VM id "", as istiod gives them none.
-    if !read(memory, vm.0, vm.1)?.is_empty() {
+    if !vm.is_empty() {
         return Err(Status::NotFound.into());
     }
-    let name = read(memory, name.0, name.1)?;
     let id = state.facts.environment.shared.resolve_queue(&state.facts.scope, name)?;
     Ok(write_u32(memory, id_at, id)?)
 }

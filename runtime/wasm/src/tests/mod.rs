@@ -8,6 +8,7 @@ mod foreign;
 mod grpc;
 mod kept;
 mod lifecycle;
+mod matrix;
 mod outside;
 mod sequences;
 
