@@ -1,8 +1,9 @@
 //! Delivery of plugins: swapped under traffic, waited for by those alone that use them, fetched with a secret.
 
-use crate::client::{ANSWER_MAX, Client, Who, admin, get, metrics};
+use crate::client::{ANSWER_MAX, Client, Who, admin, connect, get, metrics};
 use crate::edits::SMALL;
 use crate::harness::{Mesh, SOON};
+use crate::servers::TcpEcho;
 use anyhow::{Context, Result, ensure};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -18,8 +19,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
 
 /// A module that adds its configuration to each request, as the header `x-swap-` and a letter of its own.
 fn module(letter: char) -> Vec<u8> {
@@ -253,5 +256,99 @@ async fn only_those_wait_for_a_plugin_who_use_it_and_it_comes_with_its_secret() 
             "{text}"
         );
     }
+    Ok(())
+}
+
+/// A module for connections: it holds what a client sends until it has four bytes, and puts its configuration in front of
+/// them; what a server sends passes.
+fn line_module() -> Vec<u8> {
+    let text = r#"(module
+      (import "env" "proxy_get_buffer_bytes" (func $buffer (param i32 i32 i32 i32 i32) (result i32)))
+      (import "env" "proxy_set_buffer_bytes" (func $set (param i32 i32 i32 i32 i32) (result i32)))
+      (memory (export "memory") 2)
+      (global $free (mut i32) (i32.const 65536))
+      (func (export "proxy_abi_version_0_2_1"))
+      (func (export "proxy_on_memory_allocate") (param $size i32) (result i32)
+        (global.get $free) (global.set $free (i32.add (global.get $free) (local.get $size))))
+      (func (export "proxy_on_configure") (param i32 i32) (result i32)
+        (drop (call $buffer (i32.const 7) (i32.const 0) (local.get 1) (i32.const 8) (i32.const 12)))
+        (i32.const 1))
+      (func (export "proxy_on_downstream_data") (param $context i32) (param $size i32) (param $end i32) (result i32)
+        (if (i32.and (i32.lt_u (local.get $size) (i32.const 4)) (i32.eqz (local.get $end))) (then
+          (return (i32.const 1))))
+        (drop (call $set (i32.const 2) (i32.const 0) (i32.const 0)
+          (i32.load (i32.const 8)) (i32.load (i32.const 12))))
+        (i32.const 0)))"#;
+    wat::parse_str(text).unwrap()
+}
+
+/// A pod and a service of it whose one port carries TCP, the other HTTP.
+const LINE: &str = "apiVersion: v1
+kind: Pod
+metadata: { name: line, namespace: shop, labels: { app: line } }
+spec: { serviceAccountName: web, containers: [{ name: a, image: a, ports: [{ containerPort: 9000 }] }] }
+---
+apiVersion: v1
+kind: Service
+metadata: { name: line, namespace: shop, labels: { istio.io/use-waypoint: gate } }
+spec: { selector: { app: line }, ports: [{ name: tcp, port: 9000 }, { name: tcp-other, port: 9001, targetPort: 9000 }] }
+";
+
+#[tokio::test]
+async fn a_plugin_of_type_network_sees_the_bytes_of_connections_and_closes_them_when_it_cannot_run()
+-> Result<()> {
+    let home = tempfile::tempdir()?;
+    std::fs::write(home.path().join("line.wasm"), line_module())?;
+    let network = |file: &str, number: u8| {
+        let url = format!("file://{}/{file}.wasm", home.path().display());
+        let rest = format!(
+            "  type: NETWORK\n  match: [{{ ports: [{{ number: 9000 }}] }}]\n  pluginConfig: {{ n: {number} }}"
+        );
+        plugin("line", GATEWAY, &url, &rest)
+    };
+    let mesh = Mesh::start(&[SMALL, ("line.yaml", LINE), ("plugin.yaml", &network("line", 1))], &[])?;
+    let _application = TcpEcho::start(mesh.twin("shop/line", 9000)?).await?;
+    let web = Who::Pod(mesh.pod("shop/web")?);
+    let asked = async |port: u16, pieces: &[&[u8]], length: usize| -> Result<Vec<u8>> {
+        let mut stream = connect(web, mesh.service("shop/line", port)?).await?;
+        for piece in pieces {
+            stream.write_all(piece).await?;
+            stream.flush().await?;
+        }
+        let mut back = vec![0; length];
+        match timeout(SOON, stream.read_exact(&mut back)).await.context("neither an echo nor an end")? {
+            Ok(_) => Ok(back),
+            Err(_) => Ok(Vec::new()),
+        }
+    };
+    let sees = b"{\"n\":1}\0one".as_slice();
+    assert_eq!(asked(9000, &[b"\0o", b"ne"], sees.len()).await?, sees);
+    assert_eq!(asked(9001, &[b"\0one"], 4).await?, b"\0one", "a port that it is not for");
+    let catalog = get(web, mesh.service("shop/catalog", 8000)?, "/").await?;
+    assert_eq!(catalog.status, 200, "HTTP is nothing to it");
+
+    // What is open stays with the version it began with; a version that cannot be had leaves the one before.
+    let mut open = connect(web, mesh.service("shop/line", 9000)?).await?;
+    open.write_all(b"\0one").await?;
+    let mut back = vec![0; sees.len()];
+    timeout(SOON, open.read_exact(&mut back)).await??;
+    mesh.write("plugin.yaml", &network("line", 2))?;
+    let later = Instant::now() + SOON;
+    while asked(9000, &[b"\0one"], sees.len()).await? != b"{\"n\":2}\0one" {
+        ensure!(Instant::now() < later, "the second version does not come");
+    }
+    open.write_all(b"\0one").await?;
+    timeout(SOON, open.read_exact(&mut back)).await??;
+    assert_eq!(back, sees);
+    drop(mesh);
+
+    let mesh = Mesh::start(&[SMALL, ("line.yaml", LINE), ("plugin.yaml", &network("none", 1))], &[])?;
+    let _application = TcpEcho::start(mesh.twin("shop/line", 9000)?).await?;
+    let web = Who::Pod(mesh.pod("shop/web")?);
+    let mut stream = connect(web, mesh.service("shop/line", 9000)?).await?;
+    stream.write_all(b"\0one").await?;
+    let read = timeout(SOON, stream.read(&mut [0])).await.context("it is not closed")?;
+    assert!(matches!(read, Ok(0) | Err(_)), "{read:?}");
+    assert_eq!(get(web, mesh.service("shop/catalog", 8000)?, "/").await?.status, 200, "and no other");
     Ok(())
 }

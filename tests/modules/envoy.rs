@@ -25,9 +25,19 @@ pub struct Envoy(cairn_tests::envoy::Envoy);
 impl Envoy {
     /// Starts `program` with `module` in front of `upstream`.
     pub async fn start(program: &Path, module: &Module, upstream: &Upstream) -> Result<Self> {
+        let listeners = [Version::Http1, Version::Http2].map(|version| listener(version, module));
+        Self::run(program, listeners.into(), clusters(upstream)).await
+    }
+
+    /// Starts `program` with these listeners and clusters.
+    pub async fn run(program: &Path, listeners: Vec<Value>, clusters: Vec<Value>) -> Result<Self> {
+        let bootstrap = json!({
+            "admin": { "address": loopback(0) },
+            "static_resources": { "listeners": listeners, "clusters": clusters },
+        });
         let start = Start {
-            bootstrap: &bootstrap(module, upstream),
-            listeners: 2,
+            bootstrap: &bootstrap,
+            listeners: listeners.len(),
             flags: &["--component-log-level", "wasm:trace", "--log-format", FORMAT],
             limit: START_MAX,
         };
@@ -36,7 +46,22 @@ impl Envoy {
 
     /// Where requests of this version are sent.
     pub fn address(&self, version: Version) -> Result<SocketAddr> {
-        self.0.address(&format!("{version:?}"))
+        self.listener(&format!("{version:?}"))
+    }
+
+    /// Where a listener listens.
+    pub fn listener(&self, name: &str) -> Result<SocketAddr> {
+        self.0.address(name)
+    }
+
+    /// What the plugin of this name logged.
+    pub fn lines_of(&self, name: &str) -> Vec<String> {
+        let log = self.0.log();
+        let entries = log.split("\n%").map(|entry| entry.trim_start_matches('%').trim_end_matches('\n'));
+        let told =
+            entries.filter_map(|entry| entry.splitn(3, '|').nth(2)?.strip_prefix(GUEST)?.split_once(": "));
+        let own = told.filter(|(who, _)| who.split_whitespace().next() == Some(name));
+        own.map(|(_, text)| text.to_owned()).collect()
     }
 
     /// The counters and gauges that the module defined.
@@ -84,8 +109,7 @@ fn line(entry: &str) -> Option<Line> {
     Some(Line { level: level.to_owned(), text: text.to_owned() })
 }
 
-fn bootstrap(module: &Module, upstream: &Upstream) -> Value {
-    let listeners = [Version::Http1, Version::Http2].map(|version| listener(version, module));
+fn clusters(upstream: &Upstream) -> Vec<Value> {
     let versions = [Version::Http1, Version::Http2];
     let mut clusters: Vec<Value> =
         versions.map(|version| cluster(&format!("{version:?}"), upstream.address, version)).into();
@@ -93,13 +117,11 @@ fn bootstrap(module: &Module, upstream: &Upstream) -> Value {
         let version = if *name == "grpcbin" { Version::Http2 } else { Version::Http1 };
         clusters.push(cluster(name, *address, version));
     }
-    json!({
-        "admin": { "address": loopback(0) },
-        "static_resources": { "listeners": listeners, "clusters": clusters },
-    })
+    clusters
 }
 
-fn cluster(name: &str, address: SocketAddr, version: Version) -> Value {
+/// A cluster with one endpoint that speaks this version of HTTP, or no HTTP at all for 1.1.
+pub fn cluster(name: &str, address: SocketAddr, version: Version) -> Value {
     let mut cluster = json!({
         "name": name,
         "type": "STATIC",

@@ -9,6 +9,7 @@
 mod ask;
 mod catalogue;
 mod client;
+mod connections;
 mod envoy;
 mod known;
 mod module;

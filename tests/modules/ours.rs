@@ -26,7 +26,7 @@ use tracing::field::{Field, Visit};
 use tracing_subscriber::layer::{Context as LayerContext, Layer, SubscriberExt};
 
 /// The namespace of everything.
-const NAMESPACE: &str = "modules";
+pub const NAMESPACE: &str = "modules";
 
 /// The ports of the upstream's service, one for each version.
 const PORTS: [(Version, u16); 2] = [(Version::Http1, 80), (Version::Http2, 81)];
@@ -151,11 +151,13 @@ fn mesh(upstream: &Upstream) -> Snapshot {
     store.snapshot()
 }
 
-fn hostname(name: &str) -> String {
+/// The hostname of a service.
+pub fn hostname(name: &str) -> String {
     format!("{name}.{NAMESPACE}.svc.cluster.local")
 }
 
-fn service(name: &str, index: u8, at: SocketAddr, ports: Vec<ServicePort>) -> Vec<Change> {
+/// A service of the namespace at 10.0.0.`index` with one endpoint outside the mesh.
+pub fn service(name: &str, index: u8, at: SocketAddr, ports: Vec<ServicePort>) -> Vec<Change> {
     let key = ResourceName::new(NAMESPACE, hostname(name));
     let service = Service {
         name: name.into(),
@@ -202,7 +204,8 @@ fn nowhere() -> SiteHandle {
     Arc::new(ArcSwap::from_pointee(nobodys_site()))
 }
 
-fn nobodys_site() -> Site {
+/// The site of a destination of which nothing is known.
+pub fn nobodys_site() -> Site {
     Site {
         chain: Chain::default(),
         routes: RouteTable::compile(&[], None, 0, ""),
@@ -251,7 +254,14 @@ async fn accept(
 /// What plugins have logged, by their names, and under no name what the host said of them.
 static LINES: Mutex<BTreeMap<String, Vec<Line>>> = Mutex::new(BTreeMap::new());
 
-fn listen_to_plugins() {
+/// What the plugin of this name, `namespace/name`, logged.
+pub fn lines_of(name: &str) -> Vec<String> {
+    let lines = LINES.lock().unwrap_or_else(PoisonError::into_inner);
+    lines.get(name).into_iter().flatten().map(|line| line.text.clone()).collect()
+}
+
+/// Has plugins' lines kept.
+pub fn listen_to_plugins() {
     let subscriber = tracing_subscriber::registry().with(Keep);
     // The first of several tests has set it.
     let _already_set = tracing::subscriber::set_global_default(subscriber);

@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 
 use crate::abi::{self, Given, log};
+use crate::connection;
 use crate::lines::{buffer, phase, property};
 
 #[unsafe(no_mangle)]
@@ -23,6 +24,9 @@ extern "C" fn proxy_on_vm_start(context: u32, size: usize) -> u32 {
 
 #[unsafe(no_mangle)]
 extern "C" fn proxy_on_configure(context: u32, size: usize) -> u32 {
+    if connection::configure(&abi::buffer(7, 0, size).bytes) {
+        return 1;
+    }
     log(&format!(
         "CB configure({context},{size}) vmconf {} plugconf {}",
         buffer(6, 0, 999),

@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 
 use crate::abi::{self, add, log, remove, replace, set_buffer};
+use crate::connection;
 use crate::lines::{buffer, entries, map, phase, property, value};
 
 /// What is asked for in the request's phase.
@@ -288,6 +289,9 @@ extern "C" fn proxy_on_log(context: u32) {
     log(&format!("CB log({context})"));
     if context <= 1 {
         return;
+    }
+    if connection::is_asked() {
+        return connection::ended(context);
     }
     phase("log");
     for path in [

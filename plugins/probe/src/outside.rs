@@ -4,10 +4,14 @@
 #![allow(unsafe_code)]
 
 use crate::abi::{self, Given, log};
+use crate::connection;
 use crate::lines::{entries, map, phase, show};
 
 #[unsafe(no_mangle)]
 extern "C" fn proxy_on_tick(context: u32) {
+    if connection::is_asked() {
+        return connection::tick();
+    }
     abi::set_tick(0);
     log(&format!("CB tick({context})"));
     phase("tick");
