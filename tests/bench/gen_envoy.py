@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Writes conf/envoy-*.yaml (JSON is YAML) for every Envoy variant used by run.sh."""
 import json, os
+from gen_cairn import CONFIG, MODULES
 W = os.environ["BENCH_WORK"]
 C = f"{W}/conf"
 PLUG = os.environ.get("PLUG_WASM", f"{C}/hdr.wasm")
@@ -39,9 +40,10 @@ def rbac(claim):
     return {"name": "envoy.filters.http.rbac", "typed_config": {"@type": T + "filters.http.rbac.v3.RBAC",
             "rules": {"action": "ALLOW", "policies": pol}}}
 
-def wasm(i, path):
+def wasm(i, path, configuration=""):
     return {"name": f"wasm{i}", "typed_config": {"@type": T + "filters.http.wasm.v3.Wasm", "config": {
         "name": f"plug{i}", "root_id": f"plug{i}",
+        "configuration": {"@type": "type.googleapis.com/google.protobuf.StringValue", "value": configuration},
         "vm_config": {"vm_id": f"vm{i}", "runtime": "envoy.wasm.runtime.v8", "code": {"local": {"filename": path}}}}}}
 
 def hcm(filters, prefix="in", routes=None, **kw):
@@ -115,7 +117,10 @@ boot("envoy-hbone-l4", [connect_term(10011, "backend"), b], [BE, BB], 19011)
 wp("envoy-waypoint", 10012, [])
 wp("envoy-waypoint-rbac", 10016, [rbac(False)])
 wp("envoy-waypoint-rbac-log", 10017, [rbac(False)], access_log=LOG)
-wp("envoy-waypoint-rbac-hdr1", 10018, [rbac(False), wasm(0, f"{C}/hdr.wasm")])
+for port, name, count in ((10018, "hdr", 1), (10040, "hdr", 2), (10041, "noop", 1), (10042, "noop", 2), (10043, "tag", 1),
+                          (10044, "tag", 2), (10045, "body", 1), (10046, "go", 1), (10047, "coraza", 1)):
+    wp(f"envoy-waypoint-rbac-{name}{count}", port,
+       [rbac(False)] + [wasm(i, MODULES[name], CONFIG.get(name, "")) for i in range(count)])
 wp("envoy-waypoint-auth", 10013, [jwt(False), rbac(True)])
 wp("envoy-waypoint-jwtcache", 10015, [jwt(True), rbac(True)])
 wp("envoy-waypoint-auth-wasm1", 10014, [jwt(False), rbac(True), wasm(0, PLUG)])

@@ -2,7 +2,7 @@
 """One start of a proxy: idle.py NAME READY COMMAND... prints one JSON line; idle.py --table FILE prints medians (min..max)."""
 import json, os, socket, statistics, subprocess, sys, time
 
-READY_MAX, SETTLE = 20.0, 1.5  # seconds
+READY_MAX, SETTLE = 180.0, 1.5  # seconds; a firewall of 16 MiB takes half a minute to compile
 
 
 def is_ready(ready):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # run.sh [-m load|bulk|connrate|hold] [-n reps] [-d secs] [-w warmup] [-c conns] [-r rate] [-t tag] [-D up|down] [-T transport] peer...
-# Interleaved runs; the first peer that runs a proxy is the reference of the ratio columns. Own peer: see peers/_lib.sh.
+# Interleaved runs; BODY: bytes of an answer (default 128); the first peer that runs a proxy is the reference of the ratio columns. Own peer: see peers/_lib.sh.
 # Runs in a private network namespace (only lo), so no packet can leave the machine. Proxy on CPU 1, client and backend on CPU 0.
 B=$(cd "$(dirname "$0")" && pwd) ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 WORK=${BENCH_WORK:-$ROOT/target/bench}
@@ -32,7 +32,7 @@ fi
 PIDS=()
 trap 'kill "${PIDS[@]}" 2>/dev/null; wait' EXIT
 . "$B/peers/_lib.sh"
-taskset -c "${CCPU:-0-1}" "$LB" backend --http 0.0.0.0:9000 --bulk 0.0.0.0:9001 >/dev/null 2>&1 &
+taskset -c "${CCPU:-0-1}" "$LB" backend --http 0.0.0.0:9000 --bulk 0.0.0.0:9001 --body "${BODY:-128}" >/dev/null 2>&1 &
 PIDS+=($!)
 wait_ready 127.0.0.1:9000 || exit 1
 

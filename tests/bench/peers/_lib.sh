@@ -77,7 +77,7 @@ cairn_mesh() {
   HELPER=("$CAIRN_BIN/cairn" xds "$WORK/conf/cairn" --state "$WORK/cairn" --listen 127.0.0.1:15012
     --ca-cert "$WORK/conf/ca.pem" --ca-key "$WORK/conf/ca.key" --mint ztunnel=ztunnel:node)
   local name
-  for name in plain log hdr1 tag1 auth jwtcache; do HELPER+=(--mint "$name=waypoint:default/$name"); done
+  for name in $(cat "$WORK/conf/waypoints"); do HELPER+=(--mint "$name=waypoint:default/$name"); done
   HELPER_READY=127.0.0.1:15012
   COMMON=(--xds-address https://127.0.0.1:15012 --xds-root "$WORK/cairn/root.pem" --workers "${CAIRN_WORKERS:-1}")
 }
@@ -88,6 +88,14 @@ cairn_waypoint() { # cairn_waypoint NAME POD-IP SERVICE-IP ACCESS-LOG
     --address "$2" --access-log "$4" --log "${CAIRN_LOG:-warn}")
   READY=http://$2:15021/healthz/ready
   LOAD=(--transport hbone --target "$2:15008" --authority "$3:9000" -H "$JWT")
+}
+
+# The same with a directory for modules and their code: `cold`, emptied before each start, or `warm`, kept.
+cairn_waypoint_kept() { # cairn_waypoint_kept NAME POD-IP SERVICE-IP cold|warm
+  cairn_waypoint "$1" "$2" "$3" false
+  local directory=$WORK/run/$4-$1 emptied=
+  [ "$4" = warm ] || emptied=$directory
+  CMD=(sh -c 'rm -rf "$0"; exec "$@"' "$emptied" "${CMD[@]}" --state-directory "$directory" --plugin-wait-seconds 120)
 }
 
 cairn_ztunnel() { # HBONE in, TCP out, for the pod at 127.0.0.3

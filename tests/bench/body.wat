@@ -1,0 +1,22 @@
+;; Reads the whole body of each answer, turns the case of its first letter, and writes it back.
+(module
+  (import "env" "proxy_get_buffer_bytes" (func $get (param i32 i32 i32 i32 i32) (result i32)))
+  (import "env" "proxy_set_buffer_bytes" (func $set (param i32 i32 i32 i32 i32) (result i32)))
+  (memory (export "memory") 32)
+  (func (export "proxy_abi_version_0_2_1"))
+  ;; One body at a time, always in the same place.
+  (func (export "proxy_on_memory_allocate") (param i32) (result i32) (i32.const 65536))
+  (func (export "proxy_on_vm_start") (param i32 i32) (result i32) (i32.const 1))
+  (func (export "proxy_on_configure") (param i32 i32) (result i32) (i32.const 1))
+  (func (export "proxy_on_context_create") (param i32 i32))
+  (func (export "proxy_on_response_body") (param $context i32) (param $size i32) (param $end i32) (result i32)
+    (local $at i32)
+    (if (i32.eqz (local.get $end)) (then (return (i32.const 1))))
+    (if (call $get (i32.const 1) (i32.const 0) (i32.const 1048576) (i32.const 8) (i32.const 12)) (then unreachable))
+    (local.set $at (i32.load (i32.const 8)))
+    (i32.store8 (local.get $at) (i32.xor (i32.load8_u (local.get $at)) (i32.const 32)))
+    (if (call $set (i32.const 1) (i32.const 0) (i32.load (i32.const 12)) (local.get $at) (i32.load (i32.const 12)))
+      (then unreachable))
+    (i32.const 0))
+  (func (export "proxy_on_done") (param i32) (result i32) (i32.const 1))
+  (func (export "proxy_on_delete") (param i32)))

@@ -1,0 +1,1 @@
+cairn_waypoint_kept go1 127.0.0.15 127.0.0.115 cold

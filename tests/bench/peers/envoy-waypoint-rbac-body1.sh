@@ -1,0 +1,1 @@
+envoy_peer envoy-waypoint-rbac-body1 10045 hbone

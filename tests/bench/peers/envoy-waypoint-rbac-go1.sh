@@ -1,0 +1,1 @@
+envoy_peer envoy-waypoint-rbac-go1 10046 hbone

@@ -1,0 +1,1 @@
+envoy_peer envoy-waypoint-rbac-hdr2 10040 hbone

@@ -1,0 +1,1 @@
+envoy_peer envoy-waypoint-rbac-noop1 10041 hbone

@@ -1,0 +1,1 @@
+envoy_peer envoy-waypoint-rbac-noop2 10042 hbone

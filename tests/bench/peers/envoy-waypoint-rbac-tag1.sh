@@ -1,0 +1,1 @@
+envoy_peer envoy-waypoint-rbac-tag1 10043 hbone
