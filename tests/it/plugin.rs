@@ -49,7 +49,7 @@ fn play(more: &[&str]) -> Result<usize> {
         let (_, told) = plugin(&["inspect", &module])?;
         let uncalled = told["uncalled"].to_string();
         if more.is_empty() && uncalled.contains("body") {
-            println!("skipped: {name}, since this host does not call {uncalled}");
+            cairn_tests::skipped(&format!("{name}, since this host does not call {uncalled}"));
             continue;
         }
         let arguments = [&["test", folder.as_str(), "--module", module.as_str()], more].concat();
@@ -73,7 +73,7 @@ fn every_plugin_does_what_its_scenario_says() -> Result<()> {
 fn every_plugin_does_the_same_in_envoy() -> Result<()> {
     let envoy = root().join("target/peers/envoy");
     if !envoy.is_file() {
-        println!("skipped: no Envoy in target/peers; `tests/peers` installs it");
+        cairn_tests::skipped("no Envoy in target/peers; `tests/peers` installs it");
         return Ok(());
     }
     let steps = play(&["--envoy", &envoy.display().to_string()])?;
