@@ -18,14 +18,14 @@ use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 /// A module that adds its configuration to each request, as the header `x-swap-` and a letter of its own.
-fn module(letter: char) -> Vec<u8> {
+pub fn module(letter: char) -> Vec<u8> {
     let text = format!(
         r#"(module
           (import "env" "proxy_get_buffer_bytes" (func $buffer (param i32 i32 i32 i32 i32) (result i32)))
@@ -136,6 +136,21 @@ async fn a_hundred_swaps_under_traffic_and_no_request_fails() -> Result<()> {
         .sum();
     println!("{} swaps in {taken:?} under {} requests", versions - PLUGINS, asked.load(Ordering::Relaxed));
     assert_eq!(versions, PLUGINS * (EDITS + 1), "{plugins:#}");
+    // Nothing is left of the versions before: each is gone with the last exchange that began with it.
+    let is_drained = || async {
+        let plugins = admin(waypoint, "/plugins").await?;
+        let drained = plugins.as_array().context("no list")?.iter().all(|one| one["draining"] == json!([]));
+        anyhow::Ok((drained, plugins))
+    };
+    let deadline = Instant::now() + SOON;
+    loop {
+        let (drained, plugins) = is_drained().await?;
+        if drained {
+            break;
+        }
+        ensure!(Instant::now() < deadline, "versions of before are still there: {plugins:#}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     // Two modules were compiled, once each, however many plugins and versions there were.
     let metrics = metrics(waypoint).await?;
     assert!(metrics.contains("cairn_wasm_modules_loaded_total{origin=\"compiled\"} 2\n"), "{metrics}");
@@ -243,7 +258,7 @@ async fn only_those_wait_for_a_plugin_who_use_it_and_it_comes_with_its_secret() 
     let deadline = Instant::now() + ANSWER_MAX * 2;
     while get(web, own, "/").await?.status != 200 {
         ensure!(Instant::now() < deadline, "{:#}", the_plugin(&mesh).await?);
-        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
     let ready = the_plugin(&mesh).await?;
     assert_eq!((&ready["state"], &ready["reason"]), (&json!("ready"), &Value::Null), "{ready:#}");
