@@ -22,6 +22,7 @@ mod peers;
 mod plugin;
 mod plugins;
 mod policy;
+mod registry;
 mod rotation;
 mod servers;
 mod shop;

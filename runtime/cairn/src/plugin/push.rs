@@ -27,6 +27,15 @@ pub struct Options {
     /// Whether the registry need not prove who it is and may speak plain HTTP. One on loopback always may.
     #[arg(long)]
     insecure: bool,
+    /// The namespace of the WasmPlugin that is printed.
+    #[arg(long, default_value = "default")]
+    namespace: String,
+    /// The Gateway, a waypoint, whose plugin it is to be.
+    #[arg(long, default_value = "waypoint")]
+    gateway: String,
+    /// The Secret with which the waypoint asks the registry, if it needs one.
+    #[arg(long)]
+    pull_secret: Option<String>,
     /// The form of the answer.
     #[arg(long, value_enum, default_value_t)]
     output: Output,
@@ -69,7 +78,7 @@ pub async fn run(options: &Options) -> Result<ExitCode> {
         Fetcher::new(settings).push(&Bytes::from(module), format, &reference, &credentials(options)?).await;
     let digest = pushed.with_context(|| format!("cannot push to {}", reference.registry()))?.qualified();
     let url = format!("oci://{}/{}:{tag}", reference.registry(), reference.repository());
-    let manifest = manifest(reference.repository(), &url, &digest);
+    let manifest = manifest(options, reference.repository(), &url, &digest);
     match options.output {
         Output::Text => println!("# pushed {url}\n# digest {digest}\n{manifest}"),
         Output::Json => println!("{:#}", json!({"url": url, "digest": digest, "wasmPlugin": manifest})),
@@ -86,17 +95,20 @@ fn credentials(options: &Options) -> Result<Credentials> {
 }
 
 /// A WasmPlugin that pins the image: `sha256` is the digest of its manifest.
-fn manifest(repository: &str, url: &str, digest: &str) -> String {
+fn manifest(options: &Options, repository: &str, url: &str, digest: &str) -> String {
+    let Options { namespace, gateway, .. } = options;
     let name = repository.rsplit('/').next().unwrap_or(repository).replace(['_', '.'], "-");
     let sha256 = digest.strip_prefix("sha256:").unwrap_or(digest);
+    let secret = options.pull_secret.as_ref();
+    let secret = secret.map(|name| format!("\n  imagePullSecret: {name}")).unwrap_or_default();
     format!(
         "apiVersion: extensions.istio.io/v1alpha1
 kind: WasmPlugin
-metadata: {{ name: {name}, namespace: default }}
+metadata: {{ name: {name}, namespace: {namespace} }}
 spec:
-  targetRefs: [{{ group: gateway.networking.k8s.io, kind: Gateway, name: waypoint }}]
+  targetRefs: [{{ group: gateway.networking.k8s.io, kind: Gateway, name: {gateway} }}]
   url: {url}
-  sha256: {sha256}
+  sha256: {sha256}{secret}
   pluginConfig: {{}}"
     )
 }
@@ -104,11 +116,26 @@ spec:
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::Parser;
+
+    #[derive(Debug, clap::Parser)]
+    struct Line {
+        #[command(flatten)]
+        options: Options,
+    }
 
     #[test]
     fn the_manifest_pins_what_was_pushed() {
-        let text = manifest("shop/my_waf", "oci://r.example/shop/my_waf:v1", "sha256:abc");
-        assert!(text.contains("name: my-waf,"), "{text}");
-        assert!(text.contains("  url: oci://r.example/shop/my_waf:v1\n  sha256: abc\n"), "{text}");
+        let check = |further: &[&str], expected: &str| {
+            let line = [&["push", "m.wasm", "r.example/shop/my_waf:v1"], further].concat();
+            let options = Line::parse_from(line).options;
+            let text = manifest(&options, "shop/my_waf", "oci://r.example/shop/my_waf:v1", "sha256:abc");
+            assert!(text.contains(expected), "{text}");
+        };
+        check(&[], "metadata: { name: my-waf, namespace: default }");
+        check(&[], "  url: oci://r.example/shop/my_waf:v1\n  sha256: abc\n  pluginConfig");
+        check(&["--namespace", "shop"], "namespace: shop }");
+        check(&["--gateway", "gate"], "kind: Gateway, name: gate }");
+        check(&["--pull-secret", "login"], "sha256: abc\n  imagePullSecret: login\n");
     }
 }
