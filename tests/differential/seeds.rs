@@ -6,12 +6,13 @@ use std::path::Path;
 
 type Target = fn(&[u8]);
 
-const TARGETS: [(&str, Target); 5] = [
+const TARGETS: [(&str, Target); 6] = [
     ("policy", fuzz::policy),
     ("path", fuzz::path),
     ("jwt", fuzz::jwt),
     ("format", fuzz::format),
     ("cel", fuzz::cel),
+    ("calls", fuzz::calls),
 ];
 
 /// Seeds are cut at so many places, evenly.
