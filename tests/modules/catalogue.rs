@@ -8,9 +8,6 @@ use crate::ask::{
     Expected::{Logged, NotUpstream, UpstreamBody},
 };
 
-const REQUEST_BODY: &str = "proxy_on_request_body";
-const RESPONSE_BODY: &str = "proxy_on_response_body";
-
 /// What is known of a module.
 #[derive(Clone, Debug)]
 pub struct Known {
@@ -28,8 +25,6 @@ pub struct Known {
     /// It sends a request's headers, `content-length` included, to a service, and no body: Envoy waits for the service,
     /// which waits for the body. Only requests without a body are compared.
     pub promises_bodies: bool,
-    /// The callbacks without which it does nothing of what its author promises.
-    pub needs: &'static [&'static str],
     /// Why it is not compared, if it is not.
     pub skipped: Option<&'static str>,
 }
@@ -44,7 +39,6 @@ impl Default for Known {
             loose: Vec::new(),
             cuts: false,
             promises_bodies: false,
-            needs: &[],
             skipped: None,
         }
     }
@@ -55,6 +49,7 @@ pub fn known(name: &str) -> Known {
     let (language, example) = name.split_once('_').unwrap_or(("", name));
     match (language, example) {
         ("go", _) => go(example),
+        ("go016", _) => go_016(example),
         ("cpp", _) => cpp(example),
         ("as", _) => assembly_script(example),
         _ => rust(language, example),
@@ -93,14 +88,11 @@ fn rust(language: &str, example: &str) -> Known {
             Ask::post("/echo", "x").service(500, "1").expect_status(403),
             Ask::post("/echo", "x").service(500, "0").expect(UpstreamBody("x")),
         ]),
-        "http_body" => Known {
-            needs: &[RESPONSE_BODY],
-            ..asked(vec![
-                Ask::get("/secret").expect_body(redacted),
-                Ask::get("/secret").http2().expect_body(redacted),
-                Ask::post("/echo", "no such word").expect_body("no such word"),
-            ])
-        },
+        "http_body" => asked(vec![
+            Ask::get("/secret").expect_body(redacted),
+            Ask::get("/secret").http2().expect_body(redacted),
+            Ask::post("/echo", "no such word").expect_body("no such word"),
+        ]),
         "http_config" => Known {
             asks: vec![Ask::get("/echo").expect_header("custom-header", "from the configuration")],
             ..config("from the configuration")
@@ -123,13 +115,23 @@ fn rust(language: &str, example: &str) -> Known {
     }
 }
 
+/// Those that version 0.16 of the Go SDK had, where they differ from later ones.
+fn go_016(example: &str) -> Known {
+    match example {
+        "http_headers" => Known::default(),
+        "http_routing" => Known { skipped: Some("it throws dice"), ..go(example) },
+        "postpone_requests" => Known { loose: vec!["resume request with contextID"], ..Known::default() },
+        _ => go(example),
+    }
+}
+
 /// The Go SDK's, and others written with it.
 fn go(example: &str) -> Known {
     let no_requests = |known| Known { serves: false, ..known };
     match example {
         "coraza" => coraza(),
         "dispatch_call_on_tick" => {
-            no_requests(timer(&["called ", "response header for the dispatched call: :status"]))
+            no_requests(timer(&["called ", "response header for the dispatched call: "]))
         }
         "foreign_call_on_tick" => no_requests(timer(&["foreign function (compress) called: "])),
         "helloworld" => timer(&["It's ", "OnTick called"]),
@@ -140,7 +142,7 @@ fn go(example: &str) -> Known {
                 Ask::get("/echo").service(200, "0").expect_status(403).expect_body("access forbidden"),
             ])
         },
-        "http_body" => Known { needs: &[REQUEST_BODY, RESPONSE_BODY], ..asked(go_http_body()) },
+        "http_body" => asked(go_http_body()),
         "http_body_chunk" => Known {
             asks: vec![
                 Ask::post("/echo", "there is a pattern here")
@@ -148,7 +150,6 @@ fn go(example: &str) -> Known {
                     .expect_body("pattern found in chunk: 1"),
             ],
             loose: vec!["OnHttpRequestBody called", "read chunk size"],
-            needs: &[REQUEST_BODY],
             ..Known::default()
         },
         "http_headers" => Known {
@@ -171,7 +172,8 @@ fn go(example: &str) -> Known {
         },
         "shared_data" => asked(vec![Ask::get("/echo").expect(Logged("shared value: "))]),
         "shared_queue_receiver" => no_requests(config("http_request_headers")),
-        "shared_queue_sender" => config("http"),
+        // It queues once for each piece of a body.
+        "shared_queue_sender" => Known { loose: vec!["error queueing: "], ..config("http") },
         "vm_plugin_configuration" => Known { serves: false, ..config(r#"{"name": "plugin configuration"}"#) },
         _ => Known::default(),
     }
@@ -201,7 +203,6 @@ fn json_validation() -> Known {
             post("").pieces(&[r#"{"id": "#, r#""x", "tok"#, r#"en": "y"}"#]).expect_status(200),
             Ask::get("/echo").expect_status(403).expect_body("content-type must be provided"),
         ],
-        needs: &[REQUEST_BODY],
         ..config(r#"{"requiredKeys": ["id", "token"]}"#)
     }
 }
@@ -223,8 +224,9 @@ fn coraza() -> Known {
             blocked(Ask::get("/echo?file=../../../../etc/passwd")),
             blocked(form("id=1' UNION SELECT username, password FROM users--")),
         ],
-        needs: &[REQUEST_BODY, RESPONSE_BODY],
-        skipped: Some("it runs and blocks, but takes minutes, and its lines were not all compared yet"),
+        skipped: Some(
+            "it runs and blocks, but a body of 300 KB was not answered in time, and its lines are not all compared",
+        ),
         ..config(
             r#"{"directives_map": {"all": ["Include @demo-conf", "Include @crs-setup-conf",
                 "SecDefaultAction \"phase:3,log,auditlog,pass\"", "SecDefaultAction \"phase:4,log,auditlog,pass\"",
@@ -246,7 +248,6 @@ fn cpp(example: &str) -> Known {
             ],
             loose: vec!["onTick()", "onRequestBody()"],
             cuts: true,
-            needs: &[REQUEST_BODY, RESPONSE_BODY],
             ..Known::default()
         },
         _ => Known::default(),
@@ -256,6 +257,12 @@ fn cpp(example: &str) -> Known {
 /// The AssemblyScript SDK's.
 fn assembly_script(example: &str) -> Known {
     match example {
+        // What the SDK's packages show. The older one crashes without a configuration, in Envoy, too.
+        "hello" | "hello-2" => Known {
+            root: "add_header",
+            asks: vec![Ask::get("/echo").expect_header("hello", "from the configuration")],
+            ..config("from the configuration")
+        },
         "addheader" => Known {
             root: "add_header",
             asks: vec![Ask::get("/echo").expect_header("hello", "world!")],

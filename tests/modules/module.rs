@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
 
 /// A module with its configuration.
+#[derive(Clone)]
 pub struct Module {
     /// Its file's name, without the ending.
     pub name: String,
@@ -39,10 +40,22 @@ impl Module {
 
     /// Lines as they are compared.
     pub fn comparable(&self, lines: &[Line]) -> Vec<Line> {
-        let text = |line: &Line| steady(line.text.trim_end()).replace('\n', "\\n");
+        let text = |line: &Line| printable(&steady(line.text.trim_end()).replace('\n', "\\n"));
         lines.iter().map(|line| Line { level: line.level.clone(), text: text(line) }).collect()
     }
 }
+
+/// A line as our host writes it: what steers terminals is spelled out, and a line has an end.
+fn printable(text: &str) -> String {
+    let mut printable = String::with_capacity(text.len());
+    for c in text.chars().take(LINE_CHARS_MAX) {
+        if c.is_control() && c != '\t' { printable.extend(c.escape_default()) } else { printable.push(c) }
+    }
+    printable
+}
+
+/// So much of a line is compared.
+const LINE_CHARS_MAX: usize = 2000;
 
 /// A line without what the clock says in it.
 fn steady(text: &str) -> String {

@@ -55,7 +55,12 @@ impl Ours {
         let place = WorkerPlace { runtime: Handle::current(), callout };
         let engine = Engine::new(EngineSettings { places: vec![place], ..EngineSettings::default() })?;
         let name = format!("{NAMESPACE}/{}", module.name);
-        let factory = factory(&engine, module)?;
+        let (engine, factory) = tokio::task::spawn_blocking({
+            let module = module.clone();
+            // Compiling takes long, and others run meanwhile.
+            move || factory(&engine, &module).map(|factory| (engine, factory))
+        })
+        .await??;
         let ((_trigger, drain), mut _running) = (drain(), JoinSet::new());
         let (mut listeners, open) = (Vec::new(), Arc::new(AtomicUsize::new(0)));
         for (version, port) in PORTS {
@@ -79,13 +84,6 @@ impl Ours {
     /// Waits until no connection is open; a client has one for each request.
     pub async fn idle(&self) -> Result<()> {
         wait_until("our connections end", || async { Ok(self.open.load(Relaxed) == 0) }).await
-    }
-
-    /// Whether the host said when the module was loaded that it does not call this.
-    pub fn lacks(&self, callback: &str) -> bool {
-        let lines = LINES.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut host = lines.get("").into_iter().flatten();
-        host.any(|line| line.text.contains(&self.name) && line.text.contains(callback))
     }
 
     /// What the engine exports of plugins' metrics.
