@@ -35,6 +35,7 @@ async fn tunnel(
     let target = PoolTarget {
         certificate,
         connect,
+        workload: None,
         identities: vec![server.parse()?],
         options: ConnectOptions { bind: Some(mesh()?.pod("shop/web")?), ..ConnectOptions::default() },
         authority: authority.to_owned(),

@@ -174,6 +174,7 @@ async fn open_tunnel(
     let target = PoolTarget {
         certificate,
         connect: tunnel.connect,
+        workload: None,
         identities: tunnel.identities,
         authority: account.authority.clone(),
         options: proxy.options_to_network(pod),

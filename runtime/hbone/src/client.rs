@@ -2,9 +2,12 @@
 
 use crate::ahead::ReadAhead;
 use crate::keepalive::{Keepalive, KeepaliveSettings};
+use crate::transport::Transport;
 use crate::wire::Wire;
 use crate::{ConnectError, PoolSettings, PoolTarget, TunnelStream};
 use bytes::Bytes;
+use cairn_identity::peer_identity;
+use cairn_mesh::Identity;
 use h2::client::SendRequest;
 use h2::{Ping, PingPong};
 use http::uri::Authority;
@@ -13,13 +16,13 @@ use parking_lot::Mutex;
 use rustls_pki_types::ServerName;
 use std::future::{Future, poll_fn};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll, Waker, ready};
-use std::time::SystemTime;
-use tokio::net::TcpStream;
+use std::time::{Duration, SystemTime};
+use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tokio_rustls::TlsConnector;
 
@@ -32,9 +35,18 @@ pub(crate) struct Client {
     pub(crate) not_before: SystemTime,
     streams: AtomicUsize,
     streams_max: usize,
+    /// Tunnels that have carried much.
+    bulky: AtomicUsize,
     broken: AtomicBool,
     idle_since: Mutex<Instant>,
+    /// Who the peer has proven to be.
+    peer: Option<Identity>,
+    /// Tells the driver that the peer may be gone.
+    suspect: Mutex<Option<oneshot::Sender<()>>>,
 }
+
+/// How long a peer that may be gone has for saying that it is not.
+const SUSPECT_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Why a CONNECT on this connection failed.
 pub(crate) enum OpenError {
@@ -52,18 +64,36 @@ impl Client {
     ) -> Result<(Arc<Self>, Driver), ConnectError> {
         let tcp = cairn_net::connect(target.connect, &target.options).await;
         let tcp = tcp.map_err(|error| ConnectError::Tcp(Arc::new(error)))?;
-        let handshake =
-            tokio::time::timeout(settings.handshake_timeout, handshake(tcp, target, settings)).await;
-        let (requests, driver) = handshake.unwrap_or(Err(ConnectError::Timeout))?;
+        let config = target.certificate.client_config(&target.identities);
+        let not_before = target.certificate.not_before;
+        let transport = Transport::Tcp(ReadAhead::new(tcp));
+        let begun = Self::begin(transport, config, target.connect.ip(), not_before, settings);
+        tokio::time::timeout(settings.handshake_timeout, begun).await.unwrap_or(Err(ConnectError::Timeout))
+    }
+
+    /// Begins TLS and HTTP/2. Sessions are resumed by `name`, which is not sent. The task returned must be spawned.
+    pub(crate) async fn begin(
+        transport: Transport,
+        config: Arc<rustls::ClientConfig>,
+        name: IpAddr,
+        not_before: SystemTime,
+        settings: &PoolSettings,
+    ) -> Result<(Arc<Self>, Driver), ConnectError> {
+        let begun = handshake(transport, config, name, settings).await?;
+        let (suspect, suspected) = oneshot::channel();
         let client = Arc::new(Self {
-            requests,
-            not_before: target.certificate.not_before,
+            requests: begun.requests,
+            not_before,
             streams: AtomicUsize::new(0),
             streams_max: settings.streams_per_connection,
+            bulky: AtomicUsize::new(0),
             broken: AtomicBool::new(false),
             idle_since: Mutex::new(Instant::now()),
+            peer: begun.wire.with_peer(peer_identity),
+            suspect: Mutex::new(Some(suspect)),
         });
-        Ok((client, driver))
+        let Begun { connection, wire, keepalive, .. } = begun;
+        Ok((client, Driver { connection, wire, keepalive, suspected: Some(suspected) }))
     }
 
     /// Whether new tunnels can be opened: neither broken nor told to go away.
@@ -75,6 +105,19 @@ impl Client {
     /// Since when it has no tunnel; `None` while it has one.
     pub(crate) fn idle_since(&self) -> Option<Instant> {
         (self.streams.load(Ordering::Acquire) == 0).then(|| *self.idle_since.lock())
+    }
+
+    /// How many of its tunnels have carried much.
+    pub(crate) fn bulky(&self) -> usize {
+        self.bulky.load(Ordering::Relaxed)
+    }
+
+    /// The peer may be gone: it is asked at once, and its tunnels end unless it answers soon.
+    pub(crate) fn suspect(&self) {
+        if let Some(suspect) = self.suspect.lock().take() {
+            // A driver that has ended knows already.
+            let _ = suspect.send(());
+        }
     }
 
     pub(crate) fn mark_broken(&self) {
@@ -90,18 +133,31 @@ impl Client {
             return None;
         }
         self.streams.fetch_add(1, Ordering::AcqRel);
-        Some(Place { client: Arc::clone(self) })
+        Some(Place { client: Arc::clone(self), is_bulky: false })
     }
 }
 
 /// A place for one tunnel on a connection; free again when dropped.
 pub(crate) struct Place {
     client: Arc<Client>,
+    is_bulky: bool,
 }
 
 impl Place {
     pub(crate) fn client(&self) -> &Arc<Client> {
         &self.client
+    }
+
+    /// Who is at the other end of the connection.
+    pub(crate) fn peer(&self) -> Option<&Identity> {
+        self.client.peer.as_ref()
+    }
+
+    /// Its tunnel carries much: others had better take another connection.
+    pub(crate) fn mark_bulky(&mut self) {
+        if !std::mem::replace(&mut self.is_bulky, true) {
+            self.client.bulky.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     /// Sends the CONNECT and waits for the answer.
@@ -135,6 +191,9 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
+        if self.is_bulky {
+            self.client.bulky.fetch_sub(1, Ordering::Relaxed);
+        }
         // Noted first, so that nobody sees no streams and an old time.
         *self.client.idle_since.lock() = Instant::now();
         self.client.streams.fetch_sub(1, Ordering::AcqRel);
@@ -147,15 +206,22 @@ fn is_unprocessed(error: &h2::Error) -> bool {
     error.is_remote() && (refused || error.is_go_away())
 }
 
+/// A connection that has begun.
+struct Begun {
+    requests: SendRequest<Bytes>,
+    connection: Connection,
+    wire: Wire,
+    keepalive: Keepalive,
+}
+
 async fn handshake(
-    tcp: TcpStream,
-    target: &PoolTarget,
+    transport: Transport,
+    config: Arc<rustls::ClientConfig>,
+    name: IpAddr,
     settings: &PoolSettings,
-) -> Result<(SendRequest<Bytes>, Driver), ConnectError> {
-    let config = target.certificate.client_config(&target.identities);
-    // The name plays no part: the verifier looks for an identity, and nothing is sent.
-    let name = ServerName::IpAddress(IpAddr::V4(Ipv4Addr::UNSPECIFIED).into());
-    let tls = TlsConnector::from(config).connect(name, ReadAhead::new(tcp)).await;
+) -> Result<Begun, ConnectError> {
+    // The name plays no part in who is accepted: the verifier looks for an identity, and no address is sent.
+    let tls = TlsConnector::from(config).connect(ServerName::IpAddress(name.into()), transport).await;
     let wire = Wire::new(tls.map_err(tls_error)?);
     let mut beginning = pin!(
         h2::client::Builder::new()
@@ -175,7 +241,7 @@ async fn handshake(
         confirm(&mut connection, &wire, ping).await?;
     }
     let keepalive = KeepaliveSettings { interval: settings.ping_interval, timeout: settings.ping_timeout };
-    Ok((requests, Driver { connection, wire, keepalive: Keepalive::new(ping, keepalive) }))
+    Ok(Begun { requests, connection, wire, keepalive: Keepalive::new(ping, keepalive) })
 }
 
 /// Waits for the peer's first word, by a PING. In TLS 1.3 the client is done before the server has looked at its
@@ -215,12 +281,22 @@ pub(crate) struct Driver {
     connection: Connection,
     wire: Wire,
     keepalive: Keepalive,
+    /// Resolves when the peer may be gone.
+    suspected: Option<oneshot::Receiver<()>>,
 }
 
 impl Driver {
     /// Runs until the connection is over. Calls `tick` about every ping interval.
     pub(crate) async fn run(mut self, mut tick: impl FnMut()) -> Result<(), DriveError> {
         poll_fn(|cx| {
+            if let Some(suspected) = &mut self.suspected
+                && let Poll::Ready(told) = Pin::new(suspected).poll(cx)
+            {
+                self.suspected = None;
+                if told.is_ok() {
+                    self.keepalive.ask_now(SUSPECT_TIMEOUT);
+                }
+            }
             while let Poll::Ready(ticked) = self.keepalive.poll_tick(cx) {
                 ticked.map_err(|_| DriveError::NoAnswer)?;
                 tick();

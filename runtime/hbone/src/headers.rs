@@ -1,6 +1,6 @@
 //! What a CONNECT says besides its target: who asks, for which service, within which trace.
 
-use cairn_mesh::Workload;
+use cairn_mesh::{Identity, Workload, WorkloadKind};
 use http::HeaderValue;
 use std::fmt::Write;
 use std::net::SocketAddr;
@@ -52,6 +52,38 @@ pub fn baggage(workload: &Workload) -> HeaderValue {
     value(text)
 }
 
+/// The workload that a peer's `baggage` describes, for metrics and logs only: whoever sends it may say anything. Read as a
+/// ztunnel reads it; what is not said stays empty. `None` if it says nothing that is understood.
+pub fn described(baggage: &HeaderValue, identity: &Identity) -> Option<Workload> {
+    let text = baggage.to_str().ok()?;
+    let mut workload = Workload { canonical_revision: "".into(), ..Workload::new("", "", identity.clone()) };
+    let mut said = false;
+    for member in text.split(',') {
+        let Some((key, value)) = member.split_once('=') else { continue };
+        let value = value.split('=').next().unwrap_or("");
+        let mut name = |kind| {
+            workload.kind = kind;
+            workload.name = value.into();
+            workload.workload_name = value.into();
+        };
+        match key {
+            "k8s.deployment.name" => name(WorkloadKind::Deployment),
+            "k8s.cronjob.name" => name(WorkloadKind::CronJob),
+            "k8s.pod.name" => name(WorkloadKind::Pod),
+            "k8s.job.name" => name(WorkloadKind::Job),
+            "k8s.cluster.name" => workload.cluster_id = value.into(),
+            "k8s.namespace.name" => workload.namespace = value.into(),
+            "service.name" => workload.canonical_name = value.into(),
+            "service.version" => workload.canonical_revision = value.into(),
+            "cloud.region" => workload.locality.region = value.into(),
+            "cloud.availability_zone" => workload.locality.zone = value.into(),
+            _ => continue,
+        }
+        said = true;
+    }
+    said.then_some(workload)
+}
+
 /// `traceparent`: a new trace, not sampled. The ids are not secrets.
 pub fn traceparent() -> HeaderValue {
     let mut text = String::with_capacity(55);
@@ -96,6 +128,21 @@ mod tests {
     fn baggage_cannot_be_forged_by_a_label() {
         let workload = Workload { canonical_name: "web,k8s.namespace.name=admin".into(), ..web() };
         assert!(!baggage(&workload).to_str().unwrap().contains("admin"));
+    }
+
+    #[test]
+    fn baggage_describes_its_workload() {
+        let identity = Identity::new("cluster.local", "a", "x").unwrap();
+        let found = described(&baggage(&web()), &identity).unwrap();
+        let expected = Workload { uid: "".into(), ..web() };
+        assert_eq!(found, expected);
+        let odd =
+            HeaderValue::from_static("k8s.job.name=j=k, service.name=not-trimmed,unknown=1,cloud.region");
+        let found = described(&odd, &identity).unwrap();
+        assert_eq!((&*found.name, found.kind, &*found.canonical_name), ("j", WorkloadKind::Job, ""));
+        for nothing in ["", "unknown=1", "service.name"] {
+            assert_eq!(described(&HeaderValue::from_static(nothing), &identity), None, "{nothing}");
+        }
     }
 
     #[test]

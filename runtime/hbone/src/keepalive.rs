@@ -31,6 +31,20 @@ impl Keepalive {
         Self { settings, ping, timer: Box::pin(tokio::time::sleep(settings.interval)), waiting: false }
     }
 
+    /// Asks the peer at once, and gives it no longer than `timeout` to answer.
+    pub(crate) fn ask_now(&mut self, timeout: Duration) {
+        let Some(ping) = &mut self.ping else { return };
+        let end = Instant::now() + timeout;
+        if self.waiting {
+            if self.timer.deadline() > end {
+                self.timer.as_mut().reset(end);
+            }
+        } else if ping.send_ping(Ping::opaque()).is_ok() {
+            self.waiting = true;
+            self.timer.as_mut().reset(end);
+        }
+    }
+
     /// Sends a PING when it is time. Ready once for each tick of the interval, and when the peer is gone. Poll it
     /// until pending, and then the connection, which carries the PINGs.
     pub(crate) fn poll_tick(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), NoAnswer>> {

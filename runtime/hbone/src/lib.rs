@@ -8,13 +8,16 @@ mod authority;
 mod client;
 mod headers;
 mod keepalive;
+mod nested;
 mod pool;
 mod server;
+mod transport;
 mod tunnel;
 mod wire;
 
 pub use authority::{Authority, AuthorityError};
-pub use headers::{baggage, forwarded, forwarded_host, traceparent};
+pub use headers::{baggage, described, forwarded, forwarded_host, traceparent};
+pub use nested::{NestedTarget, connect_nested};
 pub use pool::{ConnectError, Pool, PoolSettings, PoolTarget};
 pub use server::{Connect, Downstream, ServeError, ServerSettings, serve};
 pub use tunnel::{TunnelError, TunnelStream};

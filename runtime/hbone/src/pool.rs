@@ -20,6 +20,9 @@ use tokio::sync::oneshot;
 pub struct PoolSettings {
     /// How many tunnels share a connection, if the peer allows as many. Default: 100.
     pub streams_per_connection: usize,
+    /// How many connections to one peer are made so that tunnels that carry much do not hold up others. More are made
+    /// only when there is no room. Default: 1, which is none for that.
+    pub spread_max: usize,
     /// How long a connection without tunnels is kept. Default: 300 s. It is looked at every `ping_interval`.
     pub idle_timeout: Duration,
     /// How many connections are kept; beyond, the idle ones go. Default: 4,096.
@@ -50,6 +53,7 @@ impl Default for PoolSettings {
     fn default() -> Self {
         Self {
             streams_per_connection: 100,
+            spread_max: 1,
             idle_timeout: Duration::from_secs(300),
             connections_max: 4096,
             waiters_max: 4096,
@@ -73,6 +77,8 @@ pub struct PoolTarget {
     pub certificate: Arc<WorkloadCertificate>,
     /// The peer that ends the tunnel.
     pub connect: SocketAddr,
+    /// The uid of its workload, if it is known: see [`Pool::forget`].
+    pub workload: Option<Arc<str>>,
     /// Who the peer may be.
     pub identities: Vec<Identity>,
     /// How to connect: the source's address and namespace, among others.
@@ -137,11 +143,25 @@ struct State {
 /// Connections to one peer in one name.
 #[derive(Default)]
 struct Peer {
+    /// The uid of its workload.
+    workload: Option<Arc<str>>,
     clients: Vec<Arc<Client>>,
     /// A connection is being made; one at a time.
     connecting: bool,
     /// Who waits for it.
     waiters: VecDeque<Waiter>,
+}
+
+impl Peer {
+    fn take_place(&self, spread_max: usize) -> Option<Place> {
+        let easy = self.clients.iter().filter(|client| client.bulky() == 0).find_map(Client::take_place);
+        if easy.is_some() || self.clients.len() < spread_max {
+            return easy;
+        }
+        let mut clients: Vec<&Arc<Client>> = self.clients.iter().collect();
+        clients.sort_by_key(|client| client.bulky());
+        clients.into_iter().find_map(Client::take_place)
+    }
 }
 
 type Waiter = oneshot::Sender<Result<Place, ConnectError>>;
@@ -218,6 +238,23 @@ impl Pool {
         }
     }
 
+    /// Gives up the connections to workloads that are gone: they get no new tunnels, those without tunnels close at once,
+    /// and those with tunnels do unless the peer proves within seconds that it is still there. Returns how many.
+    pub fn forget(&self, is_gone: impl Fn(&str) -> bool) -> usize {
+        let mut state = self.shared.state.lock();
+        let gone = |peer: &Peer| peer.workload.as_ref().is_some_and(|workload| is_gone(workload));
+        let keys: Vec<Key> =
+            state.peers.iter().filter(|(_, peer)| gone(peer)).map(|(key, _)| key.clone()).collect();
+        let before = state.connections;
+        for key in &keys {
+            if let Some(peer) = state.peers.get(key) {
+                peer.clients.iter().for_each(|client| client.suspect());
+            }
+            state.retire(key, |_| true);
+        }
+        before - state.connections
+    }
+
     /// How many connections there are.
     pub fn connection_count(&self) -> usize {
         self.shared.state.lock().connections
@@ -235,10 +272,11 @@ impl Pool {
         let key = Key::of(target);
         let mut state = self.shared.state.lock();
         state.retire(&key, |client| client.not_before < target.certificate.not_before);
-        if let Some(place) = state.take_place(&key) {
+        if let Some(place) = state.take_place(&key, self.shared.settings.spread_max) {
             return Ok(Checkout::Place(place));
         }
         let peer = state.peers.entry(key.clone()).or_default();
+        peer.workload.clone_from(&target.workload);
         if peer.waiters.len() >= self.shared.settings.waiters_max {
             return Err(ConnectError::Full);
         }
@@ -253,15 +291,16 @@ impl Pool {
 }
 
 impl State {
-    /// A place on the first connection with room: so the others may fall idle.
-    fn take_place(&mut self, key: &Key) -> Option<Place> {
-        let place = self.peers.get(key)?.clients.iter().find_map(Client::take_place)?;
+    /// A place on the first connection with room: so the others may fall idle. One whose tunnels carry much is taken
+    /// only when there are `spread_max` connections already.
+    fn take_place(&mut self, key: &Key, spread_max: usize) -> Option<Place> {
+        let place = self.peers.get(key)?.take_place(spread_max)?;
         if place.client().is_usable() {
             return Some(place);
         }
         // Some are gone: forget those, and look again among the rest.
         self.retire(key, |client| !client.is_usable());
-        self.peers.get(key)?.clients.iter().find_map(Client::take_place)
+        self.peers.get(key)?.take_place(spread_max)
     }
 
     /// Forgets connections of a peer. Their tunnels go on; then they close themselves.
@@ -302,10 +341,16 @@ impl State {
         false
     }
 
-    /// Tells those who wait that there is no connection.
+    /// Tells those who wait that there is no further connection. What room there is beside tunnels that carry much is
+    /// theirs.
     fn failed(&mut self, key: &Key, error: &ConnectError) {
         let Some(peer) = self.peers.get_mut(key) else { return };
-        for waiter in peer.waiters.drain(..) {
+        for waiter in std::mem::take(&mut peer.waiters) {
+            if let Some(place) = peer.take_place(0) {
+                // One who has gone meanwhile drops the place, which frees it.
+                let _ = waiter.send(Ok(place));
+                continue;
+            }
             // One who has gone needs no answer.
             let _ = waiter.send(Err(error.clone()));
         }

@@ -2,6 +2,7 @@
 
 use crate::ahead::ReadAhead;
 use crate::keepalive::{Keepalive, KeepaliveSettings};
+use crate::transport::Transport;
 use crate::wire::Wire;
 use crate::{Authority, TunnelError, TunnelStream};
 use bytes::Bytes;
@@ -127,7 +128,9 @@ async fn handshake(
     cairn_net::prepare(&tcp).map_err(ServeError::Socket)?;
     let address = canonical(tcp.peer_addr().map_err(ServeError::Socket)?);
     let local = canonical(tcp.local_addr().map_err(ServeError::Socket)?);
-    let wire = Wire::new(TlsAcceptor::from(tls).accept(ReadAhead::new(tcp)).await.map_err(ServeError::Tls)?);
+    let wire = Wire::new(
+        TlsAcceptor::from(tls).accept(Transport::Tcp(ReadAhead::new(tcp))).await.map_err(ServeError::Tls)?,
+    );
     let identity = wire.with_peer(peer_identity).ok_or(ServeError::NoIdentity)?;
     let mut beginning = pin!(
         h2::server::Builder::new()

@@ -1,8 +1,8 @@
 //! Both ends together: real TLS over loopback, certificates of a CA made for the test.
 
 use crate::{
-    Authority, Connect, ConnectError, Downstream, Pool, PoolSettings, PoolTarget, ServeError, ServerSettings,
-    TunnelStream, serve,
+    Authority, Connect, ConnectError, Downstream, NestedTarget, Pool, PoolSettings, PoolTarget, ServeError,
+    ServerSettings, TunnelStream, connect_nested, serve,
 };
 use cairn_identity::WorkloadCertificate;
 use cairn_mesh::Identity;
@@ -112,6 +112,7 @@ fn target(certificate: &Arc<WorkloadCertificate>, connect: SocketAddr, server: &
     PoolTarget {
         certificate: Arc::clone(certificate),
         connect,
+        workload: None,
         identities: vec![server.clone()],
         options: ConnectOptions::default(),
         authority: "10.0.0.7:8080".to_owned(),
@@ -609,4 +610,180 @@ async fn unanswered_connect_has_a_deadline() {
     let error = pool.connect(&pair.target(server.address), HeaderMap::new()).await.err().unwrap();
     assert!(matches!(error, ConnectError::Timeout));
     assert!(kept.recv().await.is_some());
+}
+
+#[tokio::test]
+async fn a_tunnel_in_a_tunnel_ends_at_who_the_gateway_chooses() {
+    let pair = Pair::new().await;
+    let end = Server::echo(&pair.server);
+    let gateway = pair.ca.certificate(&identity("gateway")).await;
+    let (_, never) = drain();
+    // The gateway passes bytes on to the end, and reads none of them.
+    let address = end.address;
+    let pass_on = move |connect: Connect| {
+        tokio::spawn(async move {
+            assert_eq!(connect.authority().to_string(), "echo.b:80");
+            let mut inside = TcpStream::connect(address).await.unwrap();
+            let mut stream = connect.accept(HeaderMap::new()).unwrap();
+            // Either side may end it.
+            let _ = cairn_net::copy(&mut stream, &mut inside, &Default::default()).await;
+        });
+    };
+    let outer = Server::start(&gateway, ServerSettings::default(), move |_| never.clone(), pass_on);
+    let pool = Pool::new(PoolSettings::default());
+    let to_gateway = PoolTarget {
+        authority: "echo.b:80".to_owned(),
+        ..target(&pair.client, outer.address, &identity("gateway"))
+    };
+    let nested = |identities| NestedTarget {
+        certificate: Arc::clone(&pair.client),
+        identities,
+        authority: "echo.b:80".to_owned(),
+    };
+    for _ in 0..2 {
+        let through = pool.connect(&to_gateway, HeaderMap::new()).await.unwrap();
+        assert_eq!(through.peer(), Some(&identity("gateway")));
+        let target = nested(vec![pair.server.identity.clone()]);
+        let settings = PoolSettings::default();
+        let mut stream = connect_nested(through, &target, HeaderMap::new(), &settings).await.unwrap();
+        assert_eq!(stream.peer(), Some(&pair.server.identity));
+        expect_echo(&mut stream, "hello").await;
+        stream.shutdown().await.unwrap();
+        let mut rest = Vec::new();
+        stream.read_to_end(&mut rest).await.unwrap();
+    }
+    assert_eq!(pool.connection_count(), 1, "the outer connection is shared");
+    for wrong in [vec![identity("gateway")], vec![]] {
+        let through = pool.connect(&to_gateway, HeaderMap::new()).await.unwrap();
+        let refused =
+            connect_nested(through, &nested(wrong), HeaderMap::new(), &PoolSettings::default()).await;
+        assert!(matches!(refused.err(), Some(ConnectError::Tls(_))));
+    }
+}
+
+#[tokio::test]
+async fn a_workload_that_is_gone_keeps_no_connection() {
+    let pair = Pair::new().await;
+    let mut server = Server::echo(&pair.server);
+    let pool = Pool::new(PoolSettings::default());
+    let target = PoolTarget { workload: Some("w".into()), ..pair.target(server.address) };
+    let mut open = pool.connect(&target, HeaderMap::new()).await.unwrap();
+    expect_echo(&mut open, "before").await;
+    assert_eq!(pool.forget(|uid| uid == "another"), 0);
+    assert_eq!(pool.forget(|uid| uid == "w"), 1);
+    assert!(pool.shared_is_empty());
+    // It answers, so what is open goes on; new tunnels take another connection.
+    expect_echo(&mut open, "still there").await;
+    let mut other = pool.connect(&target, HeaderMap::new()).await.unwrap();
+    expect_echo(&mut other, "anew").await;
+    assert_eq!(server.accepted_count(), 2);
+    drop((open, other));
+    assert!(tokio::time::timeout(LONG, server.ended.recv()).await.unwrap().unwrap().is_ok());
+}
+
+#[tokio::test]
+async fn a_peer_that_is_gone_without_a_word_is_noticed_when_its_workload_is() {
+    let pair = Pair::new().await;
+    let listener = listener();
+    let address = listener.local_addr().unwrap();
+    let tls = tokio_rustls::TlsAcceptor::from(pair.server.server_config());
+    let (silence_sender, silence) = tokio::sync::oneshot::channel::<()>();
+    tokio::spawn(async move {
+        let (tcp, _) = listener.accept().await.unwrap();
+        let mut connection = h2::server::handshake(tls.accept(tcp).await.unwrap()).await.unwrap();
+        let (_, mut answer) = connection.accept().await.unwrap().unwrap();
+        let stream = answer.send_response(http::Response::new(()), false).unwrap();
+        tokio::select! {
+            _ = connection.accept() => {}
+            _ = silence => {}
+        }
+        std::future::pending::<()>().await;
+        drop((stream, connection));
+    });
+    // Without the news it would take longer than the test.
+    let slow = PoolSettings { ping_interval: LONG * 10, ping_timeout: LONG * 10, ..Default::default() };
+    let pool = Pool::new(slow);
+    let target = PoolTarget { workload: Some("w".into()), ..pair.target(address) };
+    let mut stream = pool.connect(&target, HeaderMap::new()).await.unwrap();
+    silence_sender.send(()).unwrap();
+    assert_eq!(pool.forget(|_| true), 1);
+    let read = tokio::time::timeout(LONG, stream.read_u8()).await.unwrap();
+    assert_ne!(read.unwrap_err().kind(), std::io::ErrorKind::UnexpectedEof);
+}
+
+#[tokio::test]
+async fn a_tunnel_that_carries_much_does_not_hold_up_others() {
+    let pair = Pair::new().await;
+    let mut server = Server::echo(&pair.server);
+    let pool = Pool::new(PoolSettings { spread_max: 2, ..Default::default() });
+    let target = pair.target(server.address);
+    let bulk = async |stream: &mut TunnelStream| {
+        let part = vec![7; 1 << 20];
+        for _ in 0..17 {
+            let (mut read, mut write) = tokio::io::split(&mut *stream);
+            let mut back = vec![0; part.len()];
+            let (sent, got) = tokio::join!(write.write_all(&part), read.read_exact(&mut back));
+            sent.unwrap();
+            got.unwrap();
+        }
+    };
+    let mut first = pool.connect(&target, HeaderMap::new()).await.unwrap();
+    let small = pool.connect(&target, HeaderMap::new()).await.unwrap();
+    assert_eq!(pool.connection_count(), 1);
+    bulk(&mut first).await;
+    let mut second = pool.connect(&target, HeaderMap::new()).await.unwrap();
+    assert_eq!(pool.connection_count(), 2, "the first carries much");
+    bulk(&mut second).await;
+    let third = pool.connect(&target, HeaderMap::new()).await.unwrap();
+    assert_eq!(pool.connection_count(), 2, "there are as many as may be");
+    drop(first);
+    let fourth = pool.connect(&target, HeaderMap::new()).await.unwrap();
+    assert_eq!((pool.connection_count(), server.accepted_count()), (2, 2), "the first has room again");
+    drop((small, second, third, fourth));
+}
+
+#[tokio::test]
+async fn tunnels_in_different_names_share_no_connection() {
+    let pair = Pair::new().await;
+    let mut server = Server::echo(&pair.server);
+    let pool = Pool::new(PoolSettings::default());
+    let other = pair.ca.certificate(&identity("other")).await;
+    let expected = &pair.server.identity;
+    let from = |address: &str| {
+        let mut target = pair.target(server.address);
+        target.options.bind = Some(address.parse().unwrap());
+        target
+    };
+    let targets = [
+        pair.target(server.address),
+        target(&other, server.address, expected),
+        from("127.0.0.5"),
+        from("127.0.0.6"),
+    ];
+    for target in &targets {
+        let mut stream = pool.connect(target, HeaderMap::new()).await.unwrap();
+        expect_echo(&mut stream, "hello").await;
+    }
+    assert_eq!((pool.connection_count(), server.accepted_count()), (4, 4));
+    drop(pool);
+    for _ in 0..4 {
+        assert!(tokio::time::timeout(LONG, server.ended.recv()).await.unwrap().unwrap().is_ok());
+    }
+}
+
+#[tokio::test]
+async fn what_arrived_is_read_in_any_portions() {
+    let pair = Pair::new().await;
+    let server = Server::echo(&pair.server);
+    let pool = Pool::new(PoolSettings::default());
+    let mut stream = pool.connect(&pair.target(server.address), HeaderMap::new()).await.unwrap();
+    stream.write_all(b"abcde").await.unwrap();
+    let mut one = [0; 1];
+    for expected in b"abc" {
+        stream.read_exact(&mut one).await.unwrap();
+        assert_eq!(one[0], *expected);
+    }
+    let mut rest = [0; 100];
+    let count = stream.read(&mut rest).await.unwrap();
+    assert_eq!(&rest[..count], b"de");
 }

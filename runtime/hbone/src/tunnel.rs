@@ -2,6 +2,7 @@
 
 use crate::client::Place;
 use bytes::{Buf, Bytes};
+use cairn_mesh::Identity;
 use h2::{Reason, RecvStream, SendStream};
 use http::HeaderMap;
 use std::io;
@@ -25,6 +26,9 @@ const WRITE_BYTES_MAX: usize = 64 * 1024;
 /// protocol's own 64 KiB. The rest is returned when the stream is dropped.
 const RELEASE_BYTES: usize = 16 * 1024;
 
+/// A tunnel of ours that has carried so much, both ways together, is likely to carry more.
+const BULK_BYTES: u64 = 32 << 20;
+
 /// One tunnel. It ends for reading when the peer half-closes or cancels, for writing with `shutdown`. Dropping it before
 /// both ends cancels it.
 pub struct TunnelStream {
@@ -36,8 +40,10 @@ pub struct TunnelStream {
     unreleased: usize,
     shut: bool,
     headers: HeaderMap,
+    /// Bytes carried, both ways together.
+    carried: u64,
     /// What the stream keeps alive: its place in a pool.
-    _held: Option<Place>,
+    held: Option<Place>,
 }
 
 impl TunnelStream {
@@ -47,12 +53,27 @@ impl TunnelStream {
         headers: HeaderMap,
         held: Option<Place>,
     ) -> Self {
-        Self { outgoing, incoming, chunk: Bytes::new(), unreleased: 0, shut: false, headers, _held: held }
+        let chunk = Bytes::new();
+        Self { outgoing, incoming, chunk, unreleased: 0, shut: false, headers, carried: 0, held }
     }
 
     /// The headers of the peer's answer, such as its `baggage`; of a tunnel we accepted, none.
     pub fn headers(&self) -> &HeaderMap {
         &self.headers
+    }
+
+    /// Who has proven to be at the other end; of a tunnel we accepted, nobody: its [`crate::Downstream`] says.
+    pub fn peer(&self) -> Option<&Identity> {
+        self.held.as_ref().and_then(Place::peer)
+    }
+
+    fn carry(&mut self, count: usize) {
+        self.carried += count as u64;
+        if self.carried >= BULK_BYTES
+            && let Some(place) = &mut self.held
+        {
+            place.mark_bulky();
+        }
     }
 
     /// The next received bytes, without copying them; `None` at the end.
@@ -97,6 +118,7 @@ impl TunnelStream {
     /// # Errors
     /// When the tunnel has ended.
     pub fn send(&mut self, bytes: Bytes) -> io::Result<()> {
+        self.carry(bytes.len());
         self.outgoing.send_data(bytes, false).map_err(write_error)
     }
 
@@ -117,6 +139,7 @@ impl TunnelStream {
     }
 
     fn release(&mut self, count: usize) -> io::Result<()> {
+        self.carry(count);
         self.unreleased += count;
         if self.unreleased >= RELEASE_BYTES {
             let unreleased = std::mem::take(&mut self.unreleased);

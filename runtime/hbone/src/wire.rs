@@ -4,7 +4,7 @@
 //! drives a connection writes all that its streams have queued in one poll. So a flush does nothing here, bytes gather
 //! in a borrowed buffer, and the driver ([`Wire::drive`]) sends them when HTTP/2 has no more to say.
 
-use crate::ahead::ReadAhead;
+use crate::transport::Transport;
 use cairn_net::Buffer;
 use parking_lot::Mutex;
 use rustls_pki_types::CertificateDer;
@@ -26,7 +26,7 @@ pub(crate) struct Wire {
 }
 
 struct Shared {
-    tls: TlsStream<ReadAhead>,
+    tls: TlsStream<Transport>,
     gathered: Option<Buffer>,
     start: usize,
     end: usize,
@@ -34,7 +34,7 @@ struct Shared {
 }
 
 impl Wire {
-    pub(crate) fn new(tls: impl Into<TlsStream<ReadAhead>>) -> Self {
+    pub(crate) fn new(tls: impl Into<TlsStream<Transport>>) -> Self {
         let shared = Shared { tls: tls.into(), gathered: None, start: 0, end: 0, needs_flush: false };
         Self { shared: Arc::new(Mutex::new(shared)) }
     }

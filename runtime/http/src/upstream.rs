@@ -271,6 +271,7 @@ async fn open_tunnel(worker: &Worker, address: SocketAddr, identity: &Identity) 
     let target = PoolTarget {
         certificate,
         connect: SocketAddr::new(address.ip(), HBONE_PORT),
+        workload: None,
         identities: vec![identity.clone()],
         options: worker.connect_options(),
         authority: address.to_string(),

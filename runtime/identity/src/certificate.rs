@@ -1,6 +1,7 @@
 //! One workload's certificate, and the TLS configurations made from it.
 
 use crate::pem;
+use crate::sessions::Sessions;
 use crate::verify::{Accept, PeerVerifier, identities};
 use crate::{IssueError, Issuer};
 use cairn_mesh::Identity;
@@ -9,7 +10,6 @@ use rcgen::{CertificateParams, DistinguishedName, KeyPair, SanType};
 use rustls::client::Resumption;
 use rustls::crypto::aws_lc_rs::{self, cipher_suite};
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms};
-use rustls::server::NoServerSessionStorage;
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::version::TLS13;
 use rustls::{ClientConfig, ServerConfig};
@@ -34,6 +34,9 @@ pub(crate) const ALPN_H2: &[u8] = b"h2";
 /// How many sets of expected peers keep their configuration. A set is one workload or service, so a node rarely
 /// reaches this; then all are built anew.
 const CLIENT_CONFIGS_MAX: usize = 1024;
+
+/// How many servers of one set of expected peers a client keeps sessions of.
+const CLIENT_SESSIONS_MAX: usize = 64;
 
 /// Why a chain is not a certificate of ours.
 #[derive(Debug, thiserror::Error)]
@@ -156,6 +159,9 @@ impl WorkloadCertificate {
         };
         let mut config = self.client.clone();
         config.dangerous().set_certificate_verifier(Arc::new(verifier));
+        // Sessions are kept with this configuration only: they end with this certificate, and no other expectation of
+        // who the server is can be met by one.
+        config.resumption = Resumption::in_memory_sessions(CLIENT_SESSIONS_MAX);
         let config = Arc::new(config);
         clients.insert(expected.into(), Arc::clone(&config));
         config
@@ -218,9 +224,10 @@ fn server_config(
         .with_client_cert_verifier(Arc::new(verifier))
         .with_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(own))));
     config.alpn_protocols = vec![ALPN_H2.to_vec()];
-    // A resumed session would carry an identity past the end of its certificate, and tunnels are long-lived anyway.
-    config.session_storage = Arc::new(NoServerSessionStorage {});
-    config.send_tls13_tickets = 0;
+    // Sessions are kept with this certificate and end with it. Each holds the chain that the client proved itself by, and
+    // is good for so short a time that nobody outlives a certificate by it.
+    config.session_storage = Arc::new(Sessions::default());
+    config.send_tls13_tickets = 1;
     Ok(config)
 }
 

@@ -9,6 +9,7 @@ mod certificate;
 mod certificates;
 mod issuer;
 mod pem;
+mod sessions;
 mod verify;
 
 pub use authority::{Authority, AuthorityError, SignError};

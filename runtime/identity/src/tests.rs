@@ -11,7 +11,7 @@ use cairn_proto::ca::istio_certificate_service_server::{
 use cairn_proto::ca::{IstioCertificateRequest, IstioCertificateResponse};
 use parking_lot::Mutex;
 use rcgen::{CertificateParams, KeyPair, SanType};
-use rustls::{CipherSuite, ClientConfig, ProtocolVersion, ServerConfig};
+use rustls::{CipherSuite, ClientConfig, HandshakeKind, ProtocolVersion, ServerConfig};
 use rustls_pki_types::ServerName;
 use std::fs;
 use std::future::Future;
@@ -112,6 +112,34 @@ async fn both_sides_prove_who_they_are() {
     assert_eq!(far.alpn_protocol(), Some(&b"h2"[..]));
     assert_eq!(far.negotiated_cipher_suite().unwrap().suite(), CipherSuite::TLS13_AES_256_GCM_SHA384);
     assert_eq!(far.server_name(), None);
+}
+
+#[tokio::test]
+async fn a_session_is_resumed_by_whom_it_was_made_with_only() {
+    let ca = Ca::new();
+    let (client, server) = (ca.certificate(CLIENT).await, ca.certificate(SERVER).await);
+    let expected = [id(SERVER)];
+    let kind = async |client: &WorkloadCertificate, expected: &[Identity], server: &WorkloadCertificate| {
+        let (_, accepted) = handshake(client.client_config(expected), server.server_config()).await;
+        let (near, far) = accepted.unwrap();
+        let (near, far) = (near.get_ref().1, far.get_ref().1);
+        assert_eq!(peer_identity(near.peer_certificates().unwrap()), Some(id(SERVER)));
+        assert_eq!(peer_identity(far.peer_certificates().unwrap()), Some(client.identity.clone()));
+        (near.handshake_kind().unwrap(), far.handshake_kind().unwrap())
+    };
+    let (full, resumed) =
+        ((HandshakeKind::Full, HandshakeKind::Full), (HandshakeKind::Resumed, HandshakeKind::Resumed));
+    assert_eq!(kind(&client, &expected, &server).await, full);
+    assert_eq!(kind(&client, &expected, &server).await, resumed, "and the identities are still known");
+    assert_eq!(kind(&client, &expected, &server).await, resumed, "each session brings the next");
+    let wider = [id(SERVER), id("spiffe://cluster.local/ns/b/sa/other")];
+    assert_eq!(kind(&client, &wider, &server).await, full, "another expectation");
+    let other = ca.certificate("spiffe://cluster.local/ns/a/sa/other").await;
+    assert_eq!(kind(&other, &expected, &server).await, full, "another client");
+    let renewed = ca.certificate(SERVER).await;
+    assert_eq!(kind(&client, &expected, &renewed).await, full, "another certificate of the server");
+    let renewed = ca.certificate(CLIENT).await;
+    assert_eq!(kind(&renewed, &expected, &server).await, full, "another certificate of the client");
 }
 
 #[tokio::test]

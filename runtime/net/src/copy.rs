@@ -1,12 +1,14 @@
 //! Copying both ways between a client and a server until both are done.
 
 use crate::Buffer;
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{Instant, Sleep};
 
 /// Bytes copied so far. The words are Istio's: a proxy *received* what the client sent.
 #[derive(Debug, Default)]
@@ -17,8 +19,11 @@ pub struct ByteCounts {
     pub received: AtomicU64,
 }
 
+/// How long a connection may be silent of which one side has ended: the other is likely gone without a word.
+const HALF_CLOSED_MAX: Duration = Duration::from_secs(60 * 60);
+
 /// Copies between `client` and `server` until both have ended. When one side ends, the other is told (half close)
-/// and may go on sending. Bytes are counted when they have been written on.
+/// and may go on sending, with pauses of up to an hour. Bytes are counted when they have been written on.
 ///
 /// # Errors
 /// The first error of either side; what was counted has arrived there, the rest is lost.
@@ -27,14 +32,63 @@ where
     A: AsyncRead + AsyncWrite + Unpin,
     B: AsyncRead + AsyncWrite + Unpin,
 {
+    copy_within(client, server, counts, HALF_CLOSED_MAX).await
+}
+
+async fn copy_within<A, B>(
+    client: &mut A,
+    server: &mut B,
+    counts: &ByteCounts,
+    half_closed_max: Duration,
+) -> io::Result<()>
+where
+    A: AsyncRead + AsyncWrite + Unpin,
+    B: AsyncRead + AsyncWrite + Unpin,
+{
     let mut up = Direction::default();
     let mut down = Direction::default();
+    let mut half_closed: Option<HalfClosed> = None;
     poll_fn(|cx| {
         let up = up.poll_copy(cx, client, server, &counts.received)?;
         let down = down.poll_copy(cx, server, client, &counts.sent)?;
-        if up.is_ready() && down.is_ready() { Poll::Ready(Ok(())) } else { Poll::Pending }
+        match (up.is_ready(), down.is_ready()) {
+            (true, true) => Poll::Ready(Ok(())),
+            (false, false) => Poll::Pending,
+            (true, false) | (false, true) => {
+                let moved = counts.received.load(Ordering::Relaxed) + counts.sent.load(Ordering::Relaxed);
+                let half_closed = half_closed.get_or_insert_with(|| HalfClosed::new(half_closed_max, moved));
+                half_closed
+                    .poll_silent(cx, half_closed_max, moved)
+                    .map(|()| Err(io::ErrorKind::TimedOut.into()))
+            }
+        }
     })
     .await
+}
+
+/// Watches a connection of which one side has ended.
+struct HalfClosed {
+    timer: Pin<Box<Sleep>>,
+    /// Bytes that had been copied when the timer was set.
+    moved: u64,
+}
+
+impl HalfClosed {
+    fn new(after: Duration, moved: u64) -> Self {
+        Self { timer: Box::pin(tokio::time::sleep(after)), moved }
+    }
+
+    /// Ready when nothing has moved for at least `after`.
+    fn poll_silent(&mut self, cx: &mut Context<'_>, after: Duration, moved: u64) -> Poll<()> {
+        loop {
+            ready!(self.timer.as_mut().poll(cx));
+            if self.moved == moved {
+                return Poll::Ready(());
+            }
+            self.moved = moved;
+            self.timer.as_mut().reset(Instant::now() + after);
+        }
+    }
 }
 
 /// How many reads one poll may do before other tasks get their turn.
@@ -210,6 +264,23 @@ mod tests {
         result.unwrap();
         assert_eq!(counts.sent.load(Ordering::Relaxed), 3_000_000);
         assert_eq!(counts.received.load(Ordering::Relaxed), 3_000_000);
+    }
+
+    #[tokio::test]
+    async fn a_side_that_is_silent_after_the_other_has_ended_is_not_waited_for() {
+        let (mut client, mut client_side) = duplex(64);
+        let (mut server, mut server_side) = duplex(64);
+        let copying = tokio::spawn(async move {
+            let counts = ByteCounts::default();
+            copy_within(&mut client_side, &mut server_side, &counts, Duration::from_millis(20)).await
+        });
+        client.shutdown().await.unwrap();
+        // What still comes is carried; then there is silence.
+        server.write_all(b"late").await.unwrap();
+        let mut late = [0; 4];
+        client.read_exact(&mut late).await.unwrap();
+        assert_eq!(copying.await.unwrap().unwrap_err().kind(), io::ErrorKind::TimedOut);
+        drop(server);
     }
 
     #[tokio::test]
