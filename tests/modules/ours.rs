@@ -167,6 +167,7 @@ pub fn service(name: &str, index: u8, at: SocketAddr, ports: Vec<ServicePort>) -
         waypoint: None,
         load_balancing: Default::default(),
         canonical: true,
+        ..Service::default()
     };
     let Ok(identity) = Identity::new("cluster.local", NAMESPACE, name) else { return Vec::new() };
     let pod = Workload {

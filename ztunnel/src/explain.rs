@@ -170,6 +170,16 @@ impl Trail<'_> {
                 self.step(place, "plan", format!("no waypoint: through a tunnel to {}", name(&workload)));
                 self.arrive(&workload, Some(&client.identity), tunnel.authority)
             }
+            Plan::Cross(crossing) => {
+                let gateway = name(&crossing.gateway);
+                self.step(place, "plan", format!("into another network through its gateway {gateway}"));
+                Answer { end: "unknown", text: format!("{gateway} is a gateway: what is behind it decides") }
+            }
+            Plan::Resolve(workload) => {
+                let hostname = &workload.hostname;
+                self.step(place, "plan", format!("to an address that DNS says for {hostname}"));
+                Answer { end: "unknown", text: format!("only DNS knows the addresses of {hostname}") }
+            }
             Plan::Plain { connect, .. } => {
                 self.step(place, "plan", format!("plain TCP to {connect}"));
                 Answer { end: "passes", text: "reaches an application outside the mesh".to_owned() }

@@ -3,16 +3,25 @@
 use crate::Proxy;
 use crate::carry::Account;
 use crate::live::Connected;
-use crate::outbound::chain;
-use crate::pods::{OWN_PORTS, Pod};
-use cairn_hbone::{Authority, Connect, ServeError, ServerSettings};
-use cairn_mesh::{Decision, DenyReason, L4Peer, NetworkAddress, Service, Snapshot, Workload, decide};
+use crate::onward::chain;
+use crate::pods::Pod;
+use crate::proxy_protocol;
+use cairn_hbone::{Authority, Connect, Downstream, ServeError, ServerSettings};
+use cairn_mesh::{
+    Arrival, ArrivalTarget, Decision, DenyReason, Identity, L4Peer, NetworkAddress, Service, Snapshot,
+    Unwelcome, Workload, arrive, decide,
+};
+use cairn_net::ConnectOptions;
 use cairn_telemetry::Direction;
 use http::{HeaderMap, StatusCode};
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
+
+/// How long an application may take to read the header by which a tunnel is announced to it.
+const ANNOUNCE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Serves one HBONE connection of a peer: a tunnel per CONNECT stream.
 pub async fn connection(proxy: Arc<Proxy>, pod: Arc<Pod>, _worker: usize, tcp: TcpStream, peer: SocketAddr) {
@@ -70,7 +79,8 @@ async fn tunnel(proxy: Arc<Proxy>, pod: Arc<Pod>, connect: Connect) {
     account.authority = connect.authority().to_string();
     account.source_identity = Some(downstream.identity.clone());
     match admit(&proxy, &pod, &connect, &mut account).await {
-        Ok((mut application, destination, workload)) => {
+        Ok(Admitted { mut application, arrival, workload }) => {
+            let destination = arrival.destination;
             let mut live = proxy.live.register(Connected {
                 workload: Arc::clone(&workload.uid),
                 identity: Some(downstream.identity.clone()),
@@ -91,6 +101,18 @@ async fn tunnel(proxy: Arc<Proxy>, pod: Arc<Pod>, connect: Connect) {
                 Ok(stream) => stream,
                 Err(error) => return account.refused(&proxy, "CONNECT", &chain(&error)),
             };
+            if let Some(announced) = arrival.announce {
+                let header =
+                    proxy_protocol::header(downstream.address, announced, Some(&downstream.identity));
+                let written = tokio::time::timeout(ANNOUNCE_TIMEOUT, application.write_all(&header)).await;
+                if !matches!(written, Ok(Ok(()))) {
+                    return account.refused(
+                        &proxy,
+                        "CONNECT",
+                        "the application did not take the tunnel's header",
+                    );
+                }
+            }
             account.carry(&proxy, &mut stream, &mut application, live.cut_reason()).await;
         }
         Err(refused) => {
@@ -100,13 +122,20 @@ async fn tunnel(proxy: Arc<Proxy>, pod: Arc<Pod>, connect: Connect) {
     }
 }
 
+/// A tunnel that is let in.
+struct Admitted {
+    application: TcpStream,
+    arrival: Arrival,
+    workload: Arc<Workload>,
+}
+
 /// Is it for us, is it allowed, does the application answer? Notes each step in `account`.
 async fn admit(
     proxy: &Proxy,
     pod: &Pod,
     connect: &Connect,
     account: &mut Account,
-) -> Result<(TcpStream, SocketAddr, Arc<Workload>), Refused> {
+) -> Result<Admitted, Refused> {
     let downstream = connect.downstream();
     let snapshot = proxy.mesh.snapshot();
     let workload = pod
@@ -114,23 +143,83 @@ async fn admit(
         .ok_or_else(|| Refused::new(StatusCode::SERVICE_UNAVAILABLE, "CONNECT", "pod is no longer known"))?;
     account.destination_workload = Some(Arc::clone(&workload));
     account.destination_identity = Some(workload.identity.clone());
-    let source = peer_workload(&snapshot, downstream.address, &workload);
-    account.source_workload = source.filter(|source| source.identity == downstream.identity);
-    account.service = named_service(&snapshot, connect.headers(), &workload);
-    let port = destination_port(&snapshot, connect.authority(), &workload)
-        .ok_or_else(|| Refused::new(StatusCode::NOT_FOUND, "CONNECT", "destination is not this workload"))?;
-    if OWN_PORTS.contains(&port) {
-        return Err(Refused::new(StatusCode::SERVICE_UNAVAILABLE, "CONNECT", "port belongs to the ztunnel"));
-    }
-    let destination = SocketAddr::new(pod.address, port);
+    account.source_workload = source_workload(&snapshot, connect.headers(), downstream, &workload);
+    let target = match connect.authority() {
+        Authority::Address(address) => ArrivalTarget::Address(*address),
+        Authority::Host { name, port } => ArrivalTarget::Host(name, *port),
+    };
+    let arrival = arrive(&snapshot, &workload, downstream.local.ip(), target)
+        .map_err(|unwelcome| Refused::new(status(unwelcome), "CONNECT", unwelcome.to_string()))?;
+    account.service =
+        arrival.service.clone().or_else(|| named_service(&snapshot, connect.headers(), &workload));
+    drop(snapshot);
+    let destination = arrival.destination;
     let peer = L4Peer { identity: Some(&downstream.identity), source: downstream.address, destination };
     note_decision(account, decide_when_known(proxy, pod, &peer).await)
         .map_err(|reason| Refused::new(StatusCode::FORBIDDEN, "DENY", reason))?;
-    let options = proxy.options_to_application(pod, downstream.address.ip());
-    let application = cairn_net::connect(SocketAddr::new(pod.application, port), &options).await;
+    let (at, options) = to_application(proxy, pod, &arrival, downstream.address.ip());
+    let application = cairn_net::connect(at, &options).await;
     let application = application
         .map_err(|error| Refused::new(StatusCode::SERVICE_UNAVAILABLE, "CONNECT", chain(&error)))?;
-    Ok((application, destination, workload))
+    Ok(Admitted { application, arrival, workload })
+}
+
+fn status(unwelcome: Unwelcome) -> StatusCode {
+    match unwelcome {
+        Unwelcome::NotHere | Unwelcome::NotOurService => StatusCode::NOT_FOUND,
+        Unwelcome::NoPort | Unwelcome::OwnPort | Unwelcome::NoVip => StatusCode::SERVICE_UNAVAILABLE,
+    }
+}
+
+/// Where the application is, and how it is connected to: from the client's address. One that is told by a header who the
+/// client is listens on loopback, where nobody else can send it such headers, and is connected to from there.
+fn to_application(
+    proxy: &Proxy,
+    pod: &Pod,
+    arrival: &Arrival,
+    client: IpAddr,
+) -> (SocketAddr, ConnectOptions) {
+    let own = arrival.destination;
+    if arrival.announce.is_some() && pod.namespace.is_some() {
+        let loopback = match own.ip() {
+            IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::LOCALHOST),
+            IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        };
+        let options = ConnectOptions {
+            bind: Some(loopback),
+            transparent: false,
+            ..proxy.options_to_application(pod, client)
+        };
+        return (SocketAddr::new(loopback, own.port()), options);
+    }
+    // Where pods share a machine's loopback, the application has an address of its own there.
+    let ip = if own.ip() == pod.address { pod.application } else { own.ip() };
+    (SocketAddr::new(ip, own.port()), proxy.options_to_application(pod, client))
+}
+
+/// The client's workload: by the address that its connection kept, or, when it has come through another network's
+/// gateway, as it describes itself.
+fn source_workload(
+    snapshot: &Snapshot,
+    headers: &HeaderMap,
+    downstream: &Downstream,
+    local: &Workload,
+) -> Option<Arc<Workload>> {
+    if has_crossed(headers, &local.network) {
+        let identity: &Identity = &downstream.identity;
+        return headers
+            .get("baggage")
+            .and_then(|baggage| cairn_hbone::described(baggage, identity))
+            .map(Arc::new);
+    }
+    let source = peer_workload(snapshot, downstream.address, local);
+    source.filter(|source| source.identity == downstream.identity)
+}
+
+/// Whether the request says that it is from another network.
+fn has_crossed(headers: &HeaderMap, network: &str) -> bool {
+    let from = headers.get("x-forwarded-network").and_then(|value| value.to_str().ok());
+    from.is_some_and(|from| !from.eq_ignore_ascii_case(network))
 }
 
 /// Decides by the mesh as it is now. When a policy that the workload names has not arrived, the connection waits for it,
@@ -178,26 +267,10 @@ pub fn peer_workload(snapshot: &Snapshot, peer: SocketAddr, local: &Workload) ->
     snapshot.workload_at(&address).cloned()
 }
 
-/// The application's port: the authority must name this workload's address, or a service it is an endpoint of.
-fn destination_port(snapshot: &Snapshot, authority: &Authority, workload: &Workload) -> Option<u16> {
-    match authority {
-        Authority::Address(address) => {
-            workload.addresses.contains(&address.ip().to_canonical()).then(|| address.port())
-        }
-        Authority::Host { name, port } => {
-            let state = snapshot.service_named(name, &workload.namespace)?;
-            let endpoint = state.endpoints.iter().find(|endpoint| endpoint.workload.uid == workload.uid)?;
-            endpoint.target_port(&state.service, *port)
-        }
-    }
-}
-
 /// The service that the client says it addressed (`forwarded: …;host=`), for metrics: it must be one of the
 /// workload's. A workload of one service has no other.
 fn named_service(snapshot: &Snapshot, headers: &HeaderMap, workload: &Workload) -> Option<Arc<Service>> {
-    let text = headers.get("forwarded").and_then(|value| value.to_str().ok()).unwrap_or("");
-    let host =
-        text.split(';').find_map(|part| part.trim().strip_prefix("host=")).map(|host| host.trim_matches('"'));
+    let host = headers.get("forwarded").and_then(cairn_hbone::forwarded_host);
     let mut services = workload
         .services
         .iter()

@@ -7,12 +7,15 @@
 
 mod admin;
 mod carry;
+mod choice;
 mod explain;
 mod inbound;
 mod live;
+mod onward;
 mod outbound;
 mod plaintext;
 mod pods;
+mod proxy_protocol;
 mod settings;
 mod socks;
 mod trial;
@@ -26,12 +29,17 @@ use cairn_net::{ConnectOptions, Drain};
 use cairn_process::{Operators, Readiness, Workers};
 use cairn_telemetry::{Telemetry, TelemetrySettings};
 use cairn_xds::{FollowSettings, Mesh};
+use choice::Names;
 use live::Live;
+use onward::Ways;
 use pods::Pod;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use tokio::task::JoinSet;
 use trial::Trials;
+
+/// How many connections to a peer are made so that tunnels that carry much do not hold up others.
+const SPREAD_MAX: usize = 4;
 
 /// What all connections of the process share.
 struct Proxy {
@@ -40,8 +48,7 @@ struct Proxy {
     certificates: Arc<Certificates>,
     telemetry: Arc<Telemetry>,
     workers: Workers,
-    /// One pool of tunnels per worker.
-    pools: Box<[cairn_hbone::Pool]>,
+    ways: Ways,
     live: Arc<Live>,
     trials: Trials,
     drain: Drain,
@@ -101,10 +108,20 @@ async fn serve(settings: Settings, workers: Workers) -> anyhow::Result<()> {
     let certificates = Certificates::new(Arc::new(issuer), certificate_settings);
 
     let (trigger, drain) = cairn_net::drain();
-    let pool = |_| cairn_hbone::Pool::new(cairn_hbone::PoolSettings::default());
-    let proxy = Arc::new(Proxy {
-        mesh: Mesh::new(),
+    let pool = |_| {
+        cairn_hbone::Pool::new(cairn_hbone::PoolSettings { spread_max: SPREAD_MAX, ..Default::default() })
+    };
+    let mesh = Mesh::new();
+    let ways = Ways {
+        mesh: Arc::clone(&mesh),
+        certificates: Arc::clone(&certificates),
         pools: (0..workers.count()).map(pool).collect(),
+        loads: Arc::default(),
+        names: Names::default(),
+    };
+    let proxy = Arc::new(Proxy {
+        mesh,
+        ways,
         certificates,
         telemetry,
         workers,
@@ -174,13 +191,20 @@ async fn follow(proxy: Arc<Proxy>) {
     cairn_xds::follow(follow, None, Arc::clone(&proxy.mesh), std::future::pending()).await;
 }
 
-/// Decides open inbound connections again whenever the mesh changes.
+/// Follows what the mesh's changes mean for what is open: decides inbound connections again, and gives up tunnels to
+/// workloads that are gone.
 async fn recheck(proxy: Arc<Proxy>) {
     let mut changes = proxy.mesh.changes();
     while changes.changed().await.is_ok() {
-        let cut = proxy.live.recheck(&proxy.mesh.snapshot());
+        let snapshot = proxy.mesh.snapshot();
+        let cut = proxy.live.recheck(&snapshot);
         if cut > 0 {
             tracing::info!(cut, "connections no longer allowed were cut");
+        }
+        let is_gone = |uid: &str| snapshot.workload(uid).is_none();
+        let given_up: usize = proxy.ways.pools.iter().map(|pool| pool.forget(is_gone)).sum();
+        if given_up > 0 {
+            tracing::debug!(given_up, "connections to workloads that are gone were given up");
         }
     }
 }

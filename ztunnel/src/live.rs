@@ -1,7 +1,7 @@
 //! Inbound connections that are open now. Each is decided again whenever the mesh changes, policies and workloads
 //! alike, and cut when it is no longer allowed.
 
-use cairn_mesh::{Decision, DenyReason, Identity, L4Peer, Snapshot, decide};
+use cairn_mesh::{Decision, DenyReason, Identity, L4Peer, L4Policies, Snapshot, l4_policies};
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -13,12 +13,19 @@ use tokio::sync::oneshot;
 #[derive(Default)]
 pub struct Live {
     next: AtomicU64,
-    open: Mutex<HashMap<u64, Open>>,
+    /// By the workload's uid.
+    to: Mutex<HashMap<Arc<str>, To>>,
+}
+
+/// The connections to one workload, whose current form decides.
+#[derive(Default)]
+struct To {
+    /// What they were decided by, if all of them were by the same.
+    decided_by: Option<Arc<L4Policies>>,
+    open: HashMap<u64, Open>,
 }
 
 struct Open {
-    /// The workload that is connected to, by uid: its current form decides.
-    workload: Arc<str>,
     identity: Option<Identity>,
     source: SocketAddr,
     destination: SocketAddr,
@@ -28,6 +35,7 @@ struct Open {
 /// One open connection; it leaves the register when dropped.
 pub struct LiveGuard {
     live: Arc<Live>,
+    workload: Arc<str>,
     id: u64,
     cut: oneshot::Receiver<DenyReason>,
 }
@@ -44,7 +52,12 @@ impl LiveGuard {
 
 impl Drop for LiveGuard {
     fn drop(&mut self) {
-        self.live.open.lock().remove(&self.id);
+        let mut all = self.live.to.lock();
+        let Some(to) = all.get_mut(&self.workload) else { return };
+        to.open.remove(&self.id);
+        if to.open.is_empty() {
+            all.remove(&self.workload);
+        }
     }
 }
 
@@ -66,30 +79,42 @@ impl Live {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (cut, cut_received) = oneshot::channel();
         let Connected { workload, identity, source, destination } = connected;
-        self.open.lock().insert(id, Open { workload, identity, source, destination, cut: Some(cut) });
-        LiveGuard { live: Arc::clone(self), id, cut: cut_received }
+        let mut all = self.to.lock();
+        let to = all.entry(Arc::clone(&workload)).or_default();
+        // Nobody knows by which policies this one was decided.
+        to.decided_by = None;
+        to.open.insert(id, Open { identity, source, destination, cut: Some(cut) });
+        LiveGuard { live: Arc::clone(self), workload, id, cut: cut_received }
     }
 
     /// How many are open.
     pub fn len(&self) -> usize {
-        self.open.lock().len()
+        self.to.lock().values().map(|to| to.open.len()).sum()
     }
 
-    /// Decides every open connection again and cuts those no longer allowed; returns how many. A workload that is
-    /// gone ends with its sockets, not here.
+    /// Decides open connections again and cuts those no longer allowed; returns how many. Those to a workload for which
+    /// neither itself nor any policy has changed are not looked at. A workload that is gone ends with its sockets, not
+    /// here.
     pub fn recheck(&self, snapshot: &Snapshot) -> usize {
         let mut cut_count = 0;
-        for open in self.open.lock().values_mut() {
-            let Some(workload) = snapshot.workload(&open.workload) else { continue };
-            let peer = L4Peer {
-                identity: open.identity.as_ref(),
-                source: open.source,
-                destination: open.destination,
-            };
-            let Decision::Deny(reason) = decide(snapshot, workload, &peer) else { continue };
-            if let Some(cut) = open.cut.take() {
-                cut_count += usize::from(cut.send(reason).is_ok());
+        for (uid, to) in self.to.lock().iter_mut() {
+            let Some(workload) = snapshot.workload(uid) else { continue };
+            let policies = l4_policies(snapshot, workload);
+            if to.decided_by.as_ref().is_some_and(|before| Arc::ptr_eq(before, &policies)) {
+                continue;
             }
+            for open in to.open.values_mut() {
+                let peer = L4Peer {
+                    identity: open.identity.as_ref(),
+                    source: open.source,
+                    destination: open.destination,
+                };
+                let Decision::Deny(reason) = policies.decide(&peer) else { continue };
+                if let Some(cut) = open.cut.take() {
+                    cut_count += usize::from(cut.send(reason).is_ok());
+                }
+            }
+            to.decided_by = Some(policies);
         }
         cut_count
     }
@@ -125,5 +150,41 @@ mod tests {
         assert_eq!(live.recheck(store.current()), 0, "cut once");
         drop(guard);
         assert_eq!(live.len(), 0);
+    }
+
+    #[test]
+    fn a_connection_is_cut_when_its_workload_comes_under_another_policy() {
+        let identity = Identity::new("cluster.local", "a", "x").unwrap();
+        let workload = |policies: &[&str]| Workload {
+            authorization_policies: policies.iter().map(|name| ResourceName::new("a", *name)).collect(),
+            ..Workload::new("w", "w", identity.clone())
+        };
+        let policy = |name: &str| Authorization {
+            name: ResourceName::new("a", name),
+            scope: Scope::WorkloadSelector,
+            action: PolicyAction::Allow,
+            rules: Vec::new(),
+            dry_run: false,
+        };
+        let mut store = Store::new();
+        store.apply([Change::Authorization(policy("nothing")), Change::Workload(workload(&[]))]);
+        let live = Arc::new(Live::default());
+        let connect = || {
+            live.register(Connected {
+                workload: "w".into(),
+                identity: Some(identity.clone()),
+                source: "10.0.0.1:1000".parse().unwrap(),
+                destination: "10.0.0.2:80".parse().unwrap(),
+            })
+        };
+        let (_first, _second) = (connect(), connect());
+        assert_eq!(live.recheck(store.current()), 0);
+        store.apply([Change::Workload(Workload::new("other", "other", identity.clone()))]);
+        assert_eq!(live.recheck(store.current()), 0, "nothing of it has changed");
+        store.apply([Change::Workload(workload(&["nothing"]))]);
+        assert_eq!(live.recheck(store.current()), 2);
+        // One that comes while nothing changes is decided at the next look all the same.
+        let _late = connect();
+        assert_eq!(live.recheck(store.current()), 1);
     }
 }

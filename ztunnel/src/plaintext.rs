@@ -4,7 +4,7 @@ use crate::Proxy;
 use crate::carry::Account;
 use crate::inbound::{decide_when_known, note_decision, peer_workload};
 use crate::live::Connected;
-use crate::outbound::chain;
+use crate::onward::chain;
 use crate::pods::{OWN_PORTS, Pod};
 use cairn_mesh::{L4Peer, decide};
 use cairn_telemetry::Direction;

@@ -428,6 +428,7 @@ mod tests {
             waypoint: None,
             load_balancing: LoadBalancing::default(),
             canonical: true,
+            ..Service::default()
         };
         let mut store = Store::new();
         store.apply([Change::Service(service)]);

@@ -57,6 +57,7 @@ fn service(number: u32) -> Service {
         waypoint: None,
         load_balancing: LoadBalancing::default(),
         canonical: true,
+        ..Service::default()
     }
 }
 

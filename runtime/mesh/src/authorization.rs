@@ -1,8 +1,12 @@
 //! L4 authorization: the policies a ztunnel enforces (`istio.security.Authorization`), and the decision.
 
+mod compiled;
 mod explain;
+mod index;
 mod trial;
 
+pub(crate) use compiled::Compiled;
+pub use compiled::{L4Policies, l4_policies};
 pub use explain::{L4Considered, consider};
 pub use trial::{Trial, on_trial};
 
@@ -10,7 +14,6 @@ use crate::{Identity, ResourceName, ServiceAccount, Snapshot, TextMatch, Values,
 use ipnet::IpNet;
 use std::fmt;
 use std::net::SocketAddr;
-use std::sync::Arc;
 
 /// What a matching rule means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -191,67 +194,9 @@ impl fmt::Display for DenyReason {
     }
 }
 
-/// Decides whether `peer` may connect to `workload`.
-///
-/// The policies that apply are the global ones, those of the workload's namespace, and those it names. Any DENY match
-/// denies; without ALLOW policies the rest is allowed; otherwise one must match (ztunnel `src/state.rs`,
-/// `assert_rbac`). A policy named and not known denies, where ztunnel skips it; one that was removed is skipped.
+/// Decides whether `peer` may connect to `workload`: [`L4Policies::decide`].
 pub fn decide(snapshot: &Snapshot, workload: &Workload, peer: &L4Peer<'_>) -> Decision {
-    let applying = match Applying::new(snapshot, workload) {
-        Ok(applying) => applying,
-        Err(missing) => return Decision::Deny(DenyReason::MissingPolicy(missing)),
-    };
-    let policies = || applying.policies().filter(|policy| !policy.dry_run);
-    for policy in policies().filter(|policy| policy.action == PolicyAction::Deny) {
-        if let Some(rule) = policy.matching_rule(peer) {
-            return Decision::Deny(DenyReason::Policy(policy.name.clone(), rule));
-        }
-    }
-    let mut looked_at = Vec::new();
-    let mut any = false;
-    for policy in policies().filter(|policy| policy.action == PolicyAction::Allow) {
-        any = true;
-        if let Some(rule) = policy.matching_rule(peer) {
-            return Decision::Allow(Some((policy.name.clone(), rule)));
-        }
-        if looked_at.len() < 4 {
-            looked_at.push(policy.name.clone());
-        }
-    }
-    if any { Decision::Deny(DenyReason::NotAllowed(looked_at)) } else { Decision::Allow(None) }
-}
-
-/// The policies that apply to a workload: the global ones, those of its namespace, those it names.
-struct Applying<'a> {
-    snapshot: &'a Snapshot,
-    namespace: &'a Arc<str>,
-    named: Vec<&'a Arc<Authorization>>,
-}
-
-impl<'a> Applying<'a> {
-    /// `Err`: a policy that the workload names is not known yet.
-    fn new(snapshot: &'a Snapshot, workload: &'a Workload) -> Result<Self, ResourceName> {
-        let mut named: Vec<&Arc<Authorization>> = Vec::new();
-        for name in &workload.authorization_policies {
-            match snapshot.authorization(name) {
-                Some(policy) => named.push(policy),
-                None if snapshot.gone.contains(name) => {}
-                None => return Err(name.clone()),
-            }
-        }
-        Ok(Self { snapshot, namespace: &workload.namespace, named })
-    }
-
-    fn policies(&self) -> impl Iterator<Item = &Arc<Authorization>> {
-        let of_namespace = self.snapshot.namespace_authorizations(self.namespace);
-        let scoped = self.snapshot.global_authorizations().iter().chain(of_namespace);
-        let is_scoped = |policy: &Authorization| match policy.scope {
-            Scope::Global => true,
-            Scope::Namespace => policy.name.namespace == *self.namespace,
-            Scope::WorkloadSelector => false,
-        };
-        scoped.chain(self.named.iter().copied().filter(move |policy| !is_scoped(policy)))
-    }
+    l4_policies(snapshot, workload).decide(peer)
 }
 
 #[cfg(test)]

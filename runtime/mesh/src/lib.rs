@@ -5,6 +5,7 @@
 //! next, [`decide`] whether an inbound one is allowed. Nothing here does I/O, reads a clock, or knows protobuf or
 //! YAML; randomness is passed in.
 
+mod arrive;
 mod authentication;
 mod authorization;
 mod balance;
@@ -29,15 +30,17 @@ mod text_match;
 mod trust_domains;
 mod workload;
 
+pub use arrive::{Arrival, ArrivalTarget, Unwelcome, arrive};
 pub use authentication::{ClaimHeader, JwtRule, KeyPlace, RequestAuthentication, TokenHeader, TokenPlaces};
 pub use authorization::{Authorization, Clause, L4Match, L4Rule, PolicyAction, Scope};
-pub use authorization::{Decision, DenyReason, L4Considered, L4Peer, Trial, consider, decide, on_trial};
-pub use balance::{Random, candidates, pick};
+pub use authorization::{Decision, DenyReason, L4Considered, L4Peer, L4Policies, Trial};
+pub use authorization::{consider, decide, l4_policies, on_trial};
+pub use balance::{Chooser, candidates, pick};
 pub use identity::{Identity, IdentityError};
 pub use joined::is_joined_header;
 pub use name::{Kind, ResourceKey, ResourceName};
 pub use path::normalize_path;
-pub use plan::{HBONE_PORT, Plan, Refusal, Tunnel, plan, resolve_waypoint};
+pub use plan::{Crossing, HBONE_PORT, OWN_PORTS, Plan, Refusal, Tunnel, plan};
 pub use plugin::{FailStrategy, PluginKind, PluginPhase, PullPolicy, PullSecret, WasmPlugin};
 pub use policy::{
     AuthorizationPolicy, ClaimPath, Condition, CustomPolicy, HostMatch, IpMatch, MetadataKey, MetadataMatch,
@@ -53,7 +56,8 @@ pub use route::{
     ValueMatch,
 };
 pub use service::{
-    AppProtocol, HealthPolicy, LoadBalancing, LoadBalancingMode, RoutingScope, Service, ServicePort,
+    AppProtocol, HealthPolicy, IpFamilies, LoadBalancing, LoadBalancingMode, NetworkBlock, RoutingScope,
+    Service, ServicePort, Visibility, WeightedWaypoint,
 };
 pub use settings::{MeshSettings, PathNormalization};
 pub use sharded::Sharded;
@@ -68,6 +72,6 @@ pub use telemetry::{
 pub use text_match::TextMatch;
 pub use trust_domains::TrustDomains;
 pub use workload::{
-    GatewayAddress, GatewayTarget, Health, Locality, NetworkAddress, PortMapping, TunnelProtocol, Workload,
-    WorkloadKind,
+    ApplicationTunnel, GatewayAddress, GatewayTarget, Health, Locality, NetworkAddress, NetworkMode,
+    PortMapping, TunnelHandover, TunnelProtocol, Workload, WorkloadKind,
 };

@@ -1,11 +1,16 @@
 //! Names as clients in the mesh use them.
 
-use crate::{Random, Snapshot};
+use crate::{Chooser, Snapshot};
 use std::net::IpAddr;
 
 /// Finds the address of a service by name, with the shorter forms that Kubernetes' DNS search list allows from
 /// `namespace`.
-pub fn resolve(snapshot: &Snapshot, name: &str, namespace: &str, random: &mut dyn Random) -> Option<IpAddr> {
+pub fn resolve(
+    snapshot: &Snapshot,
+    name: &str,
+    namespace: &str,
+    chooser: &mut dyn Chooser,
+) -> Option<IpAddr> {
     let name = name.trim_end_matches('.');
     let domain = &snapshot.settings().cluster_domain;
     let forms = [
@@ -21,7 +26,7 @@ pub fn resolve(snapshot: &Snapshot, name: &str, namespace: &str, random: &mut dy
         }
         // A headless service has no VIP: one of its pods answers, as DNS would say.
         let count = u64::try_from(state.endpoints.len()).unwrap_or(u64::MAX).max(1);
-        let index = usize::try_from(random.below(count)).ok()?;
+        let index = usize::try_from(chooser.below(count)).ok()?;
         state.endpoints.get(index)?.workload.addresses.first().copied()
     })
 }

@@ -1,10 +1,14 @@
 //! One immutable state of the mesh, shared by all readers.
 
+use crate::authorization::Compiled;
+use crate::balance::{Tiers, Wheel};
 use crate::{
-    Authorization, AuthorizationPolicy, CustomPolicy, Health, HealthPolicy, HttpRoute, MeshSettings,
-    NetworkAddress, PortMapping, PullSecret, RequestAuthentication, ResourceKey, ResourceName, Service,
-    Sharded, TelemetryPolicy, TextMatch, Unenforceable, WasmPlugin, Workload,
+    Authorization, AuthorizationPolicy, CustomPolicy, Health, HealthPolicy, HttpRoute, LoadBalancingMode,
+    MeshSettings, NetworkAddress, NetworkBlock, NetworkMode, PortMapping, PullSecret, RequestAuthentication,
+    ResourceKey, ResourceName, Service, Sharded, TelemetryPolicy, TextMatch, Unenforceable, WasmPlugin,
+    Workload,
 };
+use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -37,8 +41,10 @@ pub struct ServiceState {
     pub endpoints: Vec<Endpoint>,
     /// How many there are in all.
     pub endpoints_known: usize,
-    /// Sums of the capacities up to each endpoint, when they differ; empty when all are 1.
-    pub(crate) weights: Vec<u64>,
+    /// All of `endpoints`, to draw from.
+    pub(crate) wheel: Wheel,
+    /// The same by what the service prefers, if it does.
+    pub(crate) tiers: Option<Tiers>,
 }
 
 impl ServiceState {
@@ -46,16 +52,13 @@ impl ServiceState {
         let any = service.load_balancing.health == HealthPolicy::AllowAll;
         let usable = |endpoint: &&Endpoint| any || endpoint.workload.health == Health::Healthy;
         let endpoints: Vec<Endpoint> = all.values().filter(usable).cloned().collect();
-        let weights = if endpoints.iter().all(|endpoint| endpoint.workload.capacity == 1) {
-            Vec::new()
-        } else {
-            let sum = |sum: &mut u64, endpoint: &Endpoint| {
-                *sum += u64::from(endpoint.workload.capacity);
-                Some(*sum)
-            };
-            endpoints.iter().scan(0, sum).collect()
-        };
-        Self { service, endpoints, endpoints_known: all.len(), weights }
+        let count = u32::try_from(endpoints.len()).unwrap_or(u32::MAX);
+        let capacity = |index: u32| endpoints.get(index as usize).map_or(0, |one| one.workload.capacity);
+        let wheel = Wheel::new(0..count, capacity);
+        let balancing = &service.load_balancing;
+        let prefers = balancing.mode != LoadBalancingMode::Standard;
+        let tiers = prefers.then(|| Tiers::new(&balancing.scopes, &endpoints)).flatten();
+        Self { service, endpoints, endpoints_known: all.len(), wheel, tiers }
     }
 }
 
@@ -103,11 +106,20 @@ pub struct Snapshot {
     pub(crate) services: Sharded<ResourceName, Arc<ServiceState>>,
     pub(crate) hostnames: Sharded<Arc<str>, Vec<ResourceName>>,
     pub(crate) vips: Sharded<NetworkAddress, Vec<ResourceName>>,
+    pub(crate) blocks: Sharded<NetworkBlock, Vec<ResourceName>>,
+    /// Which lengths of prefix `blocks` has, and how many blocks of each.
+    pub(crate) block_lengths: Arc<BTreeMap<u8, usize>>,
+    /// Workloads that DNS knows by name, by `namespace/hostname`.
+    pub(crate) named: Sharded<ResourceName, Vec<Arc<Workload>>>,
     pub(crate) authorizations: Sharded<ResourceName, Arc<Authorization>>,
     pub(crate) namespace_authorizations: Sharded<Arc<str>, Arc<Vec<Arc<Authorization>>>>,
     pub(crate) global_authorizations: Arc<Vec<Arc<Authorization>>>,
     /// L4 policies that were removed while a workload may still name them.
     pub(crate) gone: Arc<BTreeSet<ResourceName>>,
+    /// Counts changes of L4 policies.
+    pub(crate) policies: u64,
+    /// The L4 policies of workloads that were decided about, compiled; shared by all snapshots.
+    pub(crate) compiled: Arc<Compiled>,
     pub(crate) l7: Arc<L7>,
     pub(crate) settings: Arc<MeshSettings>,
     pub(crate) generation: u64,
@@ -139,6 +151,11 @@ impl Snapshot {
         self.addresses.get(address).map_or(&[], Vec::as_slice)
     }
 
+    /// The workload that DNS knows as `namespace/hostname`; the first by uid where several are called so.
+    pub fn workload_named(&self, key: &ResourceName) -> Option<&Arc<Workload>> {
+        self.named.get(key)?.first()
+    }
+
     /// The service `namespace/hostname`.
     pub fn service(&self, key: &ResourceName) -> Option<&Arc<ServiceState>> {
         self.services.get(key)
@@ -155,9 +172,31 @@ impl Snapshot {
     }
 
     /// The service with this VIP as a client in `namespace` sees it: its own namespace's first, then the canonical
-    /// one, then the first by name.
+    /// one, then the first by name. If it sees none, one of whose ranges the address is in: its own namespace's first,
+    /// then that of the longest prefix, then the canonical one. The namespace `""` is nobody's: it sees all.
     pub fn service_at(&self, address: &NetworkAddress, namespace: &str) -> Option<&Arc<ServiceState>> {
-        self.services_at(address).min_by_key(|state| rank(&state.service, namespace))
+        let visible = |state: &&Arc<ServiceState>| state.service.is_visible_to(namespace);
+        let exact = self.services_at(address).filter(visible);
+        exact
+            .min_by_key(|state| rank(&state.service, namespace))
+            .or_else(|| self.service_around(address, namespace))
+    }
+
+    fn service_around(&self, address: &NetworkAddress, namespace: &str) -> Option<&Arc<ServiceState>> {
+        let mut best: Option<&Arc<ServiceState>> = None;
+        for length in self.block_lengths.keys().rev() {
+            let Ok(block) = IpNet::new(address.address, *length) else { continue };
+            let block = NetworkBlock { network: Arc::clone(&address.network), block: block.trunc() };
+            let keys = self.blocks.get(&block).into_iter().flatten();
+            let states = keys.filter_map(|key| self.services.get(key));
+            let visible = states.filter(|state| state.service.is_visible_to(namespace));
+            let Some(found) = visible.min_by_key(|state| rank(&state.service, namespace)) else { continue };
+            if *found.service.namespace == *namespace {
+                return Some(found);
+            }
+            best = best.or(Some(found));
+        }
+        best
     }
 
     /// The service with this hostname as a client in `namespace` sees it.
@@ -165,13 +204,15 @@ impl Snapshot {
         let keys = self.hostnames.get(hostname)?;
         keys.iter()
             .filter_map(|key| self.services.get(key))
+            .filter(|state| state.service.is_visible_to(namespace))
             .min_by_key(|state| rank(&state.service, namespace))
     }
 
     /// What `address` is for a client in `namespace`: a workload's own address wins over a VIP (ztunnel
-    /// `find_address`).
+    /// `find_address`). An address that workloads share with their node is none of theirs.
     pub fn destination(&self, address: &NetworkAddress, namespace: &str) -> Option<Destination> {
-        if let Some(workload) = self.workload_at(address) {
+        let mut here = self.workloads_at(address).iter();
+        if let Some(workload) = here.find(|workload| workload.network_mode == NetworkMode::Own) {
             return Some(Destination::Workload(Arc::clone(workload)));
         }
         self.service_at(address, namespace).map(|state| Destination::Service(Arc::clone(state)))

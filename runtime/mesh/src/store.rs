@@ -2,9 +2,9 @@
 
 use crate::snapshot::{Endpoint, ServiceState};
 use crate::{
-    Authorization, AuthorizationPolicy, CustomPolicy, HttpRoute, MeshSettings, NetworkAddress, PullSecret,
-    RequestAuthentication, ResourceKey, ResourceName, Scope, Service, Snapshot, TelemetryPolicy, TextMatch,
-    Unenforceable, WasmPlugin, Workload,
+    Authorization, AuthorizationPolicy, CustomPolicy, HttpRoute, MeshSettings, NetworkAddress, NetworkBlock,
+    PullSecret, RequestAuthentication, ResourceKey, ResourceName, Scope, Service, Snapshot, TelemetryPolicy,
+    TextMatch, Unenforceable, WasmPlugin, Workload,
 };
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -186,7 +186,11 @@ impl Store {
             Change::L7Removed(key) => {
                 self.l7_without(key);
             }
-            Change::Settings(settings) => self.current.settings = Arc::new(settings),
+            Change::Settings(settings) => {
+                // Policies mean the mesh's trust domain and its aliases.
+                self.current.policies += 1;
+                self.current.settings = Arc::new(settings);
+            }
         }
     }
 
@@ -219,6 +223,7 @@ impl Store {
         for name in &workload.authorization_policies {
             if self.current.gone.contains(name) {
                 // It is named anew, so it will come back.
+                self.current.policies += 1;
                 Arc::make_mut(&mut self.current.gone).remove(name);
             }
         }
@@ -244,6 +249,13 @@ impl Store {
             }
             self.current.addresses.insert(address, at);
         }
+        if let Some(name) = dns_name(&workload) {
+            let mut called = self.current.named.get(&name).cloned().unwrap_or_default();
+            if let Err(place) = called.binary_search_by(|other| other.uid.cmp(&workload.uid)) {
+                called.insert(place, Arc::clone(&workload));
+            }
+            self.current.named.insert(name, called);
+        }
         for (key, ports) in &workload.services {
             let endpoint = Endpoint { workload: Arc::clone(&workload), ports: ports.as_slice().into() };
             self.endpoints.entry(key.clone()).or_default().insert(Arc::clone(&workload.uid), endpoint);
@@ -261,6 +273,15 @@ impl Store {
                 self.current.addresses.remove(&address);
             } else {
                 self.current.addresses.insert(address, at);
+            }
+        }
+        if let Some(name) = dns_name(&workload) {
+            let mut called = self.current.named.get(&name).cloned().unwrap_or_default();
+            called.retain(|other| other.uid != workload.uid);
+            if called.is_empty() {
+                self.current.named.remove(&name);
+            } else {
+                self.current.named.insert(name, called);
             }
         }
         for (key, _) in &workload.services {
@@ -282,6 +303,11 @@ impl Store {
         for vip in &service.vips {
             add_key(&mut self.current.vips, vip.clone(), &key);
         }
+        for block in service.blocks.iter().collect::<BTreeSet<_>>() {
+            add_key::<NetworkBlock>(&mut self.current.blocks, block.clone(), &key);
+            let lengths = Arc::make_mut(&mut self.current.block_lengths);
+            *lengths.entry(block.block.prefix_len()).or_default() += 1;
+        }
         let state = ServiceState::new(Arc::new(service), &BTreeMap::new());
         self.current.services.insert(key.clone(), Arc::new(state));
         touched.insert(key);
@@ -292,6 +318,15 @@ impl Store {
         remove_key(&mut self.current.hostnames, &state.service.hostname, key);
         for vip in &state.service.vips {
             remove_key::<NetworkAddress>(&mut self.current.vips, vip, key);
+        }
+        for block in state.service.blocks.iter().collect::<BTreeSet<_>>() {
+            remove_key::<NetworkBlock>(&mut self.current.blocks, block, key);
+            let (length, lengths) =
+                (block.block.prefix_len(), Arc::make_mut(&mut self.current.block_lengths));
+            match lengths.get_mut(&length) {
+                Some(count) if *count > 1 => *count -= 1,
+                _ => drop(lengths.remove(&length)),
+            }
         }
     }
 
@@ -304,6 +339,7 @@ impl Store {
     }
 
     fn put_authorization(&mut self, policy: Authorization) {
+        self.current.policies += 1;
         self.remove_authorization(&policy.name);
         if self.current.gone.contains(&policy.name) {
             Arc::make_mut(&mut self.current.gone).remove(&policy.name);
@@ -328,6 +364,7 @@ impl Store {
     }
 
     fn remove_authorization(&mut self, name: &ResourceName) {
+        self.current.policies += 1;
         let Some(policy) = self.current.authorizations.remove(name) else { return };
         match policy.scope {
             Scope::Global => {
@@ -350,6 +387,7 @@ impl Store {
     /// A workload may name a policy for a moment longer than there is one. What was taken away on purpose denies
     /// nothing; past the bound, the first names by order are forgotten, and then deny.
     fn remember_gone(&mut self, name: ResourceName) {
+        self.current.policies += 1;
         let gone = Arc::make_mut(&mut self.current.gone);
         gone.insert(name);
         while gone.len() > GONE_MAX {
@@ -377,6 +415,13 @@ impl Store {
         let workload = Workload { authorization_policies: policies, ..(*workload).clone() };
         self.insert_workload(Arc::new(workload), touched);
     }
+}
+
+/// By what name DNS knows a workload's addresses, if it does.
+fn dns_name(workload: &Workload) -> Option<ResourceName> {
+    let name =
+        || ResourceName { namespace: Arc::clone(&workload.namespace), name: Arc::clone(&workload.hostname) };
+    (!workload.hostname.is_empty()).then(name)
 }
 
 fn is_authorization(change: &Change) -> bool {

@@ -98,6 +98,35 @@ impl fmt::Display for GatewayAddress {
     }
 }
 
+/// How a workload wants to be told where its tunnels lead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum TunnelHandover {
+    /// Not at all.
+    #[default]
+    None,
+    /// By a PROXY protocol header, version 2, before the tunnel's bytes.
+    Proxy,
+}
+
+/// What a workload declares that takes tunnels meant for others: a waypoint behind a ztunnel of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ApplicationTunnel {
+    /// How it is told where a tunnel leads.
+    pub handover: TunnelHandover,
+    /// The port on which it takes all tunnels; `None`: each at its own port.
+    pub port: Option<u16>,
+}
+
+/// Whose address a workload has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum NetworkMode {
+    /// Its own.
+    #[default]
+    Own,
+    /// That of its node, which it shares: by address alone it cannot be found.
+    Host,
+}
+
 /// A service port and the workload's own port behind it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PortMapping {
@@ -152,6 +181,12 @@ pub struct Workload {
     pub services: Vec<(ResourceName, Vec<PortMapping>)>,
     /// Weight in load balancing.
     pub capacity: u32,
+    /// The name under which DNS knows its addresses, if `addresses` is empty; else `""`.
+    pub hostname: Arc<str>,
+    /// It takes tunnels meant for others.
+    pub application_tunnel: Option<ApplicationTunnel>,
+    /// Whose address it has.
+    pub network_mode: NetworkMode,
 }
 
 impl Workload {
@@ -180,6 +215,9 @@ impl Workload {
             locality: Locality::default(),
             services: Vec::new(),
             capacity: 1,
+            hostname: "".into(),
+            application_tunnel: None,
+            network_mode: NetworkMode::Own,
         }
     }
 

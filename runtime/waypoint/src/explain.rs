@@ -203,6 +203,16 @@ impl Trail<'_, '_> {
                 let endpoint = Candidate { workload, address: tunnel.authority };
                 self.arrive(&[endpoint], Some(&source.identity), from, None)
             }
+            Plan::Cross(crossing) => {
+                let gateway = name(&crossing.gateway);
+                self.step(place, "plan", format!("into another network through its gateway {gateway}"));
+                Answer::unknown(format!("{gateway} is a gateway: what is behind it decides"))
+            }
+            Plan::Resolve(workload) => {
+                let hostname = &workload.hostname;
+                self.step(place, "plan", format!("to an address that DNS says for {hostname}"));
+                Answer::unknown(format!("only DNS knows the addresses of {hostname}"))
+            }
             Plan::Plain { connect, workload, .. } => {
                 let what =
                     workload.map_or_else(|| "an address outside the mesh".to_owned(), |found| name(&found));

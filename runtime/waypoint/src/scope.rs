@@ -186,6 +186,7 @@ mod tests {
             waypoint: None,
             load_balancing: Default::default(),
             canonical: true,
+            ..Service::default()
         }
     }
 

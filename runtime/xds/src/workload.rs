@@ -5,11 +5,13 @@
 
 use crate::ResourceError;
 use cairn_mesh::{
-    AppProtocol, Change, GatewayAddress, GatewayTarget, Health, HealthPolicy, Identity, LoadBalancing,
-    LoadBalancingMode, Locality, NetworkAddress, PortMapping, ResourceName, RoutingScope, Service,
-    ServicePort, TunnelProtocol, Workload, WorkloadKind,
+    AppProtocol, ApplicationTunnel, Change, GatewayAddress, GatewayTarget, Health, HealthPolicy, Identity,
+    IpFamilies, LoadBalancing, LoadBalancingMode, Locality, NetworkAddress, NetworkBlock, NetworkMode,
+    PortMapping, ResourceName, RoutingScope, Service, ServicePort, TunnelHandover, TunnelProtocol,
+    Visibility, WeightedWaypoint, Workload, WorkloadKind,
 };
 use cairn_proto::workload as wire;
+use ipnet::IpNet;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
@@ -47,8 +49,15 @@ pub fn workload_from_proto(from: wire::Workload) -> Result<Workload, ResourceErr
         wire::WorkloadStatus::Healthy => Health::Healthy,
         wire::WorkloadStatus::Unhealthy => Health::Unhealthy,
     };
+    let network_mode = match from.network_mode() {
+        wire::NetworkMode::Standard => NetworkMode::Own,
+        wire::NetworkMode::HostNetwork => NetworkMode::Host,
+    };
     let locality = from.locality.unwrap_or_default();
     Ok(Workload {
+        network_mode,
+        application_tunnel: from.application_tunnel.map(tunnel_from_proto).transpose()?,
+        hostname: from.hostname.into(),
         kind,
         health,
         addresses: from.addresses.iter().map(|bytes| ip(bytes, "addresses")).collect::<Result<_, _>>()?,
@@ -81,7 +90,7 @@ pub fn workload_from_proto(from: wire::Workload) -> Result<Workload, ResourceErr
     })
 }
 
-/// A service from its wire form. Address ranges among its VIPs are skipped: only single addresses can be looked up.
+/// A service from its wire form.
 ///
 /// # Errors
 /// When it has no namespace or hostname, or a malformed address or port.
@@ -92,15 +101,34 @@ pub fn service_from_proto(from: wire::Service) -> Result<Service, ResourceError>
         }
     }
     let ports = from.ports.iter().map(service_port).collect::<Result<_, _>>()?;
+    let (ip_families, visibility) = (from.ip_families(), from.visibility());
     let mut vips = Vec::with_capacity(from.addresses.len());
+    let mut blocks = Vec::new();
     for address in &from.addresses {
-        let vip = network_address(address)?;
-        let full = if vip.address.is_ipv4() { 32 } else { 128 };
-        if address.length.is_none_or(|length| length == full) {
-            vips.push(vip);
+        match block(address)? {
+            Some(block) => blocks.push(block),
+            None => vips.push(network_address(address)?),
         }
     }
+    let weighted = |from: wire::WeightedWaypoint| {
+        let waypoint = from.destination.ok_or(ResourceError::Missing { field: "weighted_waypoints" })?;
+        Ok(WeightedWaypoint { waypoint: gateway_from_proto(waypoint)?, weight: from.weight })
+    };
+    let weighted_waypoints = from.weighted_waypoints.into_iter().map(weighted);
     Ok(Service {
+        weighted_waypoints: weighted_waypoints.collect::<Result<_, ResourceError>>()?,
+        ip_families: match ip_families {
+            wire::IpFamilies::Automatic => IpFamilies::Automatic,
+            wire::IpFamilies::Ipv4Only => IpFamilies::V4,
+            wire::IpFamilies::Ipv6Only => IpFamilies::V6,
+            wire::IpFamilies::Dual => IpFamilies::Dual,
+        },
+        visibility: match visibility {
+            wire::Visibility::Public => Visibility::Public,
+            wire::Visibility::Namespace => Visibility::Namespace,
+        },
+        ingress_use_waypoint: from.ingress_use_waypoint,
+        blocks,
         vips,
         ports,
         subject_alt_names: from.subject_alt_names.iter().filter_map(|name| name.parse().ok()).collect(),
@@ -158,7 +186,14 @@ pub fn workload_to_proto(from: &Workload) -> wire::Workload {
             subzone: from.locality.subzone.to_string(),
         }),
         capacity: (from.capacity != 1).then_some(from.capacity),
-        ..wire::Workload::default()
+        hostname: from.hostname.to_string(),
+        application_tunnel: from.application_tunnel.as_ref().map(tunnel_to_proto),
+        network_mode: match from.network_mode {
+            NetworkMode::Own => wire::NetworkMode::Standard,
+            NetworkMode::Host => wire::NetworkMode::HostNetwork,
+        }
+        .into(),
+        extensions: Vec::new(),
     }
 }
 
@@ -173,7 +208,12 @@ pub fn service_to_proto(from: &Service) -> wire::Service {
         name: from.name.to_string(),
         namespace: from.namespace.to_string(),
         hostname: from.hostname.to_string(),
-        addresses: from.vips.iter().map(network_address_to_proto).collect(),
+        addresses: from
+            .vips
+            .iter()
+            .map(network_address_to_proto)
+            .chain(from.blocks.iter().map(block_to_proto))
+            .collect(),
         ports: from.ports.iter().map(port).collect(),
         subject_alt_names: from
             .subject_alt_names
@@ -184,7 +224,28 @@ pub fn service_to_proto(from: &Service) -> wire::Service {
         load_balancing: (from.load_balancing != LoadBalancing::default())
             .then(|| load_balancing_to_proto(&from.load_balancing)),
         canonical: from.canonical,
-        ..wire::Service::default()
+        ip_families: match from.ip_families {
+            IpFamilies::Automatic => wire::IpFamilies::Automatic,
+            IpFamilies::V4 => wire::IpFamilies::Ipv4Only,
+            IpFamilies::V6 => wire::IpFamilies::Ipv6Only,
+            IpFamilies::Dual => wire::IpFamilies::Dual,
+        }
+        .into(),
+        visibility: match from.visibility {
+            Visibility::Public => wire::Visibility::Public,
+            Visibility::Namespace => wire::Visibility::Namespace,
+        }
+        .into(),
+        ingress_use_waypoint: from.ingress_use_waypoint,
+        weighted_waypoints: from
+            .weighted_waypoints
+            .iter()
+            .map(|one| wire::WeightedWaypoint {
+                destination: Some(gateway_to_proto(&one.waypoint)),
+                weight: one.weight,
+            })
+            .collect(),
+        extensions: Vec::new(),
     }
 }
 
@@ -279,6 +340,24 @@ fn gateway_to_proto(from: &GatewayAddress) -> wire::GatewayAddress {
     wire::GatewayAddress { destination: Some(destination), hbone_mtls_port: from.hbone_port.into() }
 }
 
+/// An unknown protocol is none: the tunnel's bytes arrive as they are.
+fn tunnel_from_proto(from: wire::ApplicationTunnel) -> Result<ApplicationTunnel, ResourceError> {
+    let handover = match from.protocol() {
+        wire::application_tunnel::Protocol::None => TunnelHandover::None,
+        wire::application_tunnel::Protocol::Proxy => TunnelHandover::Proxy,
+    };
+    let port = number(from.port, "application_tunnel.port")?;
+    Ok(ApplicationTunnel { handover, port: (port != 0).then_some(port) })
+}
+
+fn tunnel_to_proto(from: &ApplicationTunnel) -> wire::ApplicationTunnel {
+    let protocol = match from.handover {
+        TunnelHandover::None => wire::application_tunnel::Protocol::None,
+        TunnelHandover::Proxy => wire::application_tunnel::Protocol::Proxy,
+    };
+    wire::ApplicationTunnel { protocol: protocol.into(), port: from.port.unwrap_or(0).into() }
+}
+
 fn load_balancing_from_proto(from: wire::LoadBalancing) -> LoadBalancing {
     let scope = |scope| match scope {
         wire::load_balancing::Scope::UnspecifiedScope => None,
@@ -332,6 +411,28 @@ fn load_balancing_to_proto(from: &LoadBalancing) -> wire::LoadBalancing {
 
 fn network_address(from: &wire::NetworkAddress) -> Result<NetworkAddress, ResourceError> {
     Ok(NetworkAddress { network: from.network.as_str().into(), address: ip(&from.address, "address")? })
+}
+
+/// The range that an address with a prefix names; `None` for a single address. A 16-byte form of an IPv4 address counts
+/// its prefix in 128 bits.
+fn block(from: &wire::NetworkAddress) -> Result<Option<NetworkBlock>, ResourceError> {
+    let Some(length) = from.length else { return Ok(None) };
+    let unusable = || ResourceError::value("address", format_args!("a prefix of {length} bits"));
+    let address = ip(&from.address, "address")?;
+    let mapped = if address.is_ipv4() && from.address.len() == 16 { 96 } else { 0 };
+    let length =
+        length.checked_sub(mapped).and_then(|length| u8::try_from(length).ok()).ok_or_else(unusable)?;
+    let block = IpNet::new(address, length).map_err(|_| unusable())?.trunc();
+    let is_single = block.prefix_len() == block.max_prefix_len();
+    Ok((!is_single).then(|| NetworkBlock { network: from.network.as_str().into(), block }))
+}
+
+fn block_to_proto(from: &NetworkBlock) -> wire::NetworkAddress {
+    wire::NetworkAddress {
+        network: from.network.to_string(),
+        address: ip_bytes(&from.block.addr()),
+        length: Some(from.block.prefix_len().into()),
+    }
 }
 
 fn network_address_to_proto(from: &NetworkAddress) -> wire::NetworkAddress {

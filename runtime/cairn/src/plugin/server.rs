@@ -165,6 +165,7 @@ fn service(known: &Known) -> Result<Arc<Service>> {
         waypoint: None,
         load_balancing: LoadBalancing::default(),
         canonical: true,
+        ..Service::default()
     }))
 }
 

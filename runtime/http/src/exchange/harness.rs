@@ -165,6 +165,7 @@ impl Mesh {
             waypoint: None,
             load_balancing: LoadBalancing::default(),
             canonical: true,
+            ..Service::default()
         };
         let mut store = Store::new();
         let endpoints = plan.endpoints.iter().enumerate().map(|(index, endpoint)| {

@@ -111,6 +111,7 @@ fn service(
             waypoint: None,
             load_balancing,
             canonical: true,
+            ..Service::default()
         },
         index: Some(index),
         is_gateway: object.label(GATEWAY_NAME).is_some(),
@@ -210,6 +211,7 @@ fn gateway_service(scene: &Scene<'_>, waypoint: &Waypoint, addressing: &mut dyn 
             waypoint: None,
             load_balancing: LoadBalancing::default(),
             canonical: true,
+            ..Service::default()
         },
         index: None,
         is_gateway: true,

@@ -1,6 +1,6 @@
 //! Every rule that a connection is held against, and what it fails on.
 
-use super::{Applying, Authorization, L4Peer, L4Rule, PolicyAction};
+use super::{Authorization, L4Peer, L4Rule, PolicyAction, l4_policies};
 use crate::{Identity, ResourceName, Snapshot, Workload};
 
 /// The most rules that are told of.
@@ -39,8 +39,8 @@ impl L4Considered {
 
 /// The rules that [`super::decide`] asks, in its order: DENY before ALLOW.
 pub fn consider(snapshot: &Snapshot, workload: &Workload, peer: &L4Peer<'_>) -> Vec<L4Considered> {
-    let Ok(applying) = Applying::new(snapshot, workload) else { return Vec::new() };
-    let of = |action| applying.policies().filter(move |policy| policy.action == action);
+    let policies = l4_policies(snapshot, workload);
+    let of = |action| policies.all().filter(move |policy| policy.action == action);
     let in_order = of(PolicyAction::Deny).chain(of(PolicyAction::Allow));
     in_order.flat_map(|policy| rules(policy, peer)).take(CONSIDERED_MAX).collect()
 }

@@ -1,6 +1,6 @@
 //! What policies on trial (dry run) would do with a connection.
 
-use super::{Applying, L4Peer, PolicyAction};
+use super::{L4Peer, l4_policies};
 use crate::{ResourceName, Snapshot, Workload};
 use std::fmt;
 
@@ -42,17 +42,7 @@ impl fmt::Display for Trial {
     }
 }
 
-/// What the policies on trial that apply to `workload` would do, DENY before ALLOW; nothing when there are none, or when
-/// a policy that the workload names is not known yet.
+/// What the policies on trial that apply to `workload` would do: [`super::L4Policies::on_trial`].
 pub fn on_trial(snapshot: &Snapshot, workload: &Workload, peer: &L4Peer<'_>) -> Vec<Trial> {
-    let Ok(applying) = Applying::new(snapshot, workload) else { return Vec::new() };
-    let of = |action| applying.policies().filter(move |policy| policy.dry_run && policy.action == action);
-    let first_match =
-        |action| of(action).find_map(|policy| Some((policy.name.clone(), policy.matching_rule(peer)?)));
-    let denied = first_match(PolicyAction::Deny).map(|(policy, rule)| Trial::WouldDeny(policy, rule));
-    let allowed = match first_match(PolicyAction::Allow) {
-        Some((policy, rule)) => Some(Trial::WouldAllow(policy, rule)),
-        None => of(PolicyAction::Allow).next().map(|policy| Trial::WouldNotAllow(policy.name.clone())),
-    };
-    denied.into_iter().chain(allowed).collect()
+    l4_policies(snapshot, workload).on_trial(peer)
 }

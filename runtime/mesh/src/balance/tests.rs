@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::{
-    Change, Identity, LoadBalancing, Locality, NetworkAddress, PortMapping, ResourceName, Service,
-    ServicePort, Store,
+    Change, Identity, LoadBalancing, Locality, NetworkAddress, PortMapping, ResourceName, RoutingScope,
+    Service, ServicePort, Store,
 };
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -30,6 +30,7 @@ fn state(load_balancing: LoadBalancing, endpoints: Vec<Workload>) -> Arc<Service
         waypoint: None,
         load_balancing,
         canonical: true,
+        ..Service::default()
     };
     let mut store = Store::new();
     store.apply([Change::Service(service)].into_iter().chain(endpoints.into_iter().map(Change::Workload)));

@@ -1,8 +1,12 @@
 //! Tests of the outbound plan: the same small mesh, asked for different destinations.
 
+#[path = "tests/istio.rs"]
+mod istio;
+
 use super::*;
 use crate::{
     Change, Health, LoadBalancing, LoadBalancingMode, PortMapping, ResourceName, ServicePort, Store,
+    WeightedWaypoint,
 };
 
 const VIP: &str = "10.96.0.10";
@@ -40,6 +44,7 @@ fn service(name: &str, namespace: &str, vip: &str, port: u16, target_port: u16) 
         waypoint: None,
         load_balancing: LoadBalancing::default(),
         canonical: true,
+        ..Service::default()
     }
 }
 
@@ -74,18 +79,24 @@ fn by_address(address: &str) -> Option<GatewayAddress> {
     Some(GatewayAddress { target: GatewayTarget::Address(at(address)), hbone_port: 15008 })
 }
 
+impl Mesh {
+    fn store(&self) -> Store {
+        let mut store = Store::new();
+        store.apply([
+            Change::Workload(self.client.clone()),
+            Change::Service(self.echo.clone()),
+            Change::Workload(self.endpoint.clone()),
+            Change::Service(self.waypoint_service.clone()),
+            Change::Workload(self.waypoint.clone()),
+        ]);
+        store
+    }
+}
+
 /// The plan in one line.
 fn check(mesh: Mesh, destination: &str) -> String {
-    let mut store = Store::new();
-    let source = mesh.client.clone();
-    store.apply([
-        Change::Workload(mesh.client),
-        Change::Service(mesh.echo),
-        Change::Workload(mesh.endpoint),
-        Change::Service(mesh.waypoint_service),
-        Change::Workload(mesh.waypoint),
-    ]);
-    describe(&plan(&store.snapshot(), &source, destination.parse().unwrap(), &mut |_| 0))
+    let snapshot = mesh.store().snapshot();
+    describe(&plan(&snapshot, &mesh.client, destination.parse().unwrap(), &mut |_| 0))
 }
 
 fn describe(plan: &Plan) -> String {
@@ -109,6 +120,15 @@ fn describe(plan: &Plan) -> String {
             let workload = workload.as_ref().map(|workload| format!(" to {}", workload.uid));
             format!("plain {connect}{}{}", workload.unwrap_or_default(), service(of))
         }
+        Plan::Cross(crossing) => {
+            let names =
+                |names: &[Identity]| names.iter().map(Identity::principal).collect::<Vec<_>>().join(" or ");
+            let Crossing { connect, gateway, workload, service, port, .. } = &**crossing;
+            let (outer, inner) = (names(&crossing.gateway_identities), names(&crossing.identities));
+            let (gateway, workload, host) = (&gateway.uid, &workload.uid, &service.hostname);
+            format!("cross {gateway} {connect} as {outer} authority {host}:{port} as [{inner}] to {workload}")
+        }
+        Plan::Resolve(workload) => format!("resolve {}", workload.hostname),
         Plan::Refuse(refusal) => format!("refused: {refusal}"),
     }
 }
@@ -249,4 +269,182 @@ fn a_waypoint_that_is_not_there_is_never_gone_past() {
     let mut unknown = mesh();
     unknown.echo.waypoint = by_address("10.0.9.9");
     assert_eq!(check(unknown, VIP_80), "refused: waypoint /10.0.9.9:15008 has no ready endpoint");
+}
+
+#[test]
+fn weighted_waypoints_share_by_weight_and_replace_the_one() {
+    let weighted = |weights: &[(&str, u32)]| {
+        let one = |(address, weight): &(&str, u32)| WeightedWaypoint {
+            waypoint: by_address(address).unwrap(),
+            weight: *weight,
+        };
+        weights.iter().map(one).collect::<Vec<_>>()
+    };
+    for (name, weights, draw, expected) in [
+        ("the first share", &[("10.0.3.3", 90), ("10.0.2.7", 10)][..], 89, "waypoint wp"),
+        ("the second share", &[("10.0.3.3", 90), ("10.0.2.7", 10)], 90, "waypoint echo"),
+        ("no weight, no share", &[("10.0.3.3", 0), ("10.0.2.7", 1)], 0, "waypoint echo"),
+        ("no weight at all", &[("10.0.2.7", 0)], 0, "waypoint wp"),
+        ("none", &[], 0, "waypoint wp"),
+    ] {
+        let mut mesh = mesh();
+        mesh.echo.waypoint = by_hostname();
+        mesh.echo.weighted_waypoints = weighted(weights);
+        let mut chooser = |bound: u64| draw.min(bound - 1);
+        let (snapshot, source) = (mesh.store().snapshot(), mesh.client);
+        let plan = plan(&snapshot, &source, VIP_80.parse().unwrap(), &mut chooser);
+        assert!(describe(&plan).starts_with(expected), "{name}: {}", describe(&plan));
+    }
+}
+
+/// Says what DNS says, which endpoints have been tried, and how busy they are.
+#[derive(Default)]
+struct Knowing {
+    addresses: Option<Vec<IpAddr>>,
+    tried: Vec<&'static str>,
+    load: Option<(&'static str, u64)>,
+    draws: Vec<u64>,
+}
+
+impl Chooser for Knowing {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.draws.pop().unwrap_or(0).min(bound - 1)
+    }
+
+    fn load(&self, workload: &Workload) -> Option<u64> {
+        self.load.map(|(busy, load)| if *workload.uid == *busy { load } else { 0 })
+    }
+
+    fn is_tried(&self, workload: &Workload) -> bool {
+        self.tried.contains(&&*workload.uid)
+    }
+
+    fn addresses(&self, _: &str) -> Option<&[IpAddr]> {
+        self.addresses.as_deref()
+    }
+}
+
+#[test]
+fn a_workload_known_by_name_waits_for_dns() {
+    let found = |addresses: &[&str]| Some(addresses.iter().map(|ip| ip.parse().unwrap()).collect());
+    let nowhere = "refused: no healthy upstream: echo.b.svc.cluster.local has no ready endpoint for port 80";
+    for (name, addresses, expected) in [
+        ("not asked yet", None, "resolve echo.example"),
+        ("of the family asked for", found(&["fd00::9", "10.5.5.5"]), "direct echo 10.5.5.5:15008"),
+        ("of another, if there is none", found(&["fd00::9"]), "direct echo [fd00::9]:15008"),
+        ("not found", found(&[]), nowhere),
+    ] {
+        let mut mesh = mesh();
+        mesh.endpoint.addresses.clear();
+        mesh.endpoint.hostname = "echo.example".into();
+        let mut chooser = Knowing { addresses, ..Knowing::default() };
+        let plan = plan(&mesh.store().snapshot(), &mesh.client, VIP_80.parse().unwrap(), &mut chooser);
+        assert!(describe(&plan).starts_with(expected), "{name}: {}", describe(&plan));
+    }
+}
+
+#[test]
+fn a_waypoint_may_be_a_workload_known_by_name() {
+    let mut mesh = mesh();
+    let target = GatewayTarget::Hostname(ResourceName::new("b", "wp.example"));
+    mesh.echo.waypoint = Some(GatewayAddress { target, hbone_port: 15008 });
+    mesh.waypoint.hostname = "wp.example".into();
+    assert!(check(mesh, VIP_80).starts_with("waypoint wp 10.0.3.3:15008 authority 10.96.0.10:80"));
+}
+
+/// Two endpoints of `b/echo`, `echo` and `second`.
+fn two_endpoints() -> (Snapshot, Workload) {
+    let mesh = mesh();
+    let mut store = mesh.store();
+    store.apply([Change::Workload(workload("second", "b", "echo", "10.0.2.8", &[(ECHO, 80)]))]);
+    (store.snapshot(), mesh.client)
+}
+
+#[test]
+fn an_endpoint_that_has_been_tried_is_not_picked_again() {
+    let (snapshot, source) = two_endpoints();
+    for (tried, expected) in [
+        (vec![], "direct echo"),
+        (vec!["echo"], "direct second"),
+        (vec!["second"], "direct echo"),
+        (vec!["echo", "second"], "refused: no healthy upstream"),
+    ] {
+        let mut chooser = Knowing { tried: tried.clone(), ..Knowing::default() };
+        let plan = plan(&snapshot, &source, VIP_80.parse().unwrap(), &mut chooser);
+        assert!(describe(&plan).starts_with(expected), "{tried:?}: {}", describe(&plan));
+    }
+}
+
+#[test]
+fn the_less_busy_of_two_is_picked() {
+    let (snapshot, source) = two_endpoints();
+    for (load, draws, expected) in [
+        (("echo", 2), vec![1, 0], "direct second"),
+        (("echo", 0), vec![1, 0], "direct echo"),
+        (("second", 2), vec![0, 1], "direct echo"),
+        (("echo", 2), vec![0, 0], "direct echo"),
+    ] {
+        let name = format!("{load:?} {draws:?}");
+        let mut chooser = Knowing { load: Some(load), draws, ..Knowing::default() };
+        let plan = plan(&snapshot, &source, VIP_80.parse().unwrap(), &mut chooser);
+        assert!(describe(&plan).starts_with(expected), "{name}: {}", describe(&plan));
+    }
+}
+
+#[test]
+fn the_ztunnel_itself_is_no_destination() {
+    let refused = |address: &str| format!("refused: {address} is the ztunnel itself");
+    for port in OWN_PORTS {
+        for own in ["127.0.0.1", "10.0.1.5"] {
+            let address = format!("{own}:{port}");
+            assert_eq!(check(mesh(), &address), refused(&address));
+        }
+        assert!(check(mesh(), &format!("10.0.2.7:{port}")).starts_with("direct echo"));
+    }
+    assert_eq!(check(mesh(), "127.0.0.1:8080"), "plain 127.0.0.1:8080");
+    let mut on_loopback = mesh();
+    on_loopback.client.addresses = vec!["127.10.0.1".parse().unwrap()];
+    on_loopback.endpoint.addresses = vec!["127.10.0.2".parse().unwrap()];
+    assert!(check(on_loopback, "127.10.0.2:15001").starts_with("direct echo"));
+}
+
+#[test]
+fn a_service_is_seen_as_its_visibility_says() {
+    let mut hidden = mesh();
+    hidden.echo.visibility = crate::Visibility::Namespace;
+    assert_eq!(check(hidden, VIP_80), "plain 10.96.0.10:80");
+    let mut own = mesh();
+    own.echo.visibility = crate::Visibility::Namespace;
+    own.client = workload("web", "b", "x", "10.0.1.5", &[]);
+    assert!(check(own, VIP_80).starts_with("direct echo"));
+}
+
+#[test]
+fn a_range_of_addresses_is_a_services_where_no_vip_is() {
+    let block = |text: &str| crate::NetworkBlock { network: "".into(), block: text.parse().unwrap() };
+    let mesh = || {
+        let mut mesh = mesh();
+        mesh.echo.blocks = vec![block("10.96.0.0/16")];
+        mesh.waypoint_service.blocks = vec![block("10.96.7.0/24")];
+        mesh.waypoint_service.ports = mesh.echo.ports.clone();
+        mesh.waypoint.services = vec![(
+            ResourceName::new("b", WAYPOINT),
+            vec![PortMapping { service_port: 80, target_port: 8080 }],
+        )];
+        mesh
+    };
+    for (name, address, expected) in [
+        ("in the range", "10.96.200.1:80", "direct echo"),
+        ("in the longer one", "10.96.7.1:80", "direct wp"),
+        ("a VIP within it", "10.96.0.20:80", "direct wp"),
+        ("a workload within it is not asked for", "10.97.0.1:80", "plain"),
+    ] {
+        assert!(check(mesh(), address).starts_with(expected), "{name}: {}", check(mesh(), address));
+    }
+    let mut own_namespace = mesh();
+    own_namespace.client = workload("web", "c", "x", "10.0.1.5", &[]);
+    own_namespace.echo.namespace = "c".into();
+    own_namespace.endpoint.services = vec![(ResourceName::new("c", ECHO), Vec::new())];
+    let plan = check(own_namespace, "10.96.7.1:80");
+    assert!(plan.starts_with("direct echo"), "its own namespace's before a longer prefix: {plan}");
 }

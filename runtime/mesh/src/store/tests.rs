@@ -37,6 +37,7 @@ fn service(key: &str, vip: &str, canonical: bool) -> Service {
         waypoint: None,
         load_balancing: LoadBalancing::default(),
         canonical,
+        ..Service::default()
     }
 }
 
@@ -330,10 +331,13 @@ fn describe(snapshot: &Snapshot) -> String {
         for endpoint in &state.endpoints {
             write!(line, " {:?} {:?}", endpoint.workload, endpoint.ports).unwrap();
         }
-        lines.push(format!("{line} {:?}", state.weights));
+        lines.push(format!("{line} {:?}", state.wheel));
     }
     lines.extend(snapshot.hostnames.iter().map(|entry| format!("hostname {entry:?}")));
     lines.extend(snapshot.vips.iter().map(|entry| format!("vip {entry:?}")));
+    lines.extend(snapshot.blocks.iter().map(|entry| format!("block {entry:?}")));
+    lines.extend(snapshot.named.iter().map(|entry| format!("named {entry:?}")));
+    lines.push(format!("{:?}", snapshot.block_lengths));
     lines.extend(snapshot.authorizations.iter().map(|entry| format!("policy {entry:?}")));
     lines.extend(snapshot.namespace_authorizations.iter().map(|entry| format!("namespace {entry:?}")));
     lines.push(format!("global {:?}", snapshot.global_authorizations));

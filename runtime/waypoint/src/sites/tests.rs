@@ -38,6 +38,7 @@ fn service(name: &str, vip: &str, waypoint: Option<GatewayAddress>) -> Change {
         waypoint,
         load_balancing: Default::default(),
         canonical: true,
+        ..Service::default()
     })
 }
 

@@ -29,6 +29,7 @@ fn service(name: &str) -> Resource {
         waypoint: None,
         load_balancing: Default::default(),
         canonical: true,
+        ..Service::default()
     };
     address(&format!("ns/{name}"), address::Type::Service(service_to_proto(&service)))
 }

@@ -38,6 +38,9 @@ fn full_workload() -> Workload {
             vec![PortMapping { service_port: 80, target_port: 8080 }],
         )],
         capacity: 7,
+        hostname: "echo.example".into(),
+        application_tunnel: Some(ApplicationTunnel { handover: TunnelHandover::Proxy, port: Some(15088) }),
+        network_mode: NetworkMode::Host,
         ..Workload::new("c1//Pod/b/echo-1", "echo-1", identity())
     }
 }
@@ -60,6 +63,14 @@ fn full_service() -> Service {
             health: HealthPolicy::AllowAll,
         },
         canonical: true,
+        blocks: vec![NetworkBlock { network: "net".into(), block: "10.97.0.0/16".parse().unwrap() }],
+        weighted_waypoints: vec![
+            WeightedWaypoint { waypoint: full_workload().waypoint.unwrap(), weight: 90 },
+            WeightedWaypoint { waypoint: full_workload().network_gateway.unwrap(), weight: 10 },
+        ],
+        ip_families: IpFamilies::V6,
+        visibility: Visibility::Namespace,
+        ingress_use_waypoint: true,
     }
 }
 
@@ -71,6 +82,13 @@ fn workloads_survive_the_wire() {
         ("capacity 0", Workload { capacity: 0, ..full_workload() }),
         ("cron job", Workload { kind: WorkloadKind::CronJob, ..full_workload() }),
         ("job", Workload { kind: WorkloadKind::Job, ..full_workload() }),
+        (
+            "a tunnel to its own port",
+            Workload {
+                application_tunnel: Some(ApplicationTunnel { handover: TunnelHandover::None, port: None }),
+                ..full_workload()
+            },
+        ),
     ] {
         assert_eq!(workload_from_proto(workload_to_proto(&workload)).unwrap(), workload, "{name}");
     }
@@ -83,7 +101,10 @@ fn services_survive_the_wire() {
         load_balancing: LoadBalancing { mode, ..LoadBalancing::default() },
         ..full_service()
     };
-    for service in modes.map(with).into_iter().chain([full_service()]) {
+    let families = [IpFamilies::Automatic, IpFamilies::V4, IpFamilies::Dual];
+    let of_families = families.map(|ip_families| Service { ip_families, ..full_service() });
+    let plain = Service { hostname: "echo".into(), namespace: "b".into(), ..Service::default() };
+    for service in modes.map(with).into_iter().chain(of_families).chain([full_service(), plain]) {
         assert_eq!(service_from_proto(service_to_proto(&service)).unwrap(), service);
     }
 }
@@ -149,17 +170,30 @@ fn unknown_values_that_harm_nothing_are_tolerated() {
 }
 
 #[test]
-fn only_single_addresses_become_vips() {
-    for (name, address, length, kept) in [
-        ("no length", vec![10, 0, 0, 1], None, true),
-        ("full length", vec![10, 0, 0, 1], Some(32), true),
-        ("a range", vec![10, 0, 0, 0], Some(24), false),
-        ("full length of IPv6", vec![0; 16], Some(128), true),
-        ("a range of IPv6", vec![0; 16], Some(32), false),
+fn addresses_with_a_prefix_are_ranges() {
+    for (name, address, length, expected) in [
+        ("no length", vec![10, 0, 0, 1], None, Some("10.0.0.1")),
+        ("full length", vec![10, 0, 0, 1], Some(32), Some("10.0.0.1")),
+        ("a range", vec![10, 0, 0, 9], Some(24), Some("10.0.0.0/24")),
+        ("everything", vec![0, 0, 0, 0], Some(0), Some("0.0.0.0/0")),
+        ("full length of IPv6", vec![0; 16], Some(128), Some("::")),
+        ("a range of IPv6", vec![0; 16], Some(32), Some("::/32")),
+        (
+            "IPv4 in IPv6",
+            "::ffff:10.0.0.0".parse::<std::net::Ipv6Addr>().unwrap().octets().to_vec(),
+            Some(120),
+            Some("10.0.0.0/24"),
+        ),
+        ("a prefix too long", vec![10, 0, 0, 1], Some(33), None),
+        ("a prefix out of all proportion", vec![10, 0, 0, 1], Some(u32::MAX), None),
     ] {
         let vip = wire::NetworkAddress { network: String::new(), address, length };
         let from = wire::Service { addresses: vec![vip], ..service_to_proto(&full_service()) };
-        assert_eq!(service_from_proto(from).unwrap().vips.len(), usize::from(kept), "{name}");
+        let found = service_from_proto(from).ok().map(|service| {
+            let vips = service.vips.iter().map(|vip| vip.address.to_string());
+            vips.chain(service.blocks.iter().map(|one| one.block.to_string())).collect::<Vec<_>>().join(" ")
+        });
+        assert_eq!(found.as_deref(), expected, "{name}");
     }
 }
 
