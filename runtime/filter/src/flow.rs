@@ -34,7 +34,16 @@ enum State {
     /// It holds a chunk.
     Held { chunk: Chunk, until: Option<Until>, is_full: bool },
     /// It is asked the same again when the future resolves.
-    Waits { chunk: Chunk, until: Until, is_trailers: bool },
+    Waits { chunk: Chunk, until: Until, asked: Asked },
+}
+
+/// What a filter was asked.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    Body,
+    Trailers,
+    /// What came of its holding.
+    Resumed,
 }
 
 /// All that a filter needs to look at a body.
@@ -187,8 +196,8 @@ impl Flow {
             State::Open | State::Waits { .. } => Chunk::default(),
         };
         chunk.add(piece);
-        let is_trailers = chunk.trailers.is_some();
-        self.show(at, scene, chunk, is_trailers)
+        let asked = if chunk.trailers.is_some() { Asked::Trailers } else { Asked::Body };
+        self.show(at, scene, chunk, asked)
     }
 
     fn take(&mut self, at: usize) -> State {
@@ -199,15 +208,14 @@ impl Flow {
     fn ask_again(&mut self, at: usize, scene: &mut Scene<'_>) -> Poll<Result<(), Outcome>> {
         let mut chunk = match self.take(at) {
             State::Open => return Poll::Ready(Ok(())),
-            State::Waits { chunk, is_trailers, .. } => return self.show(at, scene, chunk, is_trailers),
-            State::Held { chunk, .. } => chunk,
+            State::Waits { chunk, asked: Asked::Resumed, .. } | State::Held { chunk, .. } => chunk,
+            State::Waits { chunk, asked, .. } => return self.show(at, scene, chunk, asked),
         };
-        let is_trailers = chunk.trailers.is_some();
         let Some((active, exchange, part)) = self.at_work(at, scene, &mut chunk) else {
             return self.pass(at, chunk);
         };
         let verdict = active.filter.resumed(exchange, part);
-        self.conclude(at, scene.held_max, chunk, verdict, is_trailers)
+        self.conclude(at, scene.held_max, chunk, verdict, Asked::Resumed)
     }
 
     fn show(
@@ -215,13 +223,13 @@ impl Flow {
         at: usize,
         scene: &mut Scene<'_>,
         mut chunk: Chunk,
-        is_trailers: bool,
+        asked: Asked,
     ) -> Poll<Result<(), Outcome>> {
         let (body, trailers) = scene.side.phases();
         let Some((active, exchange, part)) = self.at_work(at, scene, &mut chunk) else {
             return self.pass(at, chunk);
         };
-        let verdict = if is_trailers {
+        let verdict = if asked == Asked::Trailers {
             // Who sees the body may hold some of it when the trailers come.
             if !active.phases.intersects(body | trailers) {
                 return self.pass(at, chunk);
@@ -233,7 +241,7 @@ impl Flow {
             }
             active.filter.body(exchange, part)
         };
-        self.conclude(at, scene.held_max, chunk, verdict, is_trailers)
+        self.conclude(at, scene.held_max, chunk, verdict, asked)
     }
 
     /// The filter of a stage, and what it is shown: the head too, if it holds that.
@@ -258,7 +266,7 @@ impl Flow {
         held_max: usize,
         chunk: Chunk,
         verdict: Verdict,
-        is_trailers: bool,
+        asked: Asked,
     ) -> Poll<Result<(), Outcome>> {
         self.is_changed |= chunk.is_changed;
         let state = match verdict {
@@ -266,7 +274,7 @@ impl Flow {
             Verdict::Continue | Verdict::ReadBody { .. } => return self.pass(at, chunk),
             Verdict::Reply(reply) => return Poll::Ready(Err(Outcome::Reply(reply))),
             Verdict::Reset => return Poll::Ready(Err(Outcome::Reset)),
-            Verdict::Wait(until) => State::Waits { chunk, until, is_trailers },
+            Verdict::Wait(until) => State::Waits { chunk, until, asked },
             Verdict::Hold(hold) => {
                 let held = chunk.bytes.len().saturating_add(hold.kept);
                 let is_full = match hold.when_full {
