@@ -124,6 +124,7 @@ fn factory(engine: &Engine, module: &Module) -> Result<Arc<dyn Factory>> {
         env: Vec::new(),
         host_env: Vec::new(),
         holds_heads: false,
+        limits: Default::default(),
     };
     Ok(engine.factory(compiled, &plugin)?)
 }

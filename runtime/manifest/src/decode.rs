@@ -3,6 +3,7 @@
 
 mod gateway;
 mod plugin;
+mod plugin_limits;
 pub(crate) mod policy;
 mod provider;
 mod pull_secret;

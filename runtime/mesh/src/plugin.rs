@@ -3,6 +3,7 @@
 use crate::{ResourceName, TargetRef};
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// When a plugin runs among the built-in filters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -65,6 +66,17 @@ impl fmt::Debug for PullSecret {
     }
 }
 
+/// What a plugin may use where it differs from what the proxy gives every plugin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct PluginLimits {
+    /// The longest that one call of it may take.
+    pub deadline: Option<Duration>,
+    /// The most memory of one instance, in bytes.
+    pub memory_bytes_max: Option<usize>,
+    /// How many threads of its own it runs on from the start; unset: it runs on the workers while it keeps its deadline.
+    pub own_threads: Option<usize>,
+}
+
 /// One plugin.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WasmPlugin {
@@ -100,4 +112,6 @@ pub struct WasmPlugin {
     pub host_env: Vec<Arc<str>>,
     /// Whether it sees the body while it holds the head. As in Istio it does not, unless it says so.
     pub holds_heads: bool,
+    /// What it may use.
+    pub limits: PluginLimits,
 }

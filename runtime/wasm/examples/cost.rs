@@ -124,6 +124,7 @@ fn plugin(config: &str) -> WasmPlugin {
         env: Vec::new(),
         host_env: Vec::new(),
         holds_heads: false,
+        limits: Default::default(),
     }
 }
 

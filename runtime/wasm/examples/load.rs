@@ -96,6 +96,7 @@ fn plugin(number: usize) -> WasmPlugin {
         env: Vec::new(),
         host_env: Vec::new(),
         holds_heads: false,
+        limits: Default::default(),
     }
 }
 

@@ -81,5 +81,6 @@ pub fn plugin(name: &str, config: &str) -> WasmPlugin {
         env: Vec::new(),
         host_env: Vec::new(),
         holds_heads: false,
+        limits: Default::default(),
     }
 }

@@ -1,6 +1,6 @@
 //! WasmPlugin.
 
-use super::{refusal, target, unenforceable};
+use super::{plugin_limits, refusal, target, unenforceable};
 use crate::diagnostic::Severity;
 use crate::field::FieldPath;
 use crate::object::Object;
@@ -87,6 +87,7 @@ pub(super) fn decode(
         env,
         host_env,
         holds_heads: holds_heads(object, findings),
+        limits: plugin_limits::decode(object, findings),
     };
     unused_fields(&spec, &plugin, findings);
     if findings.broken {

@@ -144,6 +144,7 @@ fn plugin(fail_strategy: FailStrategy, config: &str) -> WasmPlugin {
         env: vec![("KEY".into(), "value".into())],
         host_env: Vec::new(),
         holds_heads: false,
+        limits: Default::default(),
     }
 }
 

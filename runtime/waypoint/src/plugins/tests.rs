@@ -35,6 +35,7 @@ fn spec(url: &str, config: &str) -> L7 {
         env: Vec::new(),
         host_env: Vec::new(),
         holds_heads: false,
+        limits: Default::default(),
     };
     let mut l7 = L7::default();
     l7.plugins.insert(plugin.name.clone(), Arc::new(plugin));

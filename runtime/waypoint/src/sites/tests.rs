@@ -75,6 +75,7 @@ fn plugin(strategy: FailStrategy) -> Change {
         env: Vec::new(),
         host_env: Vec::new(),
         holds_heads: false,
+        limits: Default::default(),
     })
 }
 
