@@ -25,7 +25,7 @@ pub struct EngineSettings {
     /// Where plugins of each worker keep timers and call other services from. Default none: a thread of the engine, from
     /// where no service is known.
     pub places: Vec<WorkerPlace>,
-    /// The most memory of one instance, in bytes. Default 256 MiB.
+    /// The most memory of one instance, in bytes, unless its plugin says otherwise. Default 256 MiB.
     pub memory_max: usize,
     /// The largest module, in bytes. Default 256 MiB, as in Istio's agent.
     pub module_bytes_max: usize,

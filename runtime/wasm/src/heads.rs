@@ -24,6 +24,8 @@ pub(crate) enum EditError {
     Injection,
     /// Not valid in HTTP.
     Invalid,
+    /// There are too many headers, or it is too long.
+    Full,
 }
 
 /// A request's head while a plugin may change it.
@@ -232,6 +234,10 @@ pub(crate) fn header_value<'a>(headers: &'a HeaderMap, name: &[u8]) -> Option<&'
     headers.get(name).map(HeaderValue::as_bytes)
 }
 
+/// The most headers of a map that a plugin may add to, and the longest one that it may write.
+const HEADERS_MAX: usize = 1024;
+const HEADER_BYTES_MAX: usize = 64 << 10;
+
 pub(crate) fn write_header(
     headers: &mut HeaderMap,
     name: &[u8],
@@ -239,6 +245,10 @@ pub(crate) fn write_header(
     edit: Edit,
 ) -> Result<(), EditError> {
     let name = HeaderName::from_bytes(name).map_err(|_| EditError::Invalid)?;
+    let grows = edit == Edit::Add || !headers.contains_key(&name);
+    if value.len() > HEADER_BYTES_MAX || grows && headers.len() >= HEADERS_MAX {
+        return Err(EditError::Full);
+    }
     let value = header_value_from(value)?;
     // Both fail only when the map holds its maximum of 24,576 entries.
     match edit {

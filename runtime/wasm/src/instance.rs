@@ -6,13 +6,13 @@ mod outside;
 mod parts;
 
 use crate::abi::{Callback, MapKind, ROOT_CONTEXT, VM_CONTEXT};
-use crate::engine::EngineSettings;
+use crate::budget::{Budget, Exhausted, out_of_time};
 use crate::error::PluginError;
 use crate::host::Exit;
+use crate::metrics::Limit;
 use crate::module::{Exports, Module};
 use crate::pairs;
 use crate::state::{Facts, State, Stream, number_of};
-use crate::ticker::{CALLBACK_DEADLINE, START_DEADLINE, ticks};
 use cairn_filter::{Exchange, LocalReply, RequestHead, ResponseHead, Side};
 use connection::ConnectionCallbacks;
 use outside::OutsideCallbacks;
@@ -32,6 +32,8 @@ pub(crate) struct Crash {
     pub(crate) reason: String,
     /// The guest's functions, innermost first.
     pub(crate) backtrace: String,
+    /// The bound that it ran into, if it did.
+    pub(crate) limit: Option<Limit>,
 }
 
 /// What a phase came to in the guest.
@@ -105,10 +107,16 @@ const LINGER: Duration = Duration::from_secs(30);
 const LINGERING_MAX: usize = 1024;
 
 impl Instance {
-    /// Instantiates the module and runs everything that precedes the first stream.
-    pub(crate) fn start(module: &Module, facts: &Arc<Facts>) -> Result<Self, PluginError> {
+    /// Instantiates the module and runs everything that precedes the first stream, each part of it within `deadline`.
+    pub(crate) fn start(
+        module: &Module,
+        facts: &Arc<Facts>,
+        deadline: Duration,
+    ) -> Result<Self, PluginError> {
         let mut store = Store::new(module.pre.module().engine(), State::new(Arc::clone(facts)));
         store.limiter(|state| &mut state.limits);
+        store.epoch_deadline_callback(out_of_time);
+        store.data_mut().start_deadline = deadline;
         store.data_mut().log.keep();
         match Self::start_in(store, module) {
             Ok(instance) => Ok(instance),
@@ -410,7 +418,7 @@ impl From<Crash> for Failure {
 impl Failure {
     fn into_error(self, log: Vec<String>) -> PluginError {
         match self {
-            Self::Crash(Crash { callback, mut reason, backtrace }) => {
+            Self::Crash(Crash { callback, mut reason, backtrace, .. }) => {
                 if !backtrace.is_empty() {
                     reason = format!("{reason} (in {backtrace})");
                 }
@@ -423,9 +431,10 @@ impl Failure {
 
 /// The start sequence that suits all SDKs: the module's own initialisation, the root context, its configuration.
 fn start_guest(store: &mut Store<State>, module: &Module) -> Result<Callbacks, Failure> {
-    prepare(store, Callback::Start, VM_CONTEXT, START_DEADLINE);
+    let within = store.data().start_deadline;
+    prepare(store, Callback::Start, VM_CONTEXT, within);
     let instance = module.pre.instantiate(&mut *store);
-    let instance = instance.map_err(|error| crash(store, Callback::Start, START_DEADLINE, &error))?;
+    let instance = instance.map_err(|error| crash(store, Callback::Start, within, &error))?;
     store.data_mut().memory = instance.get_memory(&mut *store, "memory");
     store.data_mut().allocate = instance.get_typed_func(&mut *store, module.exports.allocator).ok();
     initialize(store, &instance)?;
@@ -433,7 +442,7 @@ fn start_guest(store: &mut Store<State>, module: &Module) -> Result<Callbacks, F
     let callbacks = callbacks(store, &instance);
     if let Some(create) = &callbacks.context_create {
         let parameters = (ROOT_CONTEXT, 0);
-        call_within(store, create, parameters, Callback::ContextCreate, ROOT_CONTEXT, START_DEADLINE)?;
+        call_within(store, create, parameters, Callback::ContextCreate, ROOT_CONTEXT, within)?;
     }
     let config_length = store.data().facts.config.len() as u32;
     for (name, callback, length) in [
@@ -441,8 +450,7 @@ fn start_guest(store: &mut Store<State>, module: &Module) -> Result<Callbacks, F
         ("proxy_on_configure", Callback::Configure, config_length),
     ] {
         let Ok(function) = instance.get_typed_func::<(u32, u32), u32>(&mut *store, name) else { continue };
-        let agreed =
-            call_within(store, &function, (ROOT_CONTEXT, length), callback, ROOT_CONTEXT, START_DEADLINE)?;
+        let agreed = call_within(store, &function, (ROOT_CONTEXT, length), callback, ROOT_CONTEXT, within)?;
         if agreed == 0 {
             return Err(Failure::Refused(callback.as_str()));
         }
@@ -452,7 +460,7 @@ fn start_guest(store: &mut Store<State>, module: &Module) -> Result<Callbacks, F
 
 /// Runs the module's initialisation: a reactor's `_initialize` and its `main`, or a command's `_start`, which may exit.
 fn initialize(store: &mut Store<State>, instance: &wasmtime::Instance) -> Result<(), Crash> {
-    let within = START_DEADLINE;
+    let within = store.data().start_deadline;
     if let Ok(function) = instance.get_typed_func::<(), ()>(&mut *store, "_initialize") {
         call_within(store, &function, (), Callback::Start, VM_CONTEXT, within)?;
         if let Ok(main) = instance.get_typed_func::<(u32, u32), u32>(&mut *store, "main") {
@@ -502,7 +510,8 @@ fn call<P: WasmParams, R: WasmResults>(
     callback: Callback,
     context: u32,
 ) -> Result<R, Crash> {
-    call_within(store, function, parameters, callback, context, CALLBACK_DEADLINE)
+    let deadline = store.data().facts.deadline;
+    call_within(store, function, parameters, callback, context, deadline)
 }
 
 fn call_within<P: WasmParams, R: WasmResults>(
@@ -518,8 +527,10 @@ fn call_within<P: WasmParams, R: WasmResults>(
 }
 
 fn prepare(store: &mut Store<State>, callback: Callback, context: u32, deadline: Duration) {
-    store.set_epoch_deadline(ticks(deadline));
+    let budget = Budget::new(deadline);
+    store.set_epoch_deadline(budget.first_ticks());
     let state = store.data_mut();
+    state.budget = budget;
     state.facts.environment.ticker.wake();
     state.callback = callback;
     state.effective = context;
@@ -528,25 +539,31 @@ fn prepare(store: &mut Store<State>, callback: Callback, context: u32, deadline:
 /// Says what happened in words that help the plugin's author.
 fn crash(store: &Store<State>, callback: Callback, deadline: Duration, error: &wasmtime::Error) -> Crash {
     let state = store.data();
-    let EngineSettings { memory_max, .. } = state.facts.environment.settings;
-    let reason = if let Some(exit) = error.downcast_ref::<Exit>() {
-        exit.to_string()
-    } else if error.downcast_ref::<Trap>() == Some(&Trap::Interrupt) {
-        format!("it ran for more than {} ms", deadline.as_millis())
+    let trap = error.downcast_ref::<Trap>();
+    let (reason, limit) = if let Some(exit) = error.downcast_ref::<Exit>() {
+        (exit.to_string(), None)
+    } else if trap == Some(&Trap::Interrupt) {
+        (format!("it ran for more than {} ms", deadline.as_millis()), Some(Limit::Deadline))
     } else if state.limits.memory_hit {
-        format!("it wanted more than {} MiB of memory", memory_max >> 20)
+        (format!("it wanted more than {} MiB of memory", state.facts.memory_max >> 20), Some(Limit::Memory))
+    } else if let Some(exhausted) = error.downcast_ref::<Exhausted>() {
+        (exhausted.to_string(), Some(exhausted.limit()))
     } else {
-        error.root_cause().to_string()
+        let limit = (trap == Some(&Trap::StackOverflow)).then_some(Limit::Stack);
+        (error.root_cause().to_string(), limit)
     };
+    if let Some(limit) = limit {
+        state.facts.counters.hit(limit);
+    }
     let backtrace = error.downcast_ref::<WasmBacktrace>().map(backtrace_line).unwrap_or_default();
-    Crash { callback: callback.as_str(), reason, backtrace }
+    Crash { callback: callback.as_str(), reason, backtrace, limit }
 }
 
 /// The most functions of a backtrace.
 const FRAMES_MAX: usize = 20;
 
 /// The functions of a backtrace in one line, innermost first.
-fn backtrace_line(backtrace: &WasmBacktrace) -> String {
+pub(crate) fn backtrace_line(backtrace: &WasmBacktrace) -> String {
     // Frames print as `  0:  0x1a2 - <module>!function`, demangled.
     let text = backtrace.to_string();
     let frames = text.lines().filter_map(|line| line.split_once(" - "));

@@ -4,13 +4,15 @@
 //! instance per worker; an exchange enters the instance of the worker it lives on, so its lock is never contended, and
 //! the guest runs only inside a synchronous call that ends within a deadline. A guest that traps, overruns its deadline or
 //! wants too much memory ends with that call: the exchange at hand follows the plugin's fail strategy, and the next one
-//! meets a new instance.
+//! meets a new instance. A plugin that missed a deadline, or is known to be heavy, runs on threads of its own, and exchanges
+//! wait for it as they wait for anything else.
 //!
 //! ABI 0.1.0, 0.2.0 and 0.2.1 are spoken. Heads, bodies, trailers, calls of other services, timers and queues run; a plugin
 //! that asks for anything else is told so by a status its SDK survives.
 
 mod abi;
 mod bodies;
+mod budget;
 mod cache;
 mod delivery;
 mod engine;
@@ -30,6 +32,7 @@ mod places;
 mod plugin;
 mod shared;
 mod state;
+mod threads;
 mod ticker;
 mod upstream;
 
@@ -40,6 +43,7 @@ pub use error::PluginError;
 pub use loaded::{Loaded, Origin, Started, Version};
 pub use module::Module;
 pub use places::WorkerPlace;
+pub use plugin::{CrashReport, Health};
 
 #[cfg(test)]
 mod tests;

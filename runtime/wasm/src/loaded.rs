@@ -5,7 +5,7 @@ use crate::engine::compile_error;
 use crate::error::PluginError;
 use crate::load::{self, Compiled};
 use crate::module::Module;
-use crate::plugin::Plugin;
+use crate::plugin::{Health, Plugin};
 use cairn_filter::Factory;
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -70,6 +70,11 @@ impl Version {
     /// Whether anything still uses it: a chain, or an exchange that has begun with it.
     pub fn is_in_use(&self) -> bool {
         self.0.strong_count() > 0
+    }
+
+    /// How it does; `None` when nothing uses it any more.
+    pub fn health(&self) -> Option<Health> {
+        self.0.upgrade().map(|plugin| plugin.health())
     }
 }
 

@@ -1,12 +1,13 @@
 //! What plugins log: levels, a limit on the rate, and the lines kept for the report of a failed start.
 
+use parking_lot::Mutex;
 use std::time::{Duration, Instant};
 use tracing::Level;
 
 /// The tracing target of lines that plugins write.
 pub(crate) const TARGET: &str = "plugin";
 
-/// The most lines per second and instance; more are counted and dropped.
+/// The most lines per second of one plugin; more are counted and dropped.
 const LINES_PER_SECOND: u32 = 1000;
 /// The longest line.
 const LINE_BYTES_MAX: usize = 8 << 10;
@@ -14,12 +15,66 @@ const LINE_BYTES_MAX: usize = 8 << 10;
 const KEPT_LINES_MAX: usize = 20;
 const KEPT_LINE_BYTES_MAX: usize = 512;
 
-/// The limit on the log lines of one instance.
+/// The limit on the log lines of one plugin, over all its instances.
 #[derive(Default)]
-pub(crate) struct LogGate {
-    second: Option<Instant>,
+pub(crate) struct LogRate(Mutex<Second>);
+
+#[derive(Default)]
+struct Second {
+    began: Option<Instant>,
     lines: u32,
     dropped: u64,
+}
+
+impl LogRate {
+    /// Whether one more line may be written.
+    fn passes(&self, plugin: &str) -> bool {
+        let mut second = self.0.lock();
+        if second.lines < LINES_PER_SECOND && second.began.is_some() {
+            second.lines += 1;
+            return true;
+        }
+        let now = Instant::now();
+        if second.began.is_some_and(|began| now.duration_since(began) < Duration::from_secs(1)) {
+            second.dropped += 1;
+            return false;
+        }
+        let dropped =
+            std::mem::replace(&mut *second, Second { began: Some(now), lines: 1, dropped: 0 }).dropped;
+        drop(second);
+        if dropped > 0 {
+            tracing::warn!(target: TARGET, plugin, dropped, "the plugin logs too much");
+        }
+        true
+    }
+}
+
+/// Lets something be said once in a while.
+pub(crate) struct Sampled {
+    period: Duration,
+    last: Mutex<Option<Instant>>,
+}
+
+impl Sampled {
+    pub(crate) fn every(period: Duration) -> Self {
+        Self { period, last: Mutex::default() }
+    }
+
+    /// Whether it is time again.
+    pub(crate) fn passes(&self) -> bool {
+        let mut last = self.last.lock();
+        let now = Instant::now();
+        let passes = last.is_none_or(|last| now.duration_since(last) >= self.period);
+        if passes {
+            *last = Some(now);
+        }
+        passes
+    }
+}
+
+/// What one instance logs.
+#[derive(Default)]
+pub(crate) struct LogGate {
     /// The lines of the start, while it lasts.
     kept: Option<Vec<String>>,
 }
@@ -41,7 +96,11 @@ impl LogGate {
     }
 
     /// Logs a line of `plugin`; false when it was dropped.
-    pub(crate) fn write(&mut self, plugin: &str, level: Level, bytes: &[u8]) -> bool {
+    pub(crate) fn write(&mut self, rate: &LogRate, plugin: &str, level: Level, bytes: &[u8]) -> bool {
+        let passes = rate.passes(plugin);
+        if !passes && self.kept.is_none() {
+            return false;
+        }
         let line = printable(&bytes[..bytes.len().min(LINE_BYTES_MAX)]);
         if let Some(kept) = &mut self.kept {
             if kept.len() == KEPT_LINES_MAX {
@@ -49,7 +108,7 @@ impl LogGate {
             }
             kept.push(line.chars().take(KEPT_LINE_BYTES_MAX).collect());
         }
-        if !self.passes(plugin) {
+        if !passes {
             return false;
         }
         match level {
@@ -59,23 +118,6 @@ impl LogGate {
             Level::WARN => tracing::warn!(target: TARGET, plugin, "{line}"),
             _ => tracing::error!(target: TARGET, plugin, "{line}"),
         }
-        true
-    }
-
-    fn passes(&mut self, plugin: &str) -> bool {
-        if self.lines < LINES_PER_SECOND && self.second.is_some() {
-            self.lines += 1;
-            return true;
-        }
-        let now = Instant::now();
-        if self.second.is_some_and(|second| now.duration_since(second) < Duration::from_secs(1)) {
-            self.dropped += 1;
-            return false;
-        }
-        if self.dropped > 0 {
-            tracing::warn!(target: TARGET, plugin, dropped = self.dropped, "the plugin logs too much");
-        }
-        (self.second, self.lines, self.dropped) = (Some(now), 1, 0);
         true
     }
 }
@@ -130,17 +172,27 @@ mod tests {
 
     #[test]
     fn too_many_lines_are_dropped() {
-        let mut gate = LogGate::default();
-        let written = (0..3 * LINES_PER_SECOND).filter(|_| gate.write("p", Level::TRACE, b"x")).count();
+        // Two instances of one plugin.
+        let (rate, mut gates) = (LogRate::default(), [LogGate::default(), LogGate::default()]);
+        let lines = (0..3 * LINES_PER_SECOND).map(|number| number as usize % 2);
+        let written = lines.filter(|gate| gates[*gate].write(&rate, "p", Level::TRACE, b"x")).count();
         assert!((1000..3000).contains(&written), "{written}");
     }
 
     #[test]
+    fn what_is_sampled_is_said_once_in_a_while() {
+        let often = Sampled::every(Duration::ZERO);
+        assert!(often.passes() && often.passes());
+        let seldom = Sampled::every(Duration::from_secs(3600));
+        assert!(seldom.passes() && !seldom.passes());
+    }
+
+    #[test]
     fn the_last_lines_of_a_start_are_kept() {
-        let mut gate = LogGate::default();
+        let (rate, mut gate) = (LogRate::default(), LogGate::default());
         gate.keep();
         for number in 0..KEPT_LINES_MAX + 1 {
-            gate.write("p", Level::INFO, number.to_string().as_bytes());
+            gate.write(&rate, "p", Level::INFO, number.to_string().as_bytes());
         }
         let kept = gate.take_kept();
         assert_eq!((kept.len(), kept.first().map(String::as_str)), (KEPT_LINES_MAX, Some("1")));

@@ -2,14 +2,18 @@
 //! Prometheus text format for the waypoint to append to its own.
 
 use crate::abi::Status;
+use crate::log::Sampled;
 use parking_lot::{Mutex, RwLock};
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 /// The most metrics plugins may define together; later ones are counted into one that is not shown.
 const METRICS_MAX: usize = 10_000;
+/// The most that one of them may define, so that there is room for others.
+const METRICS_OF_ONE_MAX: u64 = 2000;
 /// The longest name, Istio's labels in it included.
 const NAME_BYTES_MAX: usize = 2048;
 /// The most plugins whose counters are kept.
@@ -98,9 +102,82 @@ impl Metric {
     }
 }
 
+/// A bound that a plugin ran into.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Limit {
+    /// A call took a tenth of its deadline.
+    Slow,
+    /// A call was ended at its deadline.
+    Deadline,
+    /// It wanted more memory than it may have.
+    Memory,
+    /// It used up its stack.
+    Stack,
+    /// It called the host too often in one call.
+    HostCalls,
+    /// It had the host copy too much in one call.
+    HostBytes,
+    /// It has as many calls of other services under way as it may, or as many bytes in them.
+    Calls,
+    /// An exchange found as much waiting for its threads as may wait.
+    QueueFull,
+    /// An exchange waited for its threads for as long as it may.
+    QueueWait,
+    /// Too many exchanges at a time.
+    Streams,
+    /// It held an exchange for too long.
+    Pause,
+    /// A header or a metric more than it may have.
+    Entries,
+}
+
+impl Limit {
+    const ALL: [Self; 12] = [
+        Self::Slow,
+        Self::Deadline,
+        Self::Memory,
+        Self::Stack,
+        Self::HostCalls,
+        Self::HostBytes,
+        Self::Calls,
+        Self::QueueFull,
+        Self::QueueWait,
+        Self::Streams,
+        Self::Pause,
+        Self::Entries,
+    ];
+
+    /// The word for it in metrics and on the admin port.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Slow => "slow",
+            Self::Deadline => "deadline",
+            Self::Memory => "memory",
+            Self::Stack => "stack",
+            Self::HostCalls => "host_calls",
+            Self::HostBytes => "host_bytes",
+            Self::Calls => "calls",
+            Self::QueueFull => "queue_full",
+            Self::QueueWait => "queue_wait",
+            Self::Streams => "streams",
+            Self::Pause => "pause",
+            Self::Entries => "entries",
+        }
+    }
+}
+
 /// What the host counts about one plugin, over all its versions.
 #[derive(Default)]
 pub(crate) struct PluginCounters {
+    limits: [AtomicU64; Limit::ALL.len()],
+    /// Metrics that it was the first to define.
+    metrics: AtomicU64,
+    /// Bytes of memory that its instances have.
+    pub(crate) memory_bytes: AtomicU64,
+    /// Threads of its own; 0: it runs on the workers.
+    pub(crate) own_threads: AtomicU64,
+    /// Instances that are paused, for they crashed again and again.
+    pub(crate) paused: AtomicU64,
     pub(crate) traps: AtomicU64,
     pub(crate) failed_exchanges: AtomicU64,
     pub(crate) starts: AtomicU64,
@@ -109,6 +186,21 @@ pub(crate) struct PluginCounters {
 }
 
 impl PluginCounters {
+    /// Counts a bound that it ran into.
+    pub(crate) fn hit(&self, limit: Limit) {
+        if let Some(count) = self.limits.get(limit as usize) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// The bounds that it ran into, and how often.
+    pub(crate) fn limits(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        Limit::ALL
+            .iter()
+            .zip(&self.limits)
+            .map(|(limit, count)| (limit.as_str(), count.load(Ordering::Relaxed)))
+    }
+
     /// Counts a call of another service.
     pub(crate) fn count_call(&self) {
         self.calls.fetch_add(1, Ordering::Relaxed);
@@ -116,10 +208,18 @@ impl PluginCounters {
 }
 
 /// All metrics of all plugins of the process.
-#[derive(Default)]
 pub(crate) struct Registry {
     defined: RwLock<Defined>,
     plugins: Mutex<BTreeMap<Arc<str>, Arc<PluginCounters>>>,
+    /// Says that there are too many.
+    said_full: Sampled,
+}
+
+impl Default for Registry {
+    fn default() -> Self {
+        let said_full = Sampled::every(Duration::from_secs(60));
+        Self { defined: RwLock::default(), plugins: Mutex::default(), said_full }
+    }
 }
 
 #[derive(Default)]
@@ -131,7 +231,7 @@ struct Defined {
 impl Registry {
     /// `proxy_define_metric`: the same kind and name is the same metric in every plugin, as in Envoy. Ids count up
     /// from 4 in steps of 4, with the kind in their low bits.
-    pub(crate) fn define(&self, kind: u32, name: &[u8]) -> Result<u32, Status> {
+    pub(crate) fn define(&self, kind: u32, name: &[u8], by: &PluginCounters) -> Result<u32, Status> {
         let kind = MetricKind::from_abi(kind)?;
         let name = String::from_utf8_lossy(&name[..name.len().min(NAME_BYTES_MAX)]);
         let mut defined = self.defined.write();
@@ -139,8 +239,12 @@ impl Registry {
         if let Some(id) = defined.ids.get(&key) {
             return Ok(*id);
         }
-        if defined.metrics.len() >= METRICS_MAX {
-            tracing::warn!(metric = %name, limit = METRICS_MAX, "too many plugin metrics, this one is not kept");
+        let is_full = defined.metrics.len() >= METRICS_MAX;
+        if is_full || by.metrics.fetch_add(1, Ordering::Relaxed) >= METRICS_OF_ONE_MAX {
+            if self.said_full.passes() {
+                tracing::warn!(metric = %name, "too many plugin metrics, this one is not kept");
+            }
+            by.hit(Limit::Entries);
             return Ok((METRICS_MAX as u32 + 1) << 2 | kind as u32);
         }
         defined.metrics.push((key.1.clone(), Arc::new(Metric::new(kind))));
@@ -196,9 +300,24 @@ impl Registry {
 
     fn encode_plugins(&self, text: &mut String) {
         let plugins = self.plugins.lock();
+        if !plugins.is_empty() {
+            line(text, format_args!("# TYPE cairn_wasm_limit_hits_total counter"));
+        }
+        for (plugin, counters) in plugins.iter() {
+            let plugin = escape(plugin);
+            for (limit, count) in counters.limits().filter(|(_, count)| *count > 0) {
+                line(
+                    text,
+                    format_args!(
+                        "cairn_wasm_limit_hits_total{{plugin=\"{plugin}\",limit=\"{limit}\"}} {count}"
+                    ),
+                );
+            }
+        }
         let mut family = |name: &str, value: fn(&PluginCounters) -> &AtomicU64| {
+            let kind = if name.ends_with("_total") { "counter" } else { "gauge" };
             if !plugins.is_empty() {
-                line(text, format_args!("# TYPE cairn_wasm_{name} counter"));
+                line(text, format_args!("# TYPE cairn_wasm_{name} {kind}"));
             }
             for (plugin, counters) in plugins.iter() {
                 let value = value(counters).load(Ordering::Relaxed);
@@ -210,6 +329,9 @@ impl Registry {
         family("instance_starts_total", |counters| &counters.starts);
         family("log_lines_dropped_total", |counters| &counters.log_lines_dropped);
         family("calls_total", |counters| &counters.calls);
+        family("memory_bytes", |counters| &counters.memory_bytes);
+        family("own_threads", |counters| &counters.own_threads);
+        family("paused_instances", |counters| &counters.paused);
     }
 }
 
@@ -302,14 +424,14 @@ mod tests {
 
     #[test]
     fn kinds_follow_envoy() {
-        let registry = Registry::default();
-        let counter = registry.define(0, b"c").unwrap();
+        let (registry, by) = (Registry::default(), PluginCounters::default());
+        let counter = registry.define(0, b"c", &by).unwrap();
         assert_eq!(counter, 4);
-        assert_eq!(registry.define(0, b"c").unwrap(), counter);
-        let gauge = registry.define(1, b"g").unwrap();
+        assert_eq!(registry.define(0, b"c", &by).unwrap(), counter);
+        let gauge = registry.define(1, b"g", &by).unwrap();
         assert_eq!(gauge, 9);
-        let histogram = registry.define(2, b"h").unwrap();
-        assert_eq!(registry.define(3, b"x"), Err(Status::BadArgument));
+        let histogram = registry.define(2, b"h", &by).unwrap();
+        assert_eq!(registry.define(3, b"x", &by), Err(Status::BadArgument));
 
         let metric = registry.find(counter).unwrap();
         assert_eq!(metric.increment(5), Ok(()));
@@ -331,10 +453,10 @@ mod tests {
 
     #[test]
     fn text_has_one_type_per_name_and_istio_labels() {
-        let registry = Registry::default();
-        let id = registry.define(0, b"reporter=.=destination;.;app=.=a\"b;.;_requests.total").unwrap();
+        let (registry, by) = (Registry::default(), PluginCounters::default());
+        let id = registry.define(0, b"reporter=.=destination;.;app=.=a\"b;.;_requests.total", &by).unwrap();
         registry.find(id).unwrap().record(3);
-        let id = registry.define(2, b"9 lives").unwrap();
+        let id = registry.define(2, b"9 lives", &by).unwrap();
         registry.find(id).unwrap().record(7);
         let text = registry.encode();
         assert!(text.contains("# TYPE requests_total counter\n"), "{text}");

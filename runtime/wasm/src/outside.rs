@@ -13,6 +13,8 @@ use tokio::task::AbortHandle;
 
 /// The most calls of one instance that wait for an answer.
 pub(crate) const CALLS_MAX: usize = 1000;
+/// The most bytes in them.
+pub(crate) const CALL_BYTES_MAX: usize = 32 << 20;
 /// The shortest period of a timer: a shorter one would leave a worker little time for anything else.
 const TICK_MIN: Duration = Duration::from_millis(10);
 
@@ -61,6 +63,8 @@ impl CallKind {
 /// A call without an answer.
 #[derive(Default)]
 struct Call {
+    /// How much it brings.
+    bytes: usize,
     /// Gives it up; `None` until it was begun.
     task: Option<AbortHandle>,
     /// Where the guest's messages go; `None` when it is no stream, or sends no more.
@@ -73,6 +77,8 @@ pub(crate) struct Outside {
     errands: Vec<Errand>,
     /// Calls without an answer.
     calls: HashMap<u32, Call>,
+    /// The bytes of all of them.
+    call_bytes: usize,
     last_call: u32,
     tick_period: Option<Duration>,
     tick_changed: bool,
@@ -82,19 +88,20 @@ pub(crate) struct Outside {
 }
 
 impl Outside {
-    /// Whether one more call may wait for an answer.
-    pub(crate) fn has_room(&self) -> bool {
-        self.calls.len() < CALLS_MAX
+    /// Whether one more call with so many bytes may wait for an answer.
+    pub(crate) fn has_room(&self, bytes: usize) -> bool {
+        self.calls.len() < CALLS_MAX && self.call_bytes.saturating_add(bytes) <= CALL_BYTES_MAX
     }
 
     /// Notes a call down and returns its id, which no other call that is under way has.
-    fn call(&mut self, kind: CallKind) -> u32 {
+    fn call(&mut self, kind: CallKind, bytes: usize) -> u32 {
         loop {
             // The first is 4, and none is negative for SDKs that take ids for signed numbers.
             self.last_call = (self.last_call + 1) & (i32::MAX as u32 >> 2);
             let id = self.last_call << 2 | kind as u32;
             if self.last_call != 0 && !self.calls.contains_key(&id) {
-                self.calls.insert(id, Call::default());
+                self.calls.insert(id, Call { bytes, ..Call::default() });
+                self.call_bytes += bytes;
                 return id;
             }
         }
@@ -110,7 +117,7 @@ impl Outside {
 
     /// Opens a stream, once the guest has returned. What the guest sends before goes first.
     pub(crate) fn open_stream(&mut self, callout: Option<Arc<dyn Callout>>, request: CalloutRequest) -> u32 {
-        let id = self.call(CallKind::GrpcStream);
+        let id = self.call(CallKind::GrpcStream, 0);
         let (sender, feed) = grpc::feed();
         if let Some(call) = self.calls.get_mut(&id) {
             call.feed = Some(sender);
@@ -143,7 +150,7 @@ impl Outside {
     /// Gives a gRPC call up; the guest hears no more of it.
     pub(crate) fn cancel_grpc(&mut self, id: u32) -> Result<(), Status> {
         self.grpc_call(id)?;
-        if let Some(task) = self.calls.remove(&id).and_then(|call| call.task) {
+        if let Some(task) = self.remove(id).and_then(|call| call.task) {
             task.abort();
         }
         Ok(())
@@ -161,7 +168,13 @@ impl Outside {
 
     /// Takes a call whose answer is here off the list; false when nobody waits for it.
     pub(crate) fn answered(&mut self, id: u32) -> bool {
-        self.calls.remove(&id).is_some()
+        self.remove(id).is_some()
+    }
+
+    fn remove(&mut self, id: u32) -> Option<Call> {
+        let call = self.calls.remove(&id)?;
+        self.call_bytes -= call.bytes;
+        Some(call)
     }
 
     /// Has another service asked, once the guest has returned.
@@ -170,8 +183,9 @@ impl Outside {
         kind: CallKind,
         callout: Option<Arc<dyn Callout>>,
         request: CalloutRequest,
+        bytes: usize,
     ) -> u32 {
-        let id = self.call(kind);
+        let id = self.call(kind, bytes);
         self.errands.push(Errand::Ask { id, callout, request: Box::new(request) });
         id
     }
@@ -243,11 +257,12 @@ mod tests {
     #[test]
     fn ids_are_those_of_envoy_and_unique() {
         let mut outside = Outside::default();
-        assert_eq!([outside.call(CallKind::Http), outside.call(CallKind::Http)], [4, 8]);
+        assert_eq!([outside.call(CallKind::Http, 1), outside.call(CallKind::Http, 2)], [4, 8]);
         outside.last_call = i32::MAX as u32 >> 2;
-        assert_eq!(outside.call(CallKind::Http), 12, "0, 4 and 8 are passed over");
+        assert_eq!(outside.call(CallKind::Http, 4), 12, "0, 4 and 8 are passed over");
         assert!(outside.answered(8) && !outside.answered(8));
-        assert_eq!(outside.calls.len(), 2);
+        assert_eq!((outside.calls.len(), outside.call_bytes), (2, 5));
+        assert!(outside.has_room(CALL_BYTES_MAX - 5) && !outside.has_room(CALL_BYTES_MAX - 4));
     }
 
     #[test]

@@ -2,10 +2,11 @@
 
 use crate::abi::{AbiVersion, Callback, MapKind, VM_CONTEXT};
 use crate::bodies::Bodies;
+use crate::budget::{Budget, START_DEADLINE};
 use crate::engine::Environment;
 use crate::heads::{Request, Response};
 use crate::host::{Declared, Expressions};
-use crate::log::LogGate;
+use crate::log::{LogGate, LogRate, Sampled};
 use crate::metrics::{Metric, PluginCounters};
 use crate::outside::Outside;
 use cairn_filter::{Connection, Exchange, LocalReply, Peer, Protocol, Side};
@@ -15,7 +16,8 @@ use std::collections::{BTreeSet, HashMap};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::Notify;
 use wasmtime::{Memory, ResourceLimiter, TypedFunc};
 
@@ -33,6 +35,13 @@ pub(crate) struct Facts {
     pub(crate) env: Vec<(Arc<str>, Arc<str>)>,
     pub(crate) environment: Arc<Environment>,
     pub(crate) counters: Arc<PluginCounters>,
+    /// The longest that one call of it may take.
+    pub(crate) deadline: Duration,
+    /// The most memory of one instance, in bytes.
+    pub(crate) memory_max: usize,
+    pub(crate) log_rate: LogRate,
+    /// Says that the plugin is slow.
+    pub(crate) slow_sampled: Sampled,
     /// What the plugin asked for and is not offered, to log each once.
     pub(crate) asked_in_vain: Mutex<BTreeSet<String>>,
 }
@@ -207,15 +216,29 @@ pub(crate) struct Limits {
     pub(crate) memory_bytes_max: usize,
     /// The guest wanted more memory than that.
     pub(crate) memory_hit: bool,
+    /// What it has.
+    memory_bytes: usize,
+    counters: Arc<PluginCounters>,
+}
+
+impl Drop for Limits {
+    fn drop(&mut self) {
+        self.counters.memory_bytes.fetch_sub(self.memory_bytes as u64, Ordering::Relaxed);
+    }
 }
 
 /// The largest table. Coraza, the largest plugin we know, has 12,408 entries.
 const TABLE_ELEMENTS_MAX: usize = 100_000;
 
 impl ResourceLimiter for Limits {
-    fn memory_growing(&mut self, _: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
+    fn memory_growing(&mut self, current: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
         let fits = desired <= self.memory_bytes_max;
         self.memory_hit |= !fits;
+        if fits {
+            let more = desired.saturating_sub(current);
+            self.memory_bytes += more;
+            self.counters.memory_bytes.fetch_add(more as u64, Ordering::Relaxed);
+        }
         Ok(fits)
     }
 
@@ -263,6 +286,10 @@ pub(crate) type Streams = HashMap<u32, Stream, BuildHasherDefault<IdHasher>>;
 pub(crate) struct State {
     pub(crate) facts: Arc<Facts>,
     pub(crate) limits: Limits,
+    /// The longest that each part of its start may take.
+    pub(crate) start_deadline: Duration,
+    /// What the running callback has left.
+    pub(crate) budget: Budget,
     pub(crate) memory: Option<Memory>,
     /// The guest's allocator; taken out while it runs, so that it cannot be entered twice.
     pub(crate) allocate: Option<TypedFunc<u32, u32>>,
@@ -293,10 +320,14 @@ const SPARE_BYTES_MAX: usize = 16 << 10;
 
 impl State {
     pub(crate) fn new(facts: Arc<Facts>) -> Self {
-        let limits = Limits { memory_bytes_max: facts.environment.settings.memory_max, memory_hit: false };
+        let counters = Arc::clone(&facts.counters);
+        let limits =
+            Limits { memory_bytes_max: facts.memory_max, memory_hit: false, memory_bytes: 0, counters };
         Self {
             facts,
             limits,
+            start_deadline: START_DEADLINE,
+            budget: Budget::new(START_DEADLINE),
             memory: None,
             allocate: None,
             callback: Callback::Start,

@@ -9,12 +9,8 @@ use wasmtime::EngineWeak;
 
 /// How often the epoch advances. Deadlines are hundreds of it; a shorter tick would only cost more wake-ups.
 pub(crate) const TICK: Duration = Duration::from_millis(2);
-/// The longest that a guest may run: its start and configuration.
-pub(crate) const START_DEADLINE: Duration = Duration::from_secs(10);
-/// The longest that a guest may hold an exchange.
-pub(crate) const CALLBACK_DEADLINE: Duration = Duration::from_millis(100);
-/// How long no guest was called before the thread rests. Longer than any deadline, so that whatever was called before
-/// has ended.
+/// How long no guest was called before the thread rests. Longer than any deadline, and guests that run on beyond theirs
+/// are looked at, which counts as a call: whatever was called before has ended.
 const REST_AFTER: Duration = Duration::from_secs(15);
 
 /// The number of ticks in a deadline.

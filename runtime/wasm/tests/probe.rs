@@ -14,7 +14,7 @@ use cairn_filter::{
     Callout, CalloutAnswer, CalloutError, CalloutFuture, CalloutRequest, Chunk, Connection, Exchange,
     Factory, Filter, LocalReply, Measures, Part, Peer, Protocol, RequestHead, ResponseHead, Side, Verdict,
 };
-use cairn_mesh::{FailStrategy, PluginKind, PluginPhase, ResourceName, WasmPlugin};
+use cairn_mesh::{FailStrategy, PluginKind, PluginLimits, PluginPhase, ResourceName, WasmPlugin};
 use cairn_wasm::{Engine, EngineSettings, WorkerPlace};
 use http::header::{HeaderMap, HeaderValue};
 use http::uri::PathAndQuery;
@@ -238,6 +238,7 @@ async fn run(module: &[u8], lines: &Lines) {
         pull_secret: None,
         plugin_name: "my-root".into(),
         kind: PluginKind::Http,
+        limits: PluginLimits::default(),
         ports: Vec::new(),
         config: "{\"the configuration\": 1}".into(),
         phase: PluginPhase::Unspecified,

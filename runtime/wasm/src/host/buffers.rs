@@ -4,7 +4,7 @@
 //! long as the guest holds it; outside of that it is empty, and cannot be changed.
 
 use super::Guest;
-use super::memory::{give, read, split, write_u32};
+use super::memory::{charge, give, read, split, write_u32};
 use crate::abi::{Callback, Done, Status, answer};
 use crate::bodies::Bodies;
 use crate::state::State;
@@ -103,6 +103,7 @@ fn status(guest: &mut Guest<'_>, number: u32, length_at: u32, flags_at: u32) -> 
 fn set(guest: &mut Guest<'_>, number: u32, (start, size): (u32, u32), (at, length): (u32, u32)) -> Done {
     let (memory, state) = split(guest)?;
     let with = read(memory, at, length)?;
+    charge(state, with.len())?;
     let side = side(number).ok_or(Status::BadArgument)?;
     let body = shown(state, number).map(|bodies| bodies.side(side)).filter(|body| body.is_at_hand);
     Ok(body.ok_or(Status::BadArgument)?.set(start as usize, size as usize, with)?)

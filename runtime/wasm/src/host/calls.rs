@@ -1,10 +1,11 @@
 //! HTTP calls of other services.
 
 use super::Guest;
-use super::memory::{check, read, split, write_u32};
+use super::memory::{charge, check, read, split, write_u32};
 use crate::abi::{Done, Status, answer};
 use crate::heads::refuse_injection;
-use crate::outside::{CALLS_MAX, CallKind};
+use crate::metrics::Limit;
+use crate::outside::{CALL_BYTES_MAX, CALLS_MAX, CallKind};
 use crate::pairs::Pairs;
 use crate::state::State;
 use crate::upstream::{self, Upstream};
@@ -67,6 +68,8 @@ fn http_call(guest: &mut Guest<'_>, call: &HttpCall) -> Done {
     let headers = read(memory, call.headers.0, call.headers.1)?;
     let body = read(memory, call.body.0, call.body.1)?;
     let trailers = read(memory, call.trailers.0, call.trailers.1)?;
+    let length = headers.len() + body.len() + trailers.len();
+    charge(state, length)?;
     let (callout, upstream) = find(state, "proxy_http_call", name)?;
     let request = CalloutRequest {
         http2: upstream.version == Version::HTTP_2,
@@ -78,7 +81,8 @@ fn http_call(guest: &mut Guest<'_>, call: &HttpCall) -> Done {
         timeout: timeout(call.timeout_ms),
         answer_bytes_max: ANSWER_BYTES_MAX,
     };
-    let id = ask(state, CallKind::Http, callout, request)?;
+    has_room(state, length)?;
+    let id = state.outside.ask(CallKind::Http, callout, request, length);
     Ok(write_u32(memory, call.id_at, id)?)
 }
 
@@ -101,13 +105,15 @@ pub(super) fn find(state: &State, function: &str, name: &[u8]) -> Result<(Way, U
     Ok((way, upstream))
 }
 
-/// Has a question asked once the guest has returned.
-fn ask(state: &mut State, kind: CallKind, callout: Way, request: CalloutRequest) -> Result<u32, Status> {
-    if !state.outside.has_room() {
-        state.in_vain(&format!("more than {CALLS_MAX} calls at a time"));
-        return Err(Status::InternalFailure);
+/// Checks that one more call may be under way, with so many bytes.
+pub(super) fn has_room(state: &State, bytes: usize) -> Result<(), Status> {
+    if state.outside.has_room(bytes) {
+        return Ok(());
     }
-    Ok(state.outside.ask(kind, callout, request))
+    state.facts.counters.hit(Limit::Calls);
+    state
+        .in_vain(&format!("more than {CALLS_MAX} calls, or {} MiB in them, at a time", CALL_BYTES_MAX >> 20));
+    Err(Status::InternalFailure)
 }
 
 pub(super) fn timeout(milliseconds: u32) -> Duration {

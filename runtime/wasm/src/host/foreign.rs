@@ -6,7 +6,7 @@ mod signature;
 pub(crate) use expression::Expressions;
 
 use super::Guest;
-use super::memory::{check, hand_over, read, split};
+use super::memory::{charge, check, hand_over, read, split};
 use crate::abi::{Done, Status, answer};
 use crate::state::State;
 use flate2::Compression;
@@ -50,6 +50,7 @@ fn call(guest: &mut Guest<'_>, name: Slice, arguments: Slice, result: Slice) -> 
     }
     let name = read(memory, name.0, name.1)?;
     let arguments = read(memory, arguments.0, arguments.1)?;
+    charge(state, arguments.len())?;
     let out = run(state, name, arguments)?;
     if wanted {
         hand_over(guest, result.0, result.1, &out)?;

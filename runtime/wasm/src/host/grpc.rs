@@ -1,11 +1,11 @@
 //! gRPC calls of other services, single and streamed.
 
 use super::Guest;
-use super::calls::{Way, find, plain_headers, timeout};
-use super::memory::{check, hand_over, read, split, write_u32};
+use super::calls::{Way, find, has_room, plain_headers, timeout};
+use super::memory::{charge, check, hand_over, read, split, write_u32};
 use crate::abi::{Done, Status, answer};
 use crate::grpc::frame;
-use crate::outside::{CALLS_MAX, CallKind};
+use crate::outside::CallKind;
 use crate::state::State;
 use bytes::Bytes;
 use cairn_filter::CalloutRequest;
@@ -122,8 +122,10 @@ fn call(guest: &mut Guest<'_>, target: &Target, message: Slice, timeout_ms: u32)
         .headers_mut()
         .extend(milliseconds.ok().map(|timeout| (HeaderName::from_static("grpc-timeout"), timeout)));
     *request.request.body_mut() = message;
-    has_room(state)?;
-    let id = state.outside.ask(CallKind::GrpcCall, way, request);
+    let length = request.request.body().len();
+    charge(state, length)?;
+    has_room(state, length)?;
+    let id = state.outside.ask(CallKind::GrpcCall, way, request, length);
     Ok(write_u32(memory, target.id_at, id)?)
 }
 
@@ -131,17 +133,9 @@ fn stream(guest: &mut Guest<'_>, target: &Target) -> Done {
     let (memory, state) = split(guest)?;
     check(memory, target.id_at, 4)?;
     let (way, request) = prepare(memory, state, target, "proxy_grpc_stream")?;
-    has_room(state)?;
+    has_room(state, 0)?;
     let id = state.outside.open_stream(way, request);
     Ok(write_u32(memory, target.id_at, id)?)
-}
-
-fn has_room(state: &State) -> Result<(), Status> {
-    if state.outside.has_room() {
-        return Ok(());
-    }
-    state.in_vain(&format!("more than {CALLS_MAX} calls at a time"));
-    Err(Status::InternalFailure)
 }
 
 /// `envoy.config.core.v3.GrpcService`, as far as it says whom to ask and how.
@@ -278,6 +272,7 @@ fn add_metadata(headers: &mut HeaderMap, entries: &[Entry]) -> Result<(), Status
 fn send(guest: &mut Guest<'_>, id: u32, message: Slice, end: bool) -> Done {
     let (memory, state) = split(guest)?;
     let message = read(memory, message.0, message.1)?;
+    charge(state, message.len())?;
     Ok(state.outside.send(id, frame(message), end)?)
 }
 

@@ -4,11 +4,12 @@
 //! headers after their phase, which only ever crashed plugins.
 
 use super::Guest;
-use super::memory::{give, read, split, write_u32};
+use super::memory::{charge, give, read, split, write_u32};
 use crate::abi::{AbiVersion, Done, MapKind, Refusal, Status, answer};
 use crate::heads::{
     Edit, EditError, header_pairs, header_value, refuse_injection, remove_header, write_header as write_to,
 };
+use crate::metrics::Limit;
 use crate::pairs::{self, Pairs};
 use crate::state::{State, Trailers, number_of};
 use cairn_filter::Side;
@@ -198,14 +199,18 @@ fn edit(guest: &mut Guest<'_>, map: u32, edit: Edit, name: Slice, value: Slice) 
     let (memory, state) = split(guest)?;
     let name = read(memory, name.0, name.1)?;
     let value = read(memory, value.0, value.1)?;
+    charge(state, name.len() + value.len())?;
     changeable(state, kind)?;
     write_header(state, kind, name, value, edit)?;
     note(state, if edit == Edit::Add { "added " } else { "set " }, name);
     Ok(())
 }
 
+/// What is said of a plugin that may be misused.
+const LINE_BREAK: &[u8] = b"a header with a line break was refused";
+
 /// Writes a header. Line breaks are refused with a status, which ends plugins that forward what they should not;
-/// anything else that HTTP forbids is left out and logged.
+/// anything else that HTTP forbids, or that there is no room for, is left out and logged.
 fn write_header(
     state: &mut State,
     kind: MapKind,
@@ -226,8 +231,17 @@ fn write_header(
     match written {
         Ok(()) => Ok(()),
         Err(EditError::Injection) => {
-            tracing::warn!(plugin = %state.facts.name, "the plugin tried to write a line break into a header");
+            super::log::write_line(state, tracing::Level::WARN, LINE_BREAK);
             Err(Status::BadArgument.into())
+        }
+        Err(EditError::Full) => {
+            state.facts.counters.hit(Limit::Entries);
+            super::log::write_line(
+                state,
+                tracing::Level::WARN,
+                b"a header was left out: there is no room for it",
+            );
+            Ok(())
         }
         Err(EditError::Invalid) => {
             let name = String::from_utf8_lossy(&name[..name.len().min(64)]).into_owned();
@@ -269,13 +283,14 @@ fn set_all(guest: &mut Guest<'_>, map: u32, at: u32, length: u32) -> Done {
     let kind = MapKind::from_abi(map)?;
     let (memory, state) = split(guest)?;
     let bytes = read(memory, at, length)?;
+    charge(state, bytes.len())?;
     changeable(state, kind)?;
     let Some(pairs) = Pairs::parse(bytes) else {
         super::log::write_line(state, tracing::Level::WARN, b"a malformed header map was ignored");
         return Ok(());
     };
     if pairs.iter().any(|(name, value)| refuse_injection(name, value).is_err()) {
-        tracing::warn!(plugin = %state.facts.name, "the plugin tried to write a line break into a header");
+        super::log::write_line(state, tracing::Level::WARN, LINE_BREAK);
         return Err(Status::BadArgument.into());
     }
     match kind {

@@ -33,8 +33,9 @@ fn log(guest: &mut Guest<'_>, level: u32, at: u32, length: u32) -> Done {
 
 /// Logs a line of the guest, if anybody listens.
 pub(super) fn write_line(state: &mut State, level: Level, line: &[u8]) {
-    if state.log.wants(level) && !state.log.write(&state.facts.name, level, line) {
-        state.facts.counters.log_lines_dropped.fetch_add(1, Ordering::Relaxed);
+    let facts = &state.facts;
+    if state.log.wants(level) && !state.log.write(&facts.log_rate, &facts.name, level, line) {
+        facts.counters.log_lines_dropped.fetch_add(1, Ordering::Relaxed);
     }
 }
 

@@ -5,7 +5,7 @@ use crate::abi::{Done, Refusal, Status};
 use crate::state::State;
 use wasmtime::format_err;
 
-/// The guest's memory and our state, both at once.
+/// The guest's memory and our state, both at once, for one call of the host.
 pub(super) fn split<'a>(guest: &'a mut Guest<'_>) -> Result<(&'a mut [u8], &'a mut State), Refusal> {
     let memory = match guest.data().memory {
         Some(memory) => memory,
@@ -17,7 +17,14 @@ pub(super) fn split<'a>(guest: &'a mut Guest<'_>) -> Result<(&'a mut [u8], &'a m
             memory
         }
     };
-    Ok(memory.data_and_store_mut(guest))
+    let (memory, state) = memory.data_and_store_mut(guest);
+    state.budget.take_call().map_err(wasmtime::Error::new)?;
+    Ok((memory, state))
+}
+
+/// Takes bytes that are copied out of the guest's budget.
+pub(super) fn charge(state: &mut State, bytes: usize) -> Result<(), Refusal> {
+    Ok(state.budget.take_bytes(bytes).map_err(wasmtime::Error::new)?)
 }
 
 /// The bytes at an address.
@@ -72,6 +79,7 @@ pub(super) fn give(
 /// Gives a few bytes that are at hand already; see [`give`].
 pub(super) fn hand_over(guest: &mut Guest<'_>, pointer_at: u32, length_at: u32, bytes: &[u8]) -> Done {
     let length = u32::try_from(bytes.len()).map_err(|_| Status::InternalFailure)?;
+    charge(guest.data_mut(), bytes.len())?;
     let address = if bytes.is_empty() { 0 } else { allocate(guest, length)? };
     let (memory, _) = split(guest)?;
     write(memory, address, bytes)?;

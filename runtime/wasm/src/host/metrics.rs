@@ -31,7 +31,8 @@ pub(super) fn define(linker: &mut Linker<State>) -> wasmtime::Result<()> {
 fn define_metric(guest: &mut Guest<'_>, kind: u32, name: (u32, u32), id_at: u32) -> Done {
     let (memory, state) = split(guest)?;
     check(memory, id_at, 4)?;
-    let id = state.facts.environment.metrics.define(kind, read(memory, name.0, name.1)?)?;
+    let id =
+        state.facts.environment.metrics.define(kind, read(memory, name.0, name.1)?, &state.facts.counters)?;
     Ok(write_u32(memory, id_at, id)?)
 }
 

@@ -1,7 +1,7 @@
 //! Shared data and queues.
 
 use super::Guest;
-use super::memory::{check, give, hand_over, read, split, write_u32};
+use super::memory::{charge, check, give, hand_over, read, split, write_u32};
 use crate::abi::{Done, Refusal, Status, answer};
 use crate::shared::SharedError;
 use crate::state::State;
@@ -71,6 +71,7 @@ fn set(guest: &mut Guest<'_>, key: Slice, value: Slice, cas: u32) -> Done {
     let (memory, state) = split(guest)?;
     let key = read(memory, key.0, key.1)?;
     let value = read(memory, value.0, value.1)?;
+    charge(state, key.len() + value.len())?;
     state.facts.environment.shared.write(&state.facts.scope, key, value, cas).map_err(refusal)
 }
 
@@ -97,7 +98,9 @@ fn resolve(guest: &mut Guest<'_>, vm: Slice, name: Slice, id_at: u32) -> Done {
 
 fn enqueue(guest: &mut Guest<'_>, id: u32, at: u32, length: u32) -> Done {
     let (memory, state) = split(guest)?;
-    Ok(state.facts.environment.shared.enqueue(id, read(memory, at, length)?)?)
+    let item = read(memory, at, length)?;
+    charge(state, item.len())?;
+    Ok(state.facts.environment.shared.enqueue(id, item)?)
 }
 
 fn dequeue(guest: &mut Guest<'_>, id: u32, pointer_at: u32, length_at: u32) -> Done {

@@ -1,7 +1,7 @@
 //! Contexts, the end of streams, going on after a pause, and local replies.
 
 use super::Guest;
-use super::memory::{read, split};
+use super::memory::{charge, read, split};
 use crate::abi::{Callback, Done, ROOT_CONTEXT, Status, VM_CONTEXT, answer};
 use crate::heads::refuse_injection;
 use crate::pairs::Pairs;
@@ -145,6 +145,7 @@ fn send_local_response(guest: &mut Guest<'_>, reply: &Reply) -> Done {
     if body.len() > BODY_BYTES_MAX {
         return Err(Status::BadArgument.into());
     }
+    charge(state, body.len())?;
     let reply = LocalReply {
         status,
         grpc_status,

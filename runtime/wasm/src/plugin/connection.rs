@@ -1,6 +1,6 @@
 //! A plugin of type NETWORK: it sees the bytes of connections that carry no HTTP, and no exchange.
 
-use super::{Plugin, StreamState};
+use super::Plugin;
 use crate::bodies::Bodies;
 use crate::instance::{Crash, Instance, Outcome};
 use bytes::Bytes;
@@ -63,6 +63,19 @@ struct PluginConnection {
     is_held: [bool; 2],
     /// The plugin failed this connection and takes no further part in it.
     failed: bool,
+}
+
+/// The guest's context for the connection.
+#[derive(Clone, Copy)]
+enum StreamState {
+    /// There is none yet.
+    None,
+    Open {
+        generation: u64,
+        context: u32,
+    },
+    /// It was closed.
+    Closed,
 }
 
 /// Why a connection failed that nobody let go.

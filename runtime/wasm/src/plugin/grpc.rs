@@ -28,7 +28,7 @@ pub(super) fn open(plugin: &Arc<Plugin>, runtime: &Handle, at: Seat, opening: Op
     let follow = async move {
         // `None`: the guest does not want to know any more.
         if let Some(ended) = teller.follow(opening).await {
-            teller.tell(GrpcEvent::Closed(ended));
+            teller.tell(GrpcEvent::Closed(ended)).await;
         }
     };
     runtime.spawn(follow).abort_handle()
@@ -43,9 +43,10 @@ struct Teller {
 
 impl Teller {
     /// True while the guest wants to know more.
-    fn tell(&self, event: GrpcEvent) -> bool {
+    async fn tell(&self, event: GrpcEvent) -> bool {
         let Some(plugin) = self.plugin.upgrade() else { return false };
-        plugin.enter(self.at, |instance| instance.grpc_event(self.id, event)).unwrap_or(false)
+        let id = self.id;
+        plugin.enter(self.at, move |instance| instance.grpc_event(id, event)).await.unwrap_or(false)
     }
 
     async fn follow(&self, opening: Opening) -> Option<Ended> {
@@ -57,11 +58,11 @@ impl Teller {
         let (head, mut parts) = answer.into_parts();
         let trailers_only = head.headers.contains_key("grpc-status");
         let initial = if trailers_only { HeaderMap::new() } else { head.headers.clone() };
-        if !self.tell(GrpcEvent::Initial(initial)) {
+        if !self.tell(GrpcEvent::Initial(initial)).await {
             return None;
         }
         if let Some(ended) = grpc::of_head(head.status, &head.headers) {
-            if trailers_only && !self.tell(GrpcEvent::Trailing(head.headers)) {
+            if trailers_only && !self.tell(GrpcEvent::Trailing(head.headers)).await {
                 return None;
             }
             return Some(ended);
@@ -70,14 +71,15 @@ impl Teller {
         loop {
             let part = tokio::time::timeout(SILENCE_MAX, poll_fn(|cx| parts.poll_next(cx))).await;
             match part {
-                Ok(Some(Ok(CalloutPart::Data(data)))) => match self.tell_messages(&mut messages, &data) {
+                Ok(Some(Ok(CalloutPart::Data(data)))) => match self.tell_messages(&mut messages, &data).await
+                {
                     Ok(true) => {}
                     Ok(false) => return None,
                     Err(ended) => return Some(ended),
                 },
                 Ok(Some(Ok(CalloutPart::Trailers(trailers)))) => {
                     let ended = grpc::of_trailers(&trailers).unwrap_or_else(grpc::without_status);
-                    return self.tell(GrpcEvent::Trailing(trailers)).then_some(ended);
+                    return self.tell(GrpcEvent::Trailing(trailers)).await.then_some(ended);
                 }
                 Ok(Some(Err(error))) => return Some(grpc::of_error(&error)),
                 Ok(None) => return Some(grpc::without_status()),
@@ -87,10 +89,10 @@ impl Teller {
     }
 
     /// False when the guest does not want to know any more.
-    fn tell_messages(&self, messages: &mut Deframer, data: &[u8]) -> Result<bool, Ended> {
+    async fn tell_messages(&self, messages: &mut Deframer, data: &[u8]) -> Result<bool, Ended> {
         messages.push(data);
         while let Some(message) = messages.next()? {
-            if !self.tell(GrpcEvent::Message(message)) {
+            if !self.tell(GrpcEvent::Message(message)).await {
                 return Ok(false);
             }
         }

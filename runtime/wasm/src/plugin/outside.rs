@@ -9,6 +9,7 @@ use cairn_filter::{Callout, CalloutRequest};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::runtime::Handle;
+use tokio::sync::oneshot;
 
 impl Plugin {
     /// Does what the guest asked for while it ran. To be called whenever a guest has returned.
@@ -55,10 +56,12 @@ impl Plugin {
         let asking = async move {
             let answer = callout.call(request).await;
             if let Some(plugin) = plugin.upgrade() {
-                plugin.enter(at, |instance| match CallKind::of(id) {
+                let told = plugin.enter(at, move |instance| match CallKind::of(id) {
                     CallKind::Http => instance.http_call_response(id, answer),
                     CallKind::GrpcCall | CallKind::GrpcStream => instance.grpc_answer(id, answer),
                 });
+                // The instance is gone, or it crashed, which is known by now.
+                let _gone = told.await;
             }
         };
         self.facts.counters.count_call();
@@ -76,7 +79,7 @@ impl Plugin {
             loop {
                 tokio::time::sleep(period).await;
                 let Some(plugin) = plugin.upgrade() else { return };
-                match plugin.enter(at, Instance::tick).flatten() {
+                match plugin.enter(at, Instance::tick).await.flatten() {
                     Some(next) => period = next,
                     None => return,
                 }
@@ -98,7 +101,7 @@ impl Plugin {
                 // One call for every item, since guests take one at a time. Items that come meanwhile are told of anew.
                 for _ in 0..environment.shared.begin_telling(queue) {
                     let Some(plugin) = plugin.upgrade() else { return };
-                    if plugin.enter(at, |instance| instance.queue_ready(queue)).is_none() {
+                    if plugin.enter(at, move |instance| instance.queue_ready(queue)).await.is_none() {
                         return;
                     }
                     drop(plugin);
@@ -109,8 +112,25 @@ impl Plugin {
         self.facts.environment.shared.listen(queue, Arc::new(tell));
     }
 
-    /// Enters an instance if it is still the one that is meant.
-    pub(super) fn enter<T>(
+    /// Enters an instance if it is still the one that is meant: here, or on the plugin's own threads if it has some. What
+    /// the guest asked for itself has bounds of its own, so it is never refused there.
+    pub(super) async fn enter<T: Send + 'static>(
+        self: &Arc<Self>,
+        at: Seat,
+        run: impl FnOnce(&mut Instance) -> Result<T, Crash> + Send + 'static,
+    ) -> Option<T> {
+        let Some(threads) = self.own_threads.get() else { return self.enter_here(at, run) };
+        let (tell, told) = oneshot::channel();
+        let plugin = Arc::clone(self);
+        let enter = move || {
+            // Whoever asked may be gone.
+            let _gone = tell.send(plugin.enter_here(at, run));
+        };
+        threads.push(at.worker, Box::new(enter));
+        told.await.ok().flatten()
+    }
+
+    fn enter_here<T>(
         self: &Arc<Self>,
         at: Seat,
         run: impl FnOnce(&mut Instance) -> Result<T, Crash>,

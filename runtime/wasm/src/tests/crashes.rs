@@ -46,7 +46,7 @@ fn served(host: &Host) -> Run {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
         let mut run = host.start();
-        let verdict = word(&run.request());
+        let verdict = word(&said(|| run.request()));
         if verdict == "continue" && !run.header("x-status").is_empty() {
             return run;
         }
@@ -72,7 +72,7 @@ fn a_crash_ends_one_exchange() {
             assert_eq!(word(&run.response()), "continue", "no further part in it: {name}");
             run.finish();
             // The other exchange's context is gone with the instance.
-            assert_eq!(word(&before.response()), expected, "{name} {strategy:?}");
+            assert_eq!(word(&said(|| before.response())), expected, "{name} {strategy:?}");
             before.finish();
 
             let text = host.engine.encode_metrics();

@@ -2,6 +2,7 @@
 
 mod bodies;
 mod calls;
+mod chaos;
 mod connections;
 mod crashes;
 mod foreign;
@@ -10,6 +11,7 @@ mod kept;
 mod lifecycle;
 mod matrix;
 mod outside;
+mod own_threads;
 mod sequences;
 
 use crate::{Engine, EngineSettings, PluginError};
@@ -267,6 +269,17 @@ fn response() -> ResponseHead {
     let mut headers = HeaderMap::new();
     headers.insert("x-up", HeaderValue::from_static("up"));
     ResponseHead { status: StatusCode::OK, headers }
+}
+
+/// What the plugin says in the end: on threads of its own that takes a while.
+fn said(mut ask: impl FnMut() -> Verdict) -> Verdict {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    loop {
+        match ask() {
+            Verdict::Wait(until) => runtime.block_on(until),
+            verdict => return verdict,
+        }
+    }
 }
 
 /// A verdict in words.

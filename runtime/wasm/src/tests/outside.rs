@@ -174,8 +174,18 @@ impl Asking {
         Self::start_with(guest).expect("the guest starts")
     }
 
+    pub(super) fn on_own_threads(guest: &str) -> Self {
+        let mut plugin = plugin(FailStrategy::Close, "");
+        plugin.limits.own_threads = Some(1);
+        Self::start_as(guest, &plugin).expect("the guest starts")
+    }
+
     /// `None` when the guest does not start.
     pub(super) fn start_with(guest: &str) -> Option<Self> {
+        Self::start_as(guest, &plugin(FailStrategy::Close, ""))
+    }
+
+    fn start_as(guest: &str, plugin: &WasmPlugin) -> Option<Self> {
         let mesh = Arc::new(Mesh::default());
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_time().build().unwrap();
@@ -189,7 +199,7 @@ impl Asking {
             ..settings()
         })
         .unwrap();
-        let factory = load(&engine, guest, &plugin(FailStrategy::Close, "")).ok()?;
+        let factory = load(&engine, guest, plugin).ok()?;
         Some(Self { host: Host { engine, factory }, mesh, _runtime: runtime })
     }
 

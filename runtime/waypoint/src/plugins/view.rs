@@ -1,9 +1,10 @@
 //! A plugin as the admin port and metrics tell of it.
 
 use super::{Plugin, Running, Standing};
-use serde_json::{Value, json};
+use cairn_wasm::Health;
+use serde_json::{Map, Value, json};
 use std::sync::Arc;
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// How one plugin stands.
 pub struct View {
@@ -48,17 +49,59 @@ impl View {
 
     /// All that is known.
     pub fn whole(&self) -> Value {
+        let health = self.running.as_ref().and_then(|running| running.version.health());
         json!({
             "name": self.name,
             "url": self.url,
             "state": self.state,
-            "reason": self.reason,
+            "reason": self.reason.as_deref().map(str::to_owned).or(health.as_ref().and_then(paused)),
             "loadsNextVersion": self.loading && self.running.is_some(),
             "retryAfterSeconds": self.retry.map(|retry| retry.as_secs_f64()),
             "running": self.running.as_ref().map(running),
+            "health": health.as_ref().map(told),
             "draining": self.draining.iter().filter(|old| old.version.is_in_use()).map(running).collect::<Vec<_>>(),
         })
     }
+}
+
+/// Why a plugin that is there does not run, or not everywhere.
+fn paused(health: &Health) -> Option<String> {
+    let last = health.last_crashes.first().map_or("it crashed", |crash| &crash.reason);
+    (health.paused > 0).then(|| {
+        let (paused, instances) = (health.paused, health.instances);
+        format!("{paused} of {instances} instances are paused, for they crashed again and again; the last time {last}")
+    })
+}
+
+fn told(health: &Health) -> Value {
+    let limits: Map<String, Value> =
+        health.limits.iter().map(|(limit, count)| ((*limit).to_owned(), (*count).into())).collect();
+    let crashes = health.last_crashes.iter().map(|crash| {
+        json!({
+            "at": seconds(crash.at),
+            "callback": crash.callback,
+            "reason": crash.reason,
+            "backtrace": crash.backtrace,
+        })
+    });
+    json!({
+        "deadlineMs": health.deadline.as_millis() as u64,
+        "memoryBytesMax": health.memory_bytes_max,
+        "memoryBytes": health.memory_bytes,
+        "instances": health.instances,
+        "pausedInstances": health.paused,
+        "ownThreads": health.own_threads,
+        "waitingCalls": health.waiting,
+        "crashes": health.crashes,
+        "failedExchanges": health.failed_exchanges,
+        "logLinesDropped": health.log_lines_dropped,
+        "limitHits": limits,
+        "lastCrashes": crashes.collect::<Vec<_>>(),
+    })
+}
+
+fn seconds(time: SystemTime) -> f64 {
+    time.duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
 }
 
 fn running(running: &Running) -> Value {
@@ -69,6 +112,6 @@ fn running(running: &Running) -> Value {
         "code": running.origin.as_str(),
         "codeMs": running.module_took.as_secs_f64() * 1e3,
         "startMs": running.start_took.as_secs_f64() * 1e3,
-        "since": running.since.duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64()),
+        "since": seconds(running.since),
     })
 }
