@@ -6,6 +6,7 @@
 mod acceptance;
 mod access_log;
 mod bodies;
+mod chaos;
 mod client;
 mod command;
 mod connections;

@@ -247,7 +247,6 @@ async fn run(module: &[u8], lines: &Lines) {
         env: Vec::new(),
         host_env: Vec::new(),
         holds_heads: false,
-        limits: Default::default(),
     };
     let factory = engine.factory(engine.compile(module).unwrap(), &plugin).unwrap();
     let answered = || lines.of_probe().iter().filter(|line| line.starts_with("CALLMAP")).count() == 2;

@@ -173,6 +173,9 @@ fn plugin(name: &str, fail_strategy: FailStrategy) -> WasmPlugin {
         env: vec![("KEY".into(), "value".into())],
         host_env: Vec::new(),
         holds_heads: false,
+        kind: cairn_mesh::PluginKind::Http,
+        ports: Vec::new(),
+        limits: cairn_mesh::PluginLimits::default(),
     }
 }
 
