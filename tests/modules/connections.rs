@@ -11,7 +11,8 @@ use arc_swap::ArcSwap;
 use cairn_filter::{Chain, Connection, Peer};
 use cairn_http::{MeshCallout, Site, Worker, WorkerSettings, serve};
 use cairn_mesh::{
-    AppProtocol, FailStrategy, PluginKind, PluginPhase, ResourceName, ServicePort, Store, WasmPlugin,
+    AppProtocol, FailStrategy, PluginKind, PluginLimits, PluginPhase, ResourceName, ServicePort, Store,
+    WasmPlugin,
 };
 use cairn_net::drain;
 use cairn_telemetry::{Telemetry, TelemetrySettings};
@@ -445,6 +446,7 @@ fn plugin(scenario: &Scenario, probe: &Path) -> WasmPlugin {
         plugin_name: "r".into(),
         kind: PluginKind::Network,
         ports: Vec::new(),
+        limits: PluginLimits::default(),
         config: configuration(scenario).into(),
         phase: PluginPhase::Unspecified,
         priority: 0,

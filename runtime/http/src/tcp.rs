@@ -342,7 +342,7 @@ mod tests {
         let mut counted = TcpConnection::open(&metrics, labels);
         let copying = tokio::spawn(async move {
             let (mut to, counts): (Upstream, _) = (Box::new(to), ByteCounts::default());
-            copy(&mut from, &mut to, &counts, &mut counted, Duration::from_secs(7)).await
+            copy((&mut from, &mut to), &counts, &mut counted, Duration::from_secs(7), None).await
         });
         let mut read = [0; 5];
         client.write_all(b"hello").await.unwrap();
@@ -354,7 +354,8 @@ mod tests {
         client.write_all(b"again").await.unwrap();
         server.read_exact(&mut read).await.unwrap();
         drop((client, server));
-        copying.await.unwrap().unwrap();
+        let (_, copied) = copying.await.unwrap();
+        copied.unwrap();
         assert_eq!(received(), 10, "at its end");
     }
 }

@@ -166,6 +166,7 @@ mod tests {
                 Key::Exact(key) => *key == text,
                 Key::Prefix(key) => text.starts_with(key),
                 Key::Suffix(key) => text.ends_with(key),
+                Key::Block(_) => false,
             }).map(|(_, position)| position).collect();
             prop_assert_eq!(found(&keys, &text), tried);
         }

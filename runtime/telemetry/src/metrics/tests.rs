@@ -237,12 +237,8 @@ fn each_label_has_its_value_and_its_default() {
         name: "cart".into(),
         namespace: "shop".into(),
         hostname: "cart.shop.svc.cluster.local".into(),
-        vips: Vec::new(),
-        ports: Vec::new(),
-        subject_alt_names: Vec::new(),
-        waypoint: None,
-        load_balancing: Default::default(),
         canonical: true,
+        ..cairn_mesh::Service::default()
     });
     let (web, cart) = (known("web"), known("cart"));
     let labels = |source: PeerLabels, service, record: &HttpRecord<'_>| {
