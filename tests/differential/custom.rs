@@ -95,7 +95,7 @@ fn rule(generator: &mut Generator) -> Value {
 fn decorate(generator: &mut Generator, ask: &mut Ask) {
     let mut add = |name: &str, value: &str| ask.headers.push((name.to_owned(), value.to_owned()));
     if generator.chance(90) {
-        add(DECIDE, *generator.pick(&DECISIONS));
+        add(DECIDE, generator.pick(&DECISIONS));
     }
     for (name, value) in [
         ("x-team", "blue"),

@@ -309,10 +309,3 @@ fn unchunk(mut rest: &str) -> Option<String> {
         rest = after.get(size + 2..)?;
     }
 }
-
-impl Answer {
-    /// The body.
-    pub fn into_body(self) -> String {
-        self.body
-    }
-}

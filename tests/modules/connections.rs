@@ -333,14 +333,14 @@ async fn answer(server: Server, mut stream: TcpStream) -> Result<()> {
             stream.shutdown().await?;
         }
         Server::Leaver => {
-            stream.read(&mut bytes).await?;
+            let _length = stream.read(&mut bytes).await?;
             stream.write_all(b"bye").await?;
-            stream.read(&mut bytes).await?;
+            let _length = stream.read(&mut bytes).await?;
             stream.shutdown().await?;
             while stream.read(&mut bytes).await? > 0 {}
         }
         Server::Breaker => {
-            stream.read(&mut bytes).await?;
+            let _length = stream.read(&mut bytes).await?;
             SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
         }
         Server::Nobody => {}

@@ -51,9 +51,12 @@ const FAILURE_LIFETIME: Duration = Duration::from_secs(2);
 /// How long DNS may take.
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// What DNS said of a name, and until when that is believed.
+type Answer = (Instant, Arc<[IpAddr]>);
+
 /// What DNS said of names of workloads.
 #[derive(Default)]
-pub struct Names(Mutex<HashMap<Arc<str>, (Instant, Arc<[IpAddr]>)>>);
+pub struct Names(Mutex<HashMap<Arc<str>, Answer>>);
 
 impl Names {
     /// The addresses of a name; none if there are none, or if DNS did not say in time. Asks the system's resolver unless

@@ -135,8 +135,8 @@ pub fn plan(
     let address = NetworkAddress { network: Arc::clone(&source.network), address: destination.ip() };
     let mut outbound = Outbound { snapshot, source, destination, chooser };
     let decided = match snapshot.destination(&address, &source.namespace) {
-        Some(Destination::Service(state)) => outbound.to_service(&state),
-        Some(Destination::Workload(workload)) => outbound.to_workload(workload),
+        Some(Destination::Service(state)) => outbound.service(&state),
+        Some(Destination::Workload(workload)) => outbound.workload(workload),
         None => Ok(Plan::Plain { connect: destination, workload: None, service: None }),
     };
     decided.unwrap_or_else(|stop| match stop {
@@ -185,7 +185,7 @@ struct Outbound<'a> {
 }
 
 impl Outbound<'_> {
-    fn to_service(&mut self, state: &ServiceState) -> Result<Plan, Stop> {
+    fn service(&mut self, state: &ServiceState) -> Result<Plan, Stop> {
         let service = &state.service;
         if let Some(reference) = sample(service, self.chooser).or(service.waypoint.as_ref()) {
             let waypoint = self.gateway(reference, Purpose::Waypoint);
@@ -210,7 +210,7 @@ impl Outbound<'_> {
         self.direct(chosen)
     }
 
-    fn to_workload(&mut self, workload: Arc<Workload>) -> Result<Plan, Stop> {
+    fn workload(&mut self, workload: Arc<Workload>) -> Result<Plan, Stop> {
         if let Some(reference) = &workload.waypoint
             && !is_instance(self.snapshot, reference, self.source)
         {

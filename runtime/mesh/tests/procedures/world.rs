@@ -149,7 +149,13 @@ fn service(index: usize, choices: &mut Choices<'_>) -> Service {
             target_port: choices.of(&[8080, 0, 15008]),
             protocol: Default::default(),
         };
-        PORTS.into_iter().filter_map(|number| (!choices.once_in(4)).then(|| port(number, choices))).collect()
+        let mut ports = Vec::new();
+        for number in PORTS {
+            if !choices.once_in(4) {
+                ports.push(port(number, choices));
+            }
+        }
+        ports
     };
     let scopes = [
         RoutingScope::Network,
