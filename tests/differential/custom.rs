@@ -95,7 +95,8 @@ fn rule(generator: &mut Generator) -> Value {
 fn decorate(generator: &mut Generator, ask: &mut Ask) {
     let mut add = |name: &str, value: &str| ask.headers.push((name.to_owned(), value.to_owned()));
     if generator.chance(90) {
-        add(DECIDE, generator.pick(&DECISIONS));
+        let decision: &str = generator.pick::<&str>(&DECISIONS);
+        add(DECIDE, decision);
     }
     for (name, value) in [
         ("x-team", "blue"),
