@@ -57,6 +57,12 @@ macro_rules! export {
                 RUNTIME.with(|runtime| runtime.tick(root));
             }
 
+            /// An addition of Cairn's to the ABI, which other proxies do not call.
+            #[unsafe(no_mangle)]
+            extern "C" fn cairn_on_clone() {
+                RUNTIME.with(|runtime| runtime.cloned());
+            }
+
             #[unsafe(no_mangle)]
             extern "C" fn proxy_on_http_call_response(_: u32, id: u32, headers: u32, body: usize, trailers: u32) {
                 RUNTIME.with(|runtime| runtime.http_answer(id, headers, body, trailers));

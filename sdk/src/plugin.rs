@@ -272,6 +272,11 @@ pub trait Plugin: Sized + 'static {
     /// The period asked for by [`crate::tick_every`] has passed.
     fn on_tick(&self) {}
 
+    /// The plugin begins anew in an instance for one exchange, as it was when it had been configured (Cairn's
+    /// `cairn.dev/isolation: exchange`). What was drawn at random then is the same in all of them: draw it anew here, if
+    /// nobody may guess it. What its tick, queues and calls from `configure` bring does not come here.
+    fn on_clone(&self) {}
+
     /// The exchange, or the connection, is over; what the proxy knows of it can be read for the last time.
     fn on_log(&self, properties: Properties, exchange: &mut Self::Exchange) {
         let _ = (properties, exchange);

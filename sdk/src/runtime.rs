@@ -190,6 +190,18 @@ impl<P: Plugin> Runtime<P> {
         drop(plugin);
     }
 
+    /// `cairn_on_clone`: this is an instance for one exchange, and timers run in the one that it was made of.
+    pub fn cloned(&self) {
+        timer::forget_all();
+        let roots: Vec<u32> = self.roots.borrow().iter().map(|(root, _)| *root).collect();
+        for root in roots {
+            if let Some(plugin) = self.plugin(root) {
+                task::enter(Place { context: root, root });
+                plugin.on_clone();
+            }
+        }
+    }
+
     /// `proxy_on_tick`.
     pub fn tick(&self, root: u32) {
         task::enter(Place { context: root, root });

@@ -207,6 +207,11 @@ pub(crate) fn forget(root: u32) {
     TIMERS.with_borrow_mut(|timers| timers.retain(|timers| timers.root != root));
 }
 
+/// Forgets all timers, which run elsewhere.
+pub(crate) fn forget_all() {
+    drop(TIMERS.take());
+}
+
 impl Timers {
     fn arm(&mut self) {
         let tick = self.tick.map(|(period, _)| period);

@@ -4,7 +4,7 @@
 use proc_macro::{Delimiter, TokenStream, TokenTree};
 
 /// The exports that a method of `Plugin` needs; those that every plugin needs are in `cairn_sdk::export!`.
-const EXPORTS: [(&str, &[&str]); 14] = [
+const EXPORTS: [(&str, &[&str]); 15] = [
     ("on_request", &["proxy_on_request_headers"]),
     ("on_request_chunk", &["proxy_on_request_body"]),
     // A body may end with trailers instead of with data.
@@ -19,6 +19,7 @@ const EXPORTS: [(&str, &[&str]); 14] = [
     ("on_upstream_data", &["proxy_on_upstream_data"]),
     ("on_close", &["proxy_on_downstream_connection_close"]),
     ("on_tick", &[]),
+    ("on_clone", &[]),
     ("on_log", &["proxy_on_log"]),
 ];
 

@@ -235,6 +235,13 @@ impl<P: Plugin> Proxy<P> {
         self.world.borrow().elapsed()
     }
 
+    /// Goes on as in an instance for one exchange: no timer runs, and [`Plugin::on_clone`] is called.
+    pub fn become_clone(&mut self) {
+        world::install(&self.world);
+        self.world.borrow_mut().tick = None;
+        self.runtime.cloned();
+    }
+
     fn next_event(&self) -> Option<u64> {
         let world = self.world.borrow();
         let call = world.pending.iter().map(|call| call.due).min();

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::{Body, Call, Chunk, Flow, Properties, Reply, Request, Response, Trailers};
-use crate::{join, shared, sleep, timeout};
+use crate::{join, shared, sleep, tick_every, timeout};
 use std::time::Duration;
 
 /// A plugin whose handlers are the words of its configuration; what they see is counted in `seen`.
@@ -26,6 +26,9 @@ impl Plugin for Script {
     type Exchange = ();
 
     fn configure(words: Vec<String>) -> Result<Self, String> {
+        if words.iter().any(|word| word == "tick") {
+            tick_every(Duration::from_secs(1));
+        }
         Ok(Self { words, seen: RefCell::default() })
     }
 
@@ -93,6 +96,14 @@ impl Plugin for Script {
         Flow::Continue
     }
 
+    fn on_clone(&self) {
+        self.see("clone");
+    }
+
+    fn on_tick(&self) {
+        self.see("tick");
+    }
+
     fn on_log(&self, properties: Properties, (): &mut ()) {
         self.see(format!("log {}", properties.response_code().unwrap_or(-1)));
     }
@@ -150,6 +161,19 @@ fn bodies_are_replaced_whole_and_in_pieces() {
     let upstream = outcome.upstream.unwrap();
     assert_eq!((upstream.text(), upstream.header("content-length")), ("other".to_owned(), None));
     assert_eq!(upstream.trailers[1], ("x-seen".to_owned(), b"yes".to_vec()));
+}
+
+#[test]
+fn a_clone_has_no_timer_of_the_plugins_and_its_futures_sleep() {
+    let mut proxy = proxy("tick wait-then-read");
+    proxy.advance(Duration::from_secs(2));
+    assert_eq!(seen(&proxy), ["tick", "tick"]);
+    proxy.become_clone();
+    proxy.advance(Duration::from_secs(2));
+    assert_eq!(seen(&proxy), ["clone"]);
+    let outcome = proxy.send(TestRequest::get("/p"));
+    assert!(outcome.took >= Duration::from_millis(20), "{:?}", outcome.took);
+    assert_eq!(seen(&proxy), ["request /p", "body ", "response 200", "log -1"]);
 }
 
 #[test]
