@@ -11,8 +11,8 @@ use arc_swap::ArcSwap;
 use cairn_filter::{Chain, Connection, Peer};
 use cairn_http::{MeshCallout, Site, Worker, WorkerSettings, serve};
 use cairn_mesh::{
-    AppProtocol, FailStrategy, PluginKind, PluginLimits, PluginPhase, ResourceName, ServicePort, Store,
-    WasmPlugin,
+    AppProtocol, FailStrategy, Isolation, PluginKind, PluginLimits, PluginMode, PluginPhase, ResourceName,
+    ServicePort, Store, WasmPlugin,
 };
 use cairn_net::drain;
 use cairn_telemetry::{Telemetry, TelemetrySettings};
@@ -454,6 +454,8 @@ fn plugin(scenario: &Scenario, probe: &Path) -> WasmPlugin {
         env: Vec::new(),
         host_env: Vec::new(),
         holds_heads: false,
+        isolation: Isolation::Shared,
+        mode: PluginMode::Enforce,
     }
 }
 

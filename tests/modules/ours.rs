@@ -9,8 +9,8 @@ use arc_swap::ArcSwap;
 use cairn_filter::{Chain, Connection, Factory, Peer};
 use cairn_http::{MeshCallout, RouteTable, Site, SiteHandle, Worker, WorkerSettings, serve};
 use cairn_mesh::{
-    AppProtocol, Change, FailStrategy, Identity, MeshSettings, NetworkAddress, PluginKind, PluginPhase,
-    ResourceName, Service, ServicePort, Snapshot, Store, WasmPlugin, Workload,
+    AppProtocol, Change, FailStrategy, Identity, Isolation, MeshSettings, NetworkAddress, PluginKind,
+    PluginMode, PluginPhase, ResourceName, Service, ServicePort, Snapshot, Store, WasmPlugin, Workload,
 };
 use cairn_net::{Drain, DrainTrigger, drain};
 use cairn_telemetry::{Telemetry, TelemetrySettings};
@@ -125,6 +125,8 @@ fn factory(engine: &Engine, module: &Module) -> Result<Arc<dyn Factory>> {
         host_env: Vec::new(),
         holds_heads: false,
         limits: Default::default(),
+        isolation: Isolation::Shared,
+        mode: PluginMode::Enforce,
     };
     Ok(engine.factory(compiled, &plugin)?)
 }

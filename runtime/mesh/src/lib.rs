@@ -41,7 +41,10 @@ pub use joined::is_joined_header;
 pub use name::{Kind, ResourceKey, ResourceName};
 pub use path::normalize_path;
 pub use plan::{Crossing, HBONE_PORT, OWN_PORTS, Plan, Refusal, Tunnel, plan};
-pub use plugin::{FailStrategy, PluginKind, PluginLimits, PluginPhase, PullPolicy, PullSecret, WasmPlugin};
+pub use plugin::{
+    FailStrategy, Isolation, PluginKind, PluginLimits, PluginMode, PluginPhase, PullPolicy, PullSecret,
+    WasmPlugin,
+};
 pub use policy::{
     AuthorizationPolicy, ClaimPath, Condition, CustomPolicy, HostMatch, IpMatch, MetadataKey, MetadataMatch,
     Operation, PathMatch, PolicyRule, PortMatch, ServiceAccount, Source, TargetKind, TargetRef,

@@ -41,6 +41,26 @@ pub enum PluginKind {
     Network,
 }
 
+/// Which instance of a plugin an exchange meets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Isolation {
+    /// That of its worker, as in Envoy: what the plugin remembers stays for the next exchange.
+    #[default]
+    Shared,
+    /// A fresh one for each exchange, as the plugin was when it had been configured.
+    Exchange,
+}
+
+/// What a plugin's word counts for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum PluginMode {
+    /// It decides.
+    #[default]
+    Enforce,
+    /// It is shown copies, and what it would have done is counted.
+    Shadow,
+}
+
 /// When a module that was fetched before is asked for again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PullPolicy {
@@ -114,4 +134,8 @@ pub struct WasmPlugin {
     pub holds_heads: bool,
     /// What it may use.
     pub limits: PluginLimits,
+    /// Which instance of it an exchange meets.
+    pub isolation: Isolation,
+    /// What its word counts for.
+    pub mode: PluginMode,
 }

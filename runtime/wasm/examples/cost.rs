@@ -7,7 +7,10 @@
 #![allow(clippy::expect_used, reason = "a measuring tool may stop with a message")]
 
 use cairn_filter::{Connection, Exchange, Peer, Protocol, RequestHead, ResponseHead};
-use cairn_mesh::{FailStrategy, Identity, PluginKind, PluginPhase, ResourceName, WasmPlugin, Workload};
+use cairn_mesh::{
+    FailStrategy, Identity, Isolation, PluginKind, PluginMode, PluginPhase, ResourceName, WasmPlugin,
+    Workload,
+};
 use cairn_wasm::{Engine, EngineSettings};
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Version};
@@ -125,6 +128,8 @@ fn plugin(config: &str) -> WasmPlugin {
         host_env: Vec::new(),
         holds_heads: false,
         limits: Default::default(),
+        isolation: Isolation::Shared,
+        mode: PluginMode::Enforce,
     }
 }
 

@@ -7,7 +7,7 @@
 
 #![allow(clippy::expect_used, reason = "a measuring tool may stop with a message")]
 
-use cairn_mesh::{FailStrategy, PluginKind, PluginPhase, ResourceName, WasmPlugin};
+use cairn_mesh::{FailStrategy, Isolation, PluginKind, PluginMode, PluginPhase, ResourceName, WasmPlugin};
 use cairn_wasm::{CacheSettings, Engine, EngineSettings, Started};
 use std::path::Path;
 use std::process::Command;
@@ -97,6 +97,8 @@ fn plugin(number: usize) -> WasmPlugin {
         host_env: Vec::new(),
         holds_heads: false,
         limits: Default::default(),
+        isolation: Isolation::Shared,
+        mode: PluginMode::Enforce,
     }
 }
 

@@ -14,7 +14,9 @@ use cairn_filter::{
     Callout, CalloutAnswer, CalloutError, CalloutFuture, CalloutRequest, Chunk, Connection, Exchange,
     Factory, Filter, LocalReply, Measures, Part, Peer, Protocol, RequestHead, ResponseHead, Side, Verdict,
 };
-use cairn_mesh::{FailStrategy, PluginKind, PluginLimits, PluginPhase, ResourceName, WasmPlugin};
+use cairn_mesh::{
+    FailStrategy, Isolation, PluginKind, PluginLimits, PluginMode, PluginPhase, ResourceName, WasmPlugin,
+};
 use cairn_wasm::{Engine, EngineSettings, WorkerPlace};
 use http::header::{HeaderMap, HeaderValue};
 use http::uri::PathAndQuery;
@@ -247,6 +249,8 @@ async fn run(module: &[u8], lines: &Lines) {
         env: Vec::new(),
         host_env: Vec::new(),
         holds_heads: false,
+        isolation: Isolation::Shared,
+        mode: PluginMode::Enforce,
     };
     let factory = engine.factory(engine.compile(module).unwrap(), &plugin).unwrap();
     let answered = || lines.of_probe().iter().filter(|line| line.starts_with("CALLMAP")).count() == 2;

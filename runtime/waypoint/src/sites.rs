@@ -12,8 +12,8 @@ use cairn_filter::{Chain, Position, Slot, sort_factories};
 use cairn_http::{RouteTable, Site, SiteHandle};
 use cairn_mesh::{
     AppProtocol, AuthorizationPolicy, CustomPolicy, FailStrategy, HttpRoute, JwtRule, MeshSettings,
-    NetworkAddress, PluginKind, PluginPhase, RequestAuthentication, ResourceName, Service, Snapshot,
-    TelemetryPlan, TextMatch, Unenforceable, WasmPlugin, Workload,
+    NetworkAddress, PluginKind, PluginMode, PluginPhase, RequestAuthentication, ResourceName, Service,
+    Snapshot, TelemetryPlan, TextMatch, Unenforceable, WasmPlugin, Workload,
 };
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, SocketAddr};
@@ -325,7 +325,7 @@ fn slots(parts: &Parts, port: u16, protocol: AppProtocol) -> Vec<Slot> {
         };
         match standing {
             Standing::Ready(factory, _) => slots.push(at_its_place(Arc::clone(factory))),
-            Standing::Loading | Standing::Failed(_) if plugin.fail_strategy == FailStrategy::Open => {}
+            Standing::Loading | Standing::Failed(_) if !is_needed(plugin) => {}
             Standing::Loading | Standing::Failed(_) if plugin.kind == PluginKind::Network => {
                 let reason = match standing {
                     Standing::Failed(reason) => reason,
@@ -377,6 +377,11 @@ fn carries_connections(protocol: AppProtocol) -> bool {
         AppProtocol::Tcp | AppProtocol::Tls | AppProtocol::Unknown => true,
         AppProtocol::Http11 | AppProtocol::Http2 | AppProtocol::Grpc => false,
     }
+}
+
+/// Whether traffic is refused that a plugin should have seen and has not.
+fn is_needed(plugin: &WasmPlugin) -> bool {
+    plugin.fail_strategy != FailStrategy::Open && plugin.mode == PluginMode::Enforce
 }
 
 fn not_running(plugin: &WasmPlugin, reason: &str) -> Arc<Unenforceable> {

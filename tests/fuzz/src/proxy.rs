@@ -176,6 +176,8 @@ fn plugin(name: &str, fail_strategy: FailStrategy) -> WasmPlugin {
         kind: cairn_mesh::PluginKind::Http,
         ports: Vec::new(),
         limits: cairn_mesh::PluginLimits::default(),
+        isolation: cairn_mesh::Isolation::Shared,
+        mode: cairn_mesh::PluginMode::Enforce,
     }
 }
 

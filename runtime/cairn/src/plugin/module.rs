@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 use cairn_filter::Factory;
-use cairn_mesh::{FailStrategy, PluginKind, PluginPhase, ResourceName, WasmPlugin};
+use cairn_mesh::{FailStrategy, Isolation, PluginKind, PluginMode, PluginPhase, ResourceName, WasmPlugin};
 use cairn_wasm::Engine;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -82,5 +82,7 @@ pub fn plugin(name: &str, config: &str) -> WasmPlugin {
         host_env: Vec::new(),
         holds_heads: false,
         limits: Default::default(),
+        isolation: Isolation::Shared,
+        mode: PluginMode::Enforce,
     }
 }

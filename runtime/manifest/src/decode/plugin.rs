@@ -6,13 +6,18 @@ use crate::field::FieldPath;
 use crate::object::Object;
 use crate::reader::{Entries, Findings, Node};
 use cairn_mesh::{
-    Change, FailStrategy, MeshSettings, PluginKind, PluginPhase, PullPolicy, ResourceKey, WasmPlugin,
+    Change, FailStrategy, Isolation, MeshSettings, PluginKind, PluginMode, PluginPhase, PullPolicy,
+    ResourceKey, WasmPlugin,
 };
 use serde_json::{Number, Value};
 use std::sync::Arc;
 
-/// The annotation that lets a plugin see the body while it holds the head.
+/// The annotation that lets a plugin see the body while it holds the head: Envoy's `allow_on_headers_stop_iteration`.
 const HOLD_HEADERS: &str = "cairn.dev/hold-headers";
+/// The annotation that says which instance of a plugin an exchange meets.
+const ISOLATION: &str = "cairn.dev/isolation";
+/// The annotation that says what a plugin's word counts for.
+const MODE: &str = "cairn.dev/mode";
 
 /// Istio's limits.
 const NAME_LEN_MAX: usize = 256;
@@ -57,6 +62,9 @@ pub(super) fn decode(
         ("FAIL_OPEN", FailStrategy::Open),
         ("FAIL_RELOAD", FailStrategy::Reload),
     ];
+    const ISOLATIONS: [(&str, Isolation); 2] =
+        [("shared", Isolation::Shared), ("exchange", Isolation::Exchange)];
+    const MODES: [(&str, PluginMode); 2] = [("enforce", PluginMode::Enforce), ("shadow", PluginMode::Shadow)];
     let spec = Node::new(&object.spec, object.root()).map(&KNOWN, findings);
     let attachment = target::attachment(&spec, object, settings, findings);
     let mut obstacle = None;
@@ -86,12 +94,20 @@ pub(super) fn decode(
             .unwrap_or_default(),
         env,
         host_env,
-        holds_heads: holds_heads(object, findings),
+        holds_heads: annotated(object, HOLD_HEADERS, &[("false", false), ("true", true)], findings),
         limits: plugin_limits::decode(object, findings),
+        isolation: annotated(object, ISOLATION, &ISOLATIONS, findings),
+        mode: annotated(object, MODE, &MODES, findings),
     };
+    of_exchanges_only(&plugin, &mut obstacle);
     unused_fields(&spec, &plugin, findings);
-    if findings.broken {
+    let decides = plugin.mode == PluginMode::Enforce;
+    if findings.broken && decides {
         return refusal(object, key, &attachment, findings);
+    }
+    if findings.broken {
+        // What decides nothing need not be stood in for.
+        return vec![Change::L7Removed(key.clone())];
     }
     if attachment.targets.is_empty() {
         let reason =
@@ -105,8 +121,9 @@ pub(super) fn decode(
         return vec![Change::L7Removed(key.clone())];
     }
     let Some((field, reason)) = obstacle else { return vec![Change::Plugin(plugin)] };
-    if plugin.fail_strategy == FailStrategy::Open {
-        let said = format!("{reason}: traffic passes without the plugin, as failStrategy FAIL_OPEN asks");
+    if plugin.fail_strategy == FailStrategy::Open || !decides {
+        let why = if decides { "failStrategy FAIL_OPEN" } else { "the mode shadow" };
+        let said = format!("{reason}: traffic passes without the plugin, as {why} asks");
         findings.note(Severity::Error, "not-supported", &field, said);
         return vec![Change::L7Removed(key.clone())];
     }
@@ -153,17 +170,22 @@ fn sha256(spec: &Entries<'_>, findings: &mut Findings) -> Option<Arc<str>> {
     Some(text.into())
 }
 
-/// Envoy's `allow_on_headers_stop_iteration`, for which `WasmPlugin` has no field.
-fn holds_heads(object: &Object, findings: &mut Findings) -> bool {
-    match object.annotations.get(HOLD_HEADERS).map(String::as_str) {
-        None | Some("false") => false,
-        Some("true") => true,
-        Some(other) => {
-            let at = FieldPath::of(&["metadata", "annotations", HOLD_HEADERS]);
-            findings.note(Severity::Error, "invalid-value", &at, format!("is `{other}`, not true or false"));
-            false
-        }
+/// The value of an annotation, for what `WasmPlugin` has no field for. Unset, it is the default, and so it is when the value
+/// is none of those known, which is reported.
+fn annotated<T: Copy + Default>(
+    object: &Object,
+    name: &str,
+    known: &[(&str, T)],
+    findings: &mut Findings,
+) -> T {
+    let Some(text) = object.annotations.get(name) else { return T::default() };
+    if let Some((_, value)) = known.iter().find(|(word, _)| word == text) {
+        return *value;
     }
+    let words = known.iter().map(|(word, _)| *word).collect::<Vec<_>>().join(" or ");
+    let at = FieldPath::of(&["metadata", "annotations", name]);
+    findings.note(Severity::Error, "invalid-value", &at, format!("is `{text}`, not {words}"));
+    T::default()
 }
 
 fn plugin_name(spec: &Entries<'_>, findings: &mut Findings) -> Arc<str> {
@@ -302,6 +324,17 @@ fn ports_of(ports: &Node<'_>, findings: &mut Findings) -> Vec<u16> {
         u16::try_from(number).ok()
     };
     ports.list(findings).iter().filter_map(|node| number(node, findings)).collect()
+}
+
+/// What can be asked for exchanges of HTTP only: a connection has no instance of its own, and no shadow.
+fn of_exchanges_only(plugin: &WasmPlugin, obstacle: &mut Obstacle) {
+    let annotation = match (plugin.kind, plugin.isolation, plugin.mode) {
+        (PluginKind::Network, Isolation::Exchange, _) => ISOLATION,
+        (PluginKind::Network, _, PluginMode::Shadow) => MODE,
+        (PluginKind::Http, _, _) | (PluginKind::Network, Isolation::Shared, PluginMode::Enforce) => return,
+    };
+    let at = FieldPath::of(&["metadata", "annotations", annotation]);
+    *obstacle = Some((at, "plugins of type NETWORK have no exchanges".to_owned()));
 }
 
 /// Fields without a meaning, here or for this module.

@@ -3,9 +3,10 @@
 use super::*;
 use crate::testing::{object, short};
 use cairn_mesh::{
-    AuthorizationPolicy, BackendKind, Condition, FailStrategy, HttpRoute, MetadataKey, MetadataMatch,
-    PathMatch, PathNormalization, PathRewrite, PathRule, PluginPhase, PolicyAction, PullPolicy,
-    RequestPrincipal, RouteFilter, TargetKind, TextMatch, ValueMatch, Values, WasmPlugin,
+    AuthorizationPolicy, BackendKind, Condition, FailStrategy, HttpRoute, Isolation, MetadataKey,
+    MetadataMatch, PathMatch, PathNormalization, PathRewrite, PathRule, PluginMode, PluginPhase,
+    PolicyAction, PullPolicy, RequestPrincipal, RouteFilter, TargetKind, TextMatch, ValueMatch, Values,
+    WasmPlugin,
 };
 
 fn read(head: &str, spec: &str) -> Decoded {
@@ -538,22 +539,70 @@ fn every_field_of_a_plugin_is_read() {
     assert_eq!((plugin.pull_policy, plugin.pull_secret), (Some(PullPolicy::Always), None));
 }
 
+/// What a plugin with an annotation comes to, and what is said of it.
+fn annotated(annotation: &str, value: &str, spec: &str) -> (Vec<Change>, Vec<String>) {
+    let head = format!(
+        "apiVersion: extensions.istio.io/v1alpha1\nkind: WasmPlugin\nmetadata: {{name: w, namespace: n, \
+         annotations: {{{annotation}: '{value}'}}}}"
+    );
+    let decoded = read(&head, spec);
+    let said = shorts(&decoded);
+    (decoded.changes, said)
+}
+
 #[test]
-fn a_plugin_may_hold_heads_when_it_is_annotated() {
-    for (value, expected, said) in [
-        ("true", true, &[][..]),
-        ("false", false, &[]),
-        ("yes", false, &["error invalid-value metadata.annotations[\"cairn.dev/hold-headers\"]"]),
+fn annotations_say_what_wasm_plugin_has_no_field_for() {
+    const SHARED: (bool, Isolation, PluginMode) = (false, Isolation::Shared, PluginMode::Enforce);
+    for (annotation, value, expected, is_known) in [
+        ("hold-headers", "true", (true, SHARED.1, SHARED.2), true),
+        ("hold-headers", "false", SHARED, true),
+        ("hold-headers", "yes", SHARED, false),
+        ("isolation", "exchange", (false, Isolation::Exchange, SHARED.2), true),
+        ("isolation", "shared", SHARED, true),
+        ("isolation", "stream", SHARED, false),
+        ("mode", "shadow", (false, SHARED.1, PluginMode::Shadow), true),
+        ("mode", "enforce", SHARED, true),
+        ("mode", "Shadow", SHARED, false),
     ] {
-        let head = format!(
-            "apiVersion: extensions.istio.io/v1alpha1\nkind: WasmPlugin\nmetadata: {{name: w, namespace: n, \
-             annotations: {{cairn.dev/hold-headers: '{value}'}}}}"
-        );
-        let decoded = read(&head, &format!("{TARGET}url: file:///p.wasm"));
-        assert_eq!(shorts(&decoded), said, "{value}");
-        let [Change::Plugin(plugin)] = decoded.changes.as_slice() else { panic!("{:?}", decoded.changes) };
-        assert_eq!(plugin.holds_heads, expected, "{value}");
+        let annotation = format!("cairn.dev/{annotation}");
+        let (changes, said) = annotated(&annotation, value, &format!("{TARGET}url: file:///p.wasm"));
+        let error = format!("error invalid-value metadata.annotations[\"{annotation}\"]");
+        assert_eq!(said, if is_known { vec![] } else { vec![error] }, "{annotation} {value}");
+        let [Change::Plugin(plugin)] = changes.as_slice() else { panic!("{changes:?}") };
+        let found = (plugin.holds_heads, plugin.isolation, plugin.mode);
+        assert_eq!(found, expected, "{annotation} {value}");
     }
+}
+
+#[test]
+fn a_plugin_that_only_watches_stands_in_nobodys_way_when_it_cannot_run() {
+    for (spec, said) in [
+        ("url: file:///p.wasm\nmatch: [{ports: [{number: 80}]}]", "error not-supported spec.match[0].ports"),
+        ("url: file:///p.wasm\nfailStrategy: NONE", "error invalid-value spec.failStrategy"),
+        (
+            "url: file:///p.wasm\ntype: NETWORK",
+            "error not-supported metadata.annotations[\"cairn.dev/mode\"]",
+        ),
+    ] {
+        for (mode, expected) in [("shadow", true), ("enforce", false)] {
+            let (changes, found) = annotated("cairn.dev/mode", mode, &format!("{TARGET}{spec}"));
+            let passes = matches!(changes.as_slice(), [Change::L7Removed(_)]);
+            assert_eq!(passes, expected, "{spec} {mode}: {changes:?}");
+            assert_eq!(
+                found.contains(&said.to_owned()),
+                mode == "shadow" || spec.contains("NONE"),
+                "{found:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_connection_has_no_instance_of_its_own() {
+    let spec = format!("{TARGET}url: file:///p.wasm\ntype: NETWORK");
+    let (changes, said) = annotated("cairn.dev/isolation", "exchange", &spec);
+    assert_eq!(said, ["error unenforceable metadata.annotations[\"cairn.dev/isolation\"]"]);
+    assert!(matches!(changes.as_slice(), [Change::Unenforceable(..)]), "{changes:?}");
 }
 
 #[test]

@@ -18,7 +18,10 @@ use crate::{Engine, EngineSettings, PluginError};
 use cairn_filter::{
     Connection, Exchange, Factory, Filter, Peer, Protocol, RequestHead, ResponseHead, Verdict,
 };
-use cairn_mesh::{FailStrategy, Identity, PluginKind, PluginPhase, ResourceName, WasmPlugin, Workload};
+use cairn_mesh::{
+    FailStrategy, Identity, Isolation, PluginKind, PluginMode, PluginPhase, ResourceName, WasmPlugin,
+    Workload,
+};
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version};
 use std::sync::Arc;
@@ -147,6 +150,8 @@ fn plugin(fail_strategy: FailStrategy, config: &str) -> WasmPlugin {
         host_env: Vec::new(),
         holds_heads: false,
         limits: Default::default(),
+        isolation: Isolation::Shared,
+        mode: PluginMode::Enforce,
     }
 }
 

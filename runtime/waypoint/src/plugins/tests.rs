@@ -2,7 +2,7 @@
 
 use super::*;
 use cairn_fetch::{FetchSettings, Fetcher, Puller, Store, StoreSettings};
-use cairn_mesh::{FailStrategy, PluginKind, PluginPhase};
+use cairn_mesh::{FailStrategy, Isolation, PluginKind, PluginMode, PluginPhase};
 use cairn_wasm::{CacheSettings, Engine, EngineSettings};
 use std::path::Path;
 
@@ -36,6 +36,8 @@ fn spec(url: &str, config: &str) -> L7 {
         host_env: Vec::new(),
         holds_heads: false,
         limits: Default::default(),
+        isolation: Isolation::Shared,
+        mode: PluginMode::Enforce,
     };
     let mut l7 = L7::default();
     l7.plugins.insert(plugin.name.clone(), Arc::new(plugin));

@@ -7,7 +7,7 @@ use cairn_builtin::TokenCache;
 use cairn_fetch::{FetchSettings, Fetcher, Puller, StoreSettings};
 use cairn_filter::NoCallout;
 use cairn_mesh::{
-    Change, GatewayAddress, GatewayTarget, HttpRoute, Identity, Kind, PolicyAction, ResourceKey,
+    Change, GatewayAddress, GatewayTarget, HttpRoute, Identity, Isolation, Kind, PolicyAction, ResourceKey,
     ResourceName, RouteForm, ServicePort, Store, TargetKind, TargetRef, TunnelProtocol,
 };
 use cairn_telemetry::{Telemetry, TelemetrySettings};
@@ -58,6 +58,10 @@ fn target(kind: TargetKind, name: &str) -> Vec<TargetRef> {
 }
 
 fn plugin(strategy: FailStrategy) -> Change {
+    plugin_in(PluginMode::Enforce, strategy)
+}
+
+fn plugin_in(mode: PluginMode, strategy: FailStrategy) -> Change {
     Change::Plugin(WasmPlugin {
         name: ResourceName::new(NAMESPACE, "p"),
         targets: target(TargetKind::Gateway, "wp"),
@@ -76,6 +80,8 @@ fn plugin(strategy: FailStrategy) -> Change {
         host_env: Vec::new(),
         holds_heads: false,
         limits: Default::default(),
+        isolation: Isolation::Shared,
+        mode,
     })
 }
 
@@ -171,13 +177,15 @@ async fn a_site_is_compiled_again_only_when_its_parts_change() {
 
 #[tokio::test]
 async fn a_plugin_that_cannot_run_closes_or_opens_as_it_says() {
-    for (strategy, loading, failed) in [
-        (FailStrategy::Close, vec!["unenforceable"], vec!["unenforceable"]),
-        (FailStrategy::Reload, vec!["unenforceable"], vec!["unenforceable"]),
-        (FailStrategy::Open, vec![], vec![]),
+    use PluginMode::{Enforce, Shadow};
+    for (mode, strategy, loading, failed) in [
+        (Enforce, FailStrategy::Close, vec!["unenforceable"], vec!["unenforceable"]),
+        (Enforce, FailStrategy::Reload, vec!["unenforceable"], vec!["unenforceable"]),
+        (Enforce, FailStrategy::Open, vec![], vec![]),
+        (Shadow, FailStrategy::Close, vec![], vec![]),
     ] {
         let mut bench = Bench::new();
-        let store = mesh(vec![plugin(strategy)]);
+        let store = mesh(vec![plugin_in(mode, strategy)]);
         let table = bench.update(&store);
         assert_eq!(filters(&table, "10.1.0.2:80"), loading, "{strategy:?} while it loads");
         assert!(!bench.plugins.settled(Startup::Wait));
