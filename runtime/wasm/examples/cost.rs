@@ -2,11 +2,12 @@
 //!
 //! `cargo run --release -p cairn-wasm --example cost -- target/plugins/tag.wasm '{"request": [], …}'`
 //!
-//! The exchange is one request and one response without a network, with the plugin's header phases and its end.
+//! The exchange is one request and one response without a network, with the plugin's header phases and its end: in an instance
+//! that all exchanges share, and in one of its own.
 
 #![allow(clippy::expect_used, reason = "a measuring tool may stop with a message")]
 
-use cairn_filter::{Connection, Exchange, Peer, Protocol, RequestHead, ResponseHead};
+use cairn_filter::{Connection, Exchange, Factory, Peer, Protocol, RequestHead, ResponseHead};
 use cairn_mesh::{
     FailStrategy, Identity, Isolation, PluginKind, PluginMode, PluginPhase, ResourceName, WasmPlugin,
     Workload,
@@ -31,12 +32,23 @@ fn main() {
     let bytes = std::fs::read(&path).expect("the module can be read");
     let started = Instant::now();
     let module = engine.compile(&bytes).expect("the module compiles");
-    drop(bytes);
     println!("compiled in {:?}: {}", started.elapsed(), resident());
     let started = Instant::now();
     let factory = engine.factory(module, &plugin(&config)).expect("the plugin starts");
     println!("{WORKERS} instances in {:?}: {}", started.elapsed(), resident());
+    let shared = measure("shared instance", &*factory);
+    drop(factory);
 
+    let started = Instant::now();
+    let isolated = engine.start_isolated("module", &bytes, &plugin(&config)).expect("a snapshot");
+    println!("snapshot, compiled twice, in {:?}: {}", started.elapsed(), resident());
+    let own = measure("own instance", &*isolated.1.factory);
+    println!("an instance for each exchange: {} ns more than a shared one", own.saturating_sub(shared));
+    drop(isolated);
+}
+
+/// Prints and returns the nanoseconds that a plugin adds to an exchange.
+fn measure(what: &str, factory: &dyn Factory) -> u64 {
     let connection = connection();
     let bare = per_round(|| {
         let (mut head, mut response, exchange) = exchange(&connection);
@@ -50,8 +62,10 @@ fn main() {
         filter.finish(&mut exchange);
         std::hint::black_box((&head, &response, exchange));
     });
-    println!("per exchange: {} ns added ({bare} ns of the measurement itself)", with_plugin - bare);
+    let added = with_plugin.saturating_sub(bare);
+    println!("{what}: {added} ns per exchange ({bare} ns of the measurement itself)");
     println!("after {ROUNDS} exchanges: {}", resident());
+    added
 }
 
 fn per_round(mut round: impl FnMut()) -> u64 {

@@ -1,18 +1,24 @@
 //! The engine: what all plugins of the process share, and the way from bytes to a filter factory.
 
 use crate::cache::CacheSettings;
+use crate::clones::Clones;
 use crate::error::PluginError;
 use crate::host;
+use crate::instance::Instance;
+use crate::lease::Leases;
 use crate::loaded::{Loaded, Modules, Origin, Started, Version, compile_apart};
 use crate::metrics::Registry;
 use crate::module::{self, Module};
 use crate::places::{Places, WorkerPlace};
-use crate::plugin::{ConnectionPluginFactory, Plugin, PluginFactory};
+use crate::plugin::Plugin;
+use crate::pool::Pool;
 use crate::shared::Shared;
+use crate::snapshot;
 use crate::state::State;
 use crate::ticker::Ticker;
 use cairn_filter::Factory;
 use cairn_mesh::{PluginKind, WasmPlugin};
+use parking_lot::Mutex;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use wasmtime::{Config, Linker, OptLevel, WasmBacktraceDetails};
@@ -29,6 +35,11 @@ pub struct EngineSettings {
     pub memory_max: usize,
     /// The largest module, in bytes. Default 256 MiB, as in Istio's agent.
     pub module_bytes_max: usize,
+    /// The most exchanges at a time that have an instance of their own, over all plugins that want that. Default 1000.
+    pub exchange_instances_max: usize,
+    /// The most memory in bytes that all those instances together may get in addition to what they begin with. Default
+    /// 1 GiB.
+    pub exchange_memory_max: usize,
     /// How long a plugin may hold an exchange that it paused. Default 10 s.
     pub pause_max: Duration,
     /// Where compiled modules are kept. Default nowhere: each is compiled again when the process starts again.
@@ -45,6 +56,8 @@ impl Default for EngineSettings {
             places: Vec::new(),
             memory_max: 256 << 20,
             module_bytes_max: 256 << 20,
+            exchange_instances_max: 1000,
+            exchange_memory_max: 1 << 30,
             pause_max: Duration::from_secs(10),
             cache: None,
             node: Vec::new(),
@@ -59,6 +72,7 @@ pub(crate) struct Environment {
     pub(crate) shared: Shared,
     pub(crate) places: Places,
     pub(crate) ticker: Ticker,
+    pub(crate) leases: Arc<Leases>,
 }
 
 /// Compiles modules and starts plugins. One per process.
@@ -68,6 +82,8 @@ pub struct Engine {
     linker: Linker<State>,
     environment: Arc<Environment>,
     modules: Modules,
+    /// Where instances for single exchanges come from, once a plugin wants them.
+    pool: Mutex<Option<Arc<Pool>>>,
 }
 
 /// The most stack that a guest may use. Workers need that much and what the proxy itself uses.
@@ -95,9 +111,17 @@ impl Engine {
         let ticker = Ticker::start(engine.weak()).map_err(PluginError::Thread)?;
         let modules = Modules::new(settings.cache.clone(), &engine)?;
         let places = Places::new(settings.places.clone());
-        let environment =
-            Environment { settings, metrics: Registry::default(), shared: Shared::default(), places, ticker };
-        Ok(Self { config, engine, linker, environment: Arc::new(environment), modules })
+        let leases = Arc::new(Leases::new(settings.exchange_instances_max, settings.exchange_memory_max));
+        let environment = Environment {
+            settings,
+            metrics: Registry::default(),
+            shared: Shared::default(),
+            places,
+            ticker,
+            leases,
+        };
+        let (environment, pool) = (Arc::new(environment), Mutex::new(None));
+        Ok(Self { config, engine, linker, environment, modules, pool })
     }
 
     /// Compiles a module and checks that it is a plugin. Takes as long as the module is large, about 1 s per MiB; call it
@@ -165,21 +189,56 @@ impl Engine {
     /// As [`Engine::factory`].
     pub fn start(&self, module: Arc<Module>, plugin: &WasmPlugin) -> Result<Started, PluginError> {
         let kind = plugin.kind;
-        let plugin = Plugin::start(module, plugin, Arc::clone(&self.environment))?;
-        let version = Version(Arc::downgrade(&plugin));
-        let factory: Arc<dyn Factory> = match kind {
-            PluginKind::Http => Arc::new(PluginFactory::new(plugin)),
-            PluginKind::Network => Arc::new(ConnectionPluginFactory::new(plugin)),
+        let plugin = Plugin::start(module, plugin, Arc::clone(&self.environment), |_| Ok(None))?;
+        Ok(started(plugin, kind))
+    }
+
+    /// Starts a plugin of which every exchange meets an instance of its own, as the plugin is when it has been configured,
+    /// whatever `plugin` says of that. The module of `bytes`, whose SHA-256 is `digest`, is compiled twice: so that one can
+    /// look into its instances, and with what was found there, unless that is known from before.
+    ///
+    /// # Errors
+    /// As [`Engine::load`] and [`Engine::factory`], and when a snapshot would not hold all that the plugin keeps.
+    pub fn start_isolated(
+        &self,
+        digest: &str,
+        bytes: &[u8],
+        plugin: &WasmPlugin,
+    ) -> Result<(Loaded, Started), PluginError> {
+        self.check_size(bytes)?;
+        let opened = snapshot::open(bytes)?;
+        let loaded = self.load(&format!("{digest}-open"), &opened.module)?;
+        let clones = |root: &mut Instance| -> Result<Option<Clones>, PluginError> {
+            let pool = self.pool()?;
+            let (snapshot, host) = root.frozen(&opened)?;
+            Ok(Some(Clones::new(pool.load(&snapshot, &host)?, host)))
         };
-        Ok(Started { factory, version })
+        let (module, kind) = (Arc::clone(&loaded.module), plugin.kind);
+        let plugin = Plugin::start(module, plugin, Arc::clone(&self.environment), clones)?;
+        Ok((loaded, started(plugin, kind)))
+    }
+
+    fn pool(&self) -> Result<Arc<Pool>, PluginError> {
+        let mut pool = self.pool.lock();
+        if let Some(pool) = &*pool {
+            return Ok(Arc::clone(pool));
+        }
+        let new = Arc::new(Pool::new(&self.config, &self.environment)?);
+        Ok(Arc::clone(pool.insert(new)))
     }
 
     /// What plugins count, and what the host counts about them, in the Prometheus text format.
     pub fn encode_metrics(&self) -> String {
         let mut text = self.environment.metrics.encode();
         self.modules.encode(&mut text);
+        self.environment.leases.encode(&mut text);
         text
     }
+}
+
+fn started(plugin: Arc<Plugin>, kind: PluginKind) -> Started {
+    let version = Version(Arc::downgrade(&plugin));
+    Started { factory: plugin.factory(kind), version }
 }
 
 pub(crate) fn compile_error(error: wasmtime::Error) -> PluginError {

@@ -60,6 +60,9 @@ pub enum PluginError {
         /// The last lines the plugin logged.
         log: Vec<String>,
     },
+    /// No exchange can have an instance of its own.
+    #[error("the plugin cannot have an instance per exchange")]
+    Snapshot(#[from] crate::snapshot::SnapshotError),
     /// The cache of compiled modules cannot be used.
     #[error("compiled modules cannot be kept")]
     Cache(#[from] crate::cache::CacheError),

@@ -1,5 +1,6 @@
 //! One instance of a plugin: its start, and the callbacks of its streams. The only place that calls guests.
 
+mod clone;
 mod connection;
 mod grpc;
 mod outside;
@@ -9,6 +10,7 @@ use crate::abi::{Callback, MapKind, ROOT_CONTEXT, VM_CONTEXT};
 use crate::budget::{Budget, Exhausted, out_of_time};
 use crate::error::PluginError;
 use crate::host::Exit;
+use crate::lease::Lease;
 use crate::metrics::Limit;
 use crate::module::{Exports, Module};
 use crate::pairs;
@@ -69,7 +71,7 @@ impl Phase<'_> {
     }
 }
 
-/// The guest's exports, resolved once.
+/// The guest's exports, found once by name.
 struct Callbacks {
     context_create: Option<TypedFunc<(u32, u32), ()>>,
     request_headers: Option<HeadersCallback>,
@@ -77,9 +79,26 @@ struct Callbacks {
     log: Option<TypedFunc<u32, ()>>,
     done: Option<TypedFunc<u32, u32>>,
     delete: Option<TypedFunc<u32, ()>>,
-    parts: PartCallbacks,
-    connection: ConnectionCallbacks,
-    outside: OutsideCallbacks,
+    parts: Option<PartCallbacks>,
+    connection: Option<ConnectionCallbacks>,
+    outside: Option<OutsideCallbacks>,
+}
+
+impl Callbacks {
+    /// Those for bodies and trailers, which most exchanges do not need: found when they are first called.
+    fn parts(&mut self, store: &mut Store<State>, guest: &wasmtime::Instance) -> &PartCallbacks {
+        self.parts.get_or_insert_with(|| PartCallbacks::resolve(store, guest))
+    }
+
+    /// Those for connections without HTTP, found when they are first called.
+    fn connection(&mut self, store: &mut Store<State>, guest: &wasmtime::Instance) -> &ConnectionCallbacks {
+        self.connection.get_or_insert_with(|| ConnectionCallbacks::resolve(store, guest))
+    }
+
+    /// Those outside of streams, found when they are first called.
+    fn outside(&mut self, store: &mut Store<State>, guest: &wasmtime::Instance) -> &OutsideCallbacks {
+        self.outside.get_or_insert_with(|| OutsideCallbacks::resolve(store, guest))
+    }
 }
 
 /// `proxy_on_{request,response}_headers` with and without `end_of_stream`.
@@ -91,6 +110,7 @@ enum HeadersCallback {
 /// A running guest.
 pub(crate) struct Instance {
     store: Store<State>,
+    guest: wasmtime::Instance,
     callbacks: Callbacks,
     exports: Exports,
     next_context: u32,
@@ -126,19 +146,23 @@ impl Instance {
 
     fn start_in(mut store: Store<State>, module: &Module) -> Result<Self, (Box<Store<State>>, Failure)> {
         match start_guest(&mut store, module) {
-            Ok(callbacks) => {
+            Ok((guest, callbacks)) => {
                 store.data_mut().log.take_kept();
-                let lingering = VecDeque::new();
-                Ok(Self {
-                    store,
-                    callbacks,
-                    exports: module.exports,
-                    next_context: ROOT_CONTEXT + 1,
-                    lingering,
-                })
+                Ok(Self::of(store, guest, callbacks, module.exports))
             }
             Err(failure) => Err((Box::new(store), failure)),
         }
+    }
+
+    /// An instance whose root context is there, and no stream.
+    fn of(store: Store<State>, guest: wasmtime::Instance, callbacks: Callbacks, exports: Exports) -> Self {
+        let next_context = ROOT_CONTEXT + 1;
+        Self { store, guest, callbacks, exports, next_context, lingering: VecDeque::new() }
+    }
+
+    /// Whether it waits for something that is not over when its exchanges are: an answer, or the guest's `proxy_done`.
+    pub(crate) fn is_waiting(&self) -> bool {
+        !self.lingering.is_empty() || self.store.data().outside.has_calls()
     }
 
     /// A new stream context; `None` when there are too many.
@@ -430,7 +454,10 @@ impl Failure {
 }
 
 /// The start sequence that suits all SDKs: the module's own initialisation, the root context, its configuration.
-fn start_guest(store: &mut Store<State>, module: &Module) -> Result<Callbacks, Failure> {
+fn start_guest(
+    store: &mut Store<State>,
+    module: &Module,
+) -> Result<(wasmtime::Instance, Callbacks), Failure> {
     let within = store.data().start_deadline;
     prepare(store, Callback::Start, VM_CONTEXT, within);
     let instance = module.pre.instantiate(&mut *store);
@@ -455,7 +482,7 @@ fn start_guest(store: &mut Store<State>, module: &Module) -> Result<Callbacks, F
             return Err(Failure::Refused(callback.as_str()));
         }
     }
-    Ok(callbacks)
+    Ok((instance, callbacks))
 }
 
 /// Runs the module's initialisation: a reactor's `_initialize` and its `main`, or a command's `_start`, which may exit.
@@ -497,9 +524,9 @@ fn callbacks(store: &mut Store<State>, instance: &wasmtime::Instance) -> Callbac
         log: instance.get_typed_func(&mut *store, "proxy_on_log").ok(),
         done: instance.get_typed_func(&mut *store, "proxy_on_done").ok(),
         delete: instance.get_typed_func(&mut *store, "proxy_on_delete").ok(),
-        parts: PartCallbacks::resolve(store, instance),
-        connection: ConnectionCallbacks::resolve(store, instance),
-        outside: OutsideCallbacks::resolve(store, instance),
+        parts: None,
+        connection: None,
+        outside: None,
     }
 }
 
@@ -546,6 +573,12 @@ fn crash(store: &Store<State>, callback: Callback, deadline: Duration, error: &w
         (format!("it ran for more than {} ms", deadline.as_millis()), Some(Limit::Deadline))
     } else if state.limits.memory_hit {
         (format!("it wanted more than {} MiB of memory", state.facts.memory_max >> 20), Some(Limit::Memory))
+    } else if state.limits.lease.as_ref().is_some_and(Lease::was_refused) {
+        let mebibytes = state.facts.environment.settings.exchange_memory_max >> 20;
+        let reason = format!(
+            "it wanted more memory than is left of the {mebibytes} MiB that instances of exchanges may add"
+        );
+        (reason, Some(Limit::Memory))
     } else if let Some(exhausted) = error.downcast_ref::<Exhausted>() {
         (exhausted.to_string(), Some(exhausted.limit()))
     } else {

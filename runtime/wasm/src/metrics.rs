@@ -183,6 +183,8 @@ pub(crate) struct PluginCounters {
     pub(crate) starts: AtomicU64,
     pub(crate) log_lines_dropped: AtomicU64,
     pub(crate) calls: AtomicU64,
+    /// Exchanges that had no instance of their own because too many had one.
+    pub(crate) instances_refused: AtomicU64,
 }
 
 impl PluginCounters {
@@ -332,6 +334,7 @@ impl Registry {
         family("memory_bytes", |counters| &counters.memory_bytes);
         family("own_threads", |counters| &counters.own_threads);
         family("paused_instances", |counters| &counters.paused);
+        family("exchange_instances_refused_total", |counters| &counters.instances_refused);
     }
 }
 

@@ -29,6 +29,8 @@ pub(crate) struct Exports {
     pub(crate) trailers: [bool; 2],
     /// `proxy_on_log`.
     pub(crate) log: bool,
+    /// `cairn_on_clone`.
+    pub(crate) clone: bool,
 }
 
 impl Module {
@@ -70,7 +72,7 @@ fn abi_version(module: &wasmtime::Module) -> Result<AbiVersion, PluginError> {
 }
 
 /// The callbacks that are called, with the numbers of their parameters and whether they have a result.
-const CALLED: [(&str, &[usize], bool); 30] = [
+const CALLED: [(&str, &[usize], bool); 31] = [
     ("proxy_on_context_create", &[2], false),
     ("proxy_on_vm_start", &[2], true),
     ("proxy_on_configure", &[2], true),
@@ -102,7 +104,11 @@ const CALLED: [(&str, &[usize], bool); 30] = [
     ("_initialize", &[0], false),
     ("_start", &[0], false),
     ("__main_void", &[0], true),
+    (ON_CLONE, &[0], false),
 ];
+
+/// Called in each instance that is made of a snapshot; an addition of ours to the ABI.
+pub(crate) const ON_CLONE: &str = "cairn_on_clone";
 
 fn is_called(name: &str) -> bool {
     CALLED.iter().any(|(called, _, _)| *called == name)
@@ -132,6 +138,7 @@ fn exports(module: &wasmtime::Module) -> Result<Exports, PluginError> {
         body: ["proxy_on_request_body", "proxy_on_response_body"].map(has),
         trailers: ["proxy_on_request_trailers", "proxy_on_response_trailers"].map(has),
         log: has("proxy_on_log"),
+        clone: has(ON_CLONE),
     })
 }
 

@@ -161,6 +161,11 @@ impl Outside {
         call.ok_or(Status::NotFound)
     }
 
+    /// Whether any call has no answer yet.
+    pub(crate) fn has_calls(&self) -> bool {
+        !self.calls.is_empty()
+    }
+
     /// Whether the guest waits for this call.
     pub(crate) fn is_under_way(&self, id: u32) -> bool {
         self.calls.contains_key(&id)

@@ -8,12 +8,12 @@ mod filter;
 mod grpc;
 mod health;
 mod outside;
+mod own;
 
-pub(crate) use connection::ConnectionPluginFactory;
-pub(crate) use filter::PluginFactory;
 pub use health::{CrashReport, Health};
 
 use crate::budget::{DEADLINE, START_DEADLINE, slow_sampled};
+use crate::clones::Clones;
 use crate::engine::Environment;
 use crate::error::PluginError;
 use crate::instance::{Crash, Instance};
@@ -23,7 +23,10 @@ use crate::module::Module;
 use crate::state::Facts;
 use crate::threads::OwnThreads;
 use breaker::Breaker;
-use cairn_mesh::{FailStrategy, WasmPlugin};
+use cairn_filter::Factory;
+use cairn_mesh::{FailStrategy, PluginKind, WasmPlugin};
+use connection::ConnectionPluginFactory;
+use filter::PluginFactory;
 use health::Crashes;
 use parking_lot::Mutex;
 use std::collections::BTreeSet;
@@ -41,6 +44,8 @@ pub(crate) struct Plugin {
     /// How long the slowest start took; decides whether a worker may do the next one itself.
     start_nanos: AtomicU64,
     slots: Box<[Mutex<Slot>]>,
+    /// Where exchanges have their own instances from. Those in slots are then for what happens outside of exchanges.
+    clones: Option<Clones>,
     /// Where it runs, once that is not on the workers any more: from the start if it is known to be heavy, or else from its
     /// first missed deadline until it is replaced.
     own_threads: OnceLock<OwnThreads>,
@@ -65,11 +70,12 @@ const START_INLINE_MAX: Duration = Duration::from_millis(5);
 
 impl Plugin {
     /// Starts an instance for every worker, or for every thread of its own. The first one decides whether the plugin can be
-    /// used at all.
+    /// used at all, and is what `clones` makes others of.
     pub(crate) fn start(
         module: Arc<Module>,
         plugin: &WasmPlugin,
         environment: Arc<Environment>,
+        clones: impl FnOnce(&mut Instance) -> Result<Option<Clones>, PluginError>,
     ) -> Result<Arc<Self>, PluginError> {
         let workers = environment.settings.workers.max(1);
         let facts = Arc::new(facts_of(&module, plugin, environment));
@@ -77,12 +83,16 @@ impl Plugin {
         let wants_threads = facts.deadline > DEADLINE;
         let own_threads = plugin.limits.own_threads.or(wants_threads.then(|| threads_for(workers)));
         let mut start_nanos = 0;
+        let (mut how, mut clones) = (Some(clones), None);
         let mut slots = Vec::new();
         for _ in 0..own_threads.unwrap_or(workers) {
             let started = Instant::now();
-            let instance = Box::new(Instance::start(&module, &facts, START_DEADLINE)?);
+            let mut instance = Box::new(Instance::start(&module, &facts, START_DEADLINE)?);
             start_nanos = start_nanos.max(nanos(started.elapsed()));
             facts.counters.starts.fetch_add(1, Ordering::Relaxed);
+            if let Some(how) = how.take() {
+                clones = how(&mut instance)?;
+            }
             slots.push(Mutex::new(Slot::of(instance)));
         }
         let plugin = Arc::new(Self {
@@ -92,6 +102,7 @@ impl Plugin {
             holds_heads: plugin.holds_heads,
             start_nanos: AtomicU64::new(start_nanos),
             slots: slots.into_boxed_slice(),
+            clones,
             own_threads: OnceLock::new(),
             paused: AtomicUsize::new(0),
             crashes: Crashes::default(),
@@ -99,10 +110,22 @@ impl Plugin {
         if let Some(count) = own_threads {
             plugin.run_on_own_threads(count).map_err(PluginError::Thread)?;
         }
+        if plugin.clones.as_ref().is_some_and(Clones::wait_in_vain) {
+            let plugin = &plugin.facts.name;
+            tracing::warn!(%plugin, "the plugin called others when it was configured: no exchange's instance will know the answers");
+        }
         for (worker, slot) in plugin.slots.iter().enumerate() {
             plugin.run_errands(&mut slot.lock(), worker);
         }
         Ok(plugin)
+    }
+
+    /// The factory of its filters.
+    pub(crate) fn factory(self: Arc<Self>, kind: PluginKind) -> Arc<dyn Factory> {
+        match kind {
+            PluginKind::Http => Arc::new(PluginFactory::new(self)),
+            PluginKind::Network => Arc::new(ConnectionPluginFactory::new(self)),
+        }
     }
 
     fn slot(&self, worker: usize) -> Option<&Mutex<Slot>> {

@@ -6,6 +6,7 @@ use crate::budget::{Budget, START_DEADLINE};
 use crate::engine::Environment;
 use crate::heads::{Request, Response};
 use crate::host::{Declared, Expressions};
+use crate::lease::Lease;
 use crate::log::{LogGate, LogRate, Sampled};
 use crate::metrics::{Metric, PluginCounters};
 use crate::outside::Outside;
@@ -15,8 +16,8 @@ use parking_lot::Mutex;
 use std::collections::{BTreeSet, HashMap};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::Notify;
 use wasmtime::{Memory, ResourceLimiter, TypedFunc};
@@ -104,7 +105,7 @@ pub(crate) fn number_of(side: Side) -> usize {
 }
 
 /// Properties that a guest set, bounded.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(crate) struct Properties(Vec<Property>);
 
 /// A path, its segments joined by NUL, and a value.
@@ -188,20 +189,23 @@ impl Live {
     }
 
     fn none() -> Self {
-        let nowhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
-        let connection = Connection {
-            id: 0,
-            worker: 0,
-            source: Peer { address: nowhere, identity: None, workload: None },
-            destination: nowhere,
-            service: None,
-            local: None,
-            callout: Arc::new(cairn_filter::NoCallout),
-        };
+        /// Where nothing comes from.
+        static NOWHERE: LazyLock<Arc<Connection>> = LazyLock::new(|| {
+            let nowhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+            Arc::new(Connection {
+                id: 0,
+                worker: 0,
+                source: Peer { address: nowhere, identity: None, workload: None },
+                destination: nowhere,
+                service: None,
+                local: None,
+                callout: Arc::new(cairn_filter::NoCallout),
+            })
+        });
         let now = (Instant::now(), SystemTime::UNIX_EPOCH);
         Self {
             context: VM_CONTEXT,
-            exchange: Exchange::new(Arc::new(connection), Protocol::Http11, now.0, now.1),
+            exchange: Exchange::new(Arc::clone(&NOWHERE), Protocol::Http11, now.0, now.1),
             request: Request::none(),
             response: Response::none(),
             changes: String::new(),
@@ -219,6 +223,8 @@ pub(crate) struct Limits {
     /// What it has.
     memory_bytes: usize,
     counters: Arc<PluginCounters>,
+    /// The instance's share of what all instances of single exchanges have; `None` for one that many exchanges share.
+    pub(crate) lease: Option<Lease>,
 }
 
 impl Drop for Limits {
@@ -234,12 +240,13 @@ impl ResourceLimiter for Limits {
     fn memory_growing(&mut self, current: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
         let fits = desired <= self.memory_bytes_max;
         self.memory_hit |= !fits;
-        if fits {
-            let more = desired.saturating_sub(current);
-            self.memory_bytes += more;
-            self.counters.memory_bytes.fetch_add(more as u64, Ordering::Relaxed);
+        if !fits || self.lease.as_mut().is_some_and(|lease| !lease.grow(current, desired)) {
+            return Ok(false);
         }
-        Ok(fits)
+        let more = desired.saturating_sub(current);
+        self.memory_bytes += more;
+        self.counters.memory_bytes.fetch_add(more as u64, Ordering::Relaxed);
+        Ok(true)
     }
 
     fn table_growing(&mut self, _: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
@@ -311,6 +318,8 @@ pub(crate) struct State {
     /// What the guest declared of its properties.
     pub(crate) declared: Declared,
     pub(crate) expressions: Expressions,
+    /// It was told the time, or random bytes: no other instance comes to the same memory.
+    pub(crate) is_unique: bool,
 }
 
 /// The most buffers kept for new streams.
@@ -321,8 +330,8 @@ const SPARE_BYTES_MAX: usize = 16 << 10;
 impl State {
     pub(crate) fn new(facts: Arc<Facts>) -> Self {
         let counters = Arc::clone(&facts.counters);
-        let limits =
-            Limits { memory_bytes_max: facts.memory_max, memory_hit: false, memory_bytes: 0, counters };
+        let memory_bytes_max = facts.memory_max;
+        let limits = Limits { memory_bytes_max, memory_hit: false, memory_bytes: 0, counters, lease: None };
         Self {
             facts,
             limits,
@@ -343,6 +352,7 @@ impl State {
             outside: Outside::default(),
             declared: Declared::default(),
             expressions: Expressions::default(),
+            is_unique: false,
         }
     }
 

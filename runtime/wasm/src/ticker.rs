@@ -1,6 +1,7 @@
 //! The clock that bounds guests: a thread that advances the engine's epoch. It rests until a plugin is used, and while
 //! none is.
 
+use parking_lot::Mutex;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{Builder, JoinHandle};
@@ -26,6 +27,8 @@ pub(crate) struct Ticker {
 
 #[derive(Default)]
 struct Switch {
+    /// What ticks beside the engine that the thread was started for.
+    more: Mutex<Vec<EngineWeak>>,
     /// A guest was called since the thread last looked.
     used: AtomicBool,
     resting: AtomicBool,
@@ -42,6 +45,11 @@ impl Ticker {
             .stack_size(128 << 10)
             .spawn(move || tick(&engine, &switch))?;
         Ok(Self { shared, thread })
+    }
+
+    /// Advances the epoch of another engine too, for as long as it lives.
+    pub(crate) fn tick_too(&self, engine: EngineWeak) {
+        self.shared.more.lock().push(engine);
     }
 
     /// Says that a guest is about to be called. Almost always one load of a line that nobody writes.
@@ -71,6 +79,7 @@ fn tick(engine: &EngineWeak, switch: &Switch) {
         let Some(engine) = engine.upgrade() else { return };
         engine.increment_epoch();
         drop(engine);
+        switch.more.lock().retain(|engine| engine.upgrade().map(|e| e.increment_epoch()).is_some());
         if looked.elapsed() < REST_AFTER {
             continue;
         }

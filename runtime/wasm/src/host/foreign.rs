@@ -118,7 +118,7 @@ struct Declaration {
 const SPAN_CONNECTION: i32 = 2;
 
 /// What a guest declared of its properties: their names, and whether each may be set once only.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(crate) struct Declared(HashMap<Box<[u8]>, bool>);
 
 /// The most declarations of one instance.

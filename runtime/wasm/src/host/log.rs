@@ -46,7 +46,8 @@ fn log_level(guest: &mut Guest<'_>, level_at: u32) -> Done {
 }
 
 fn current_time(guest: &mut Guest<'_>, time_at: u32) -> Done {
-    let (memory, _) = split(guest)?;
+    let (memory, state) = split(guest)?;
+    state.is_unique = true;
     Ok(write(memory, time_at, &nanoseconds_since_epoch(SystemTime::now()).to_le_bytes())?)
 }
 

@@ -75,12 +75,14 @@ fn define_process(linker: &mut Linker<State>) -> wasmtime::Result<()> {
     })?;
     both(linker, "args_get", |_: u32, _: u32| Errno::Success as u32)?;
     both(linker, "clock_time_get", |mut guest: Guest<'_>, clock: u32, _precision: u64, time_at: u32| {
+        guest.data_mut().is_unique = true;
         errno(clock_time(&mut guest, clock, time_at))
     })?;
     both(linker, "clock_res_get", |mut guest: Guest<'_>, clock: u32, resolution_at: u32| {
         errno(clock_resolution(&mut guest, clock, resolution_at))
     })?;
     both(linker, "random_get", |mut guest: Guest<'_>, at: u32, length: u32| {
+        guest.data_mut().is_unique = true;
         errno(random(&mut guest, at, length))
     })?;
     both(linker, "sched_yield", || Errno::Success as u32)?;

@@ -52,7 +52,9 @@ impl Instance {
     /// `proxy_on_new_connection`.
     pub(crate) fn new_connection(&mut self, context: u32, exchange: &mut Exchange) -> Result<Outcome, Crash> {
         self.forget_resumption(context, Side::Request);
-        let Some(function) = self.callbacks.connection.opened.clone() else { return Ok(Outcome::Continue) };
+        let Some(function) = self.callbacks.connection(&mut self.store, &self.guest).opened.clone() else {
+            return Ok(Outcome::Continue);
+        };
         let called = self.about(context, exchange, |instance| {
             call(&mut instance.store, &function, context, Callback::NewConnection, context)
         });
@@ -79,7 +81,7 @@ impl Instance {
             shown.is_at_hand = true;
             shown.bytes.len() as u32
         };
-        let function = self.callbacks.connection.data[index].clone();
+        let function = self.callbacks.connection(&mut self.store, &self.guest).data[index].clone();
         let called = self.about(context, exchange, |instance| {
             let action = match &function {
                 Some(function) => {
@@ -134,7 +136,10 @@ impl Instance {
     }
 
     fn call_closed(&mut self, context: u32, side: Side, peer: Peer) -> Result<(), Crash> {
-        let Some(function) = &self.callbacks.connection.closed[number_of(side)] else { return Ok(()) };
+        let Some(function) = &self.callbacks.connection(&mut self.store, &self.guest).closed[number_of(side)]
+        else {
+            return Ok(());
+        };
         let callback = match side {
             Side::Request => Callback::DownstreamClose,
             Side::Response => Callback::UpstreamClose,

@@ -60,7 +60,7 @@ impl Instance {
     }
 
     fn tell_grpc(&mut self, id: u32, event: GrpcEvent) -> Result<(), Crash> {
-        let callbacks = &self.callbacks.outside.grpc;
+        let callbacks = &self.callbacks.outside(&mut self.store, &self.guest).grpc;
         let (function, callback, number) = match &event {
             GrpcEvent::Initial(headers) => (&callbacks.initial, Callback::GrpcInitial, headers.len()),
             GrpcEvent::Message(message) => (&callbacks.message, Callback::GrpcReceive, message.len()),

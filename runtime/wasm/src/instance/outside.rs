@@ -61,7 +61,7 @@ impl Instance {
 
     /// `proxy_on_tick`. Returns after what time the next one is due.
     pub(crate) fn tick(&mut self) -> Result<Option<Duration>, Crash> {
-        if let Some(tick) = &self.callbacks.outside.tick {
+        if let Some(tick) = &self.callbacks.outside(&mut self.store, &self.guest).tick {
             call(&mut self.store, tick, ROOT_CONTEXT, Callback::Tick, ROOT_CONTEXT)?;
             self.returned()?;
         }
@@ -70,7 +70,8 @@ impl Instance {
 
     /// `proxy_on_queue_ready`.
     pub(crate) fn queue_ready(&mut self, queue: u32) -> Result<(), Crash> {
-        let Some(ready) = &self.callbacks.outside.queue_ready else { return Ok(()) };
+        let callbacks = self.callbacks.outside(&mut self.store, &self.guest);
+        let Some(ready) = &callbacks.queue_ready else { return Ok(()) };
         call(&mut self.store, ready, (ROOT_CONTEXT, queue), Callback::QueueReady, ROOT_CONTEXT)?;
         self.returned()
     }
@@ -81,14 +82,14 @@ impl Instance {
         id: u32,
         answer: Result<CalloutAnswer, CalloutError>,
     ) -> Result<(), Crash> {
-        let outside = &mut self.store.data_mut().outside;
-        if !outside.answered(id) {
+        if !self.store.data_mut().outside.answered(id) {
             return Ok(());
         }
-        let Some(function) = &self.callbacks.outside.http_call_response else { return Ok(()) };
+        let callbacks = self.callbacks.outside(&mut self.store, &self.guest);
+        let Some(function) = &callbacks.http_call_response else { return Ok(()) };
         let delivery = Delivery::of_http_call(answer);
         let [headers, bytes, trailers] = delivery.http_counts();
-        outside.delivery = delivery;
+        self.store.data_mut().outside.delivery = delivery;
         let parameters = (ROOT_CONTEXT, id, headers, bytes, trailers);
         call(&mut self.store, function, parameters, Callback::HttpCallResponse, ROOT_CONTEXT)?;
         self.returned()

@@ -136,7 +136,8 @@ impl Instance {
     ) -> Result<Action, Crash> {
         let index = number_of(part.side);
         let action = if is_trailers {
-            let Some(function) = &self.callbacks.parts.trailers[index] else { return Ok(Action::Continue) };
+            let callbacks = self.callbacks.parts(&mut self.store, &self.guest);
+            let Some(function) = &callbacks.trailers[index] else { return Ok(Action::Continue) };
             let callback = match part.side {
                 Side::Request => Callback::RequestTrailers,
                 Side::Response => Callback::ResponseTrailers,
@@ -144,7 +145,8 @@ impl Instance {
             let count = part.chunk.trailers.as_ref().map_or(0, |trailers| trailers.len() as u32);
             call(&mut self.store, function, (context, count), callback, context)?.min(1)
         } else {
-            let Some(function) = &self.callbacks.parts.body[index] else { return Ok(Action::Continue) };
+            let callbacks = self.callbacks.parts(&mut self.store, &self.guest);
+            let Some(function) = &callbacks.body[index] else { return Ok(Action::Continue) };
             let callback = match part.side {
                 Side::Request => Callback::RequestBody,
                 Side::Response => Callback::ResponseBody,

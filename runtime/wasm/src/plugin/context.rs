@@ -1,6 +1,7 @@
 //! The guest's context for one exchange, and the way into the instance that it is in.
 
 use super::Plugin;
+use super::own::Own;
 use crate::instance::{Crash, Instance, Outcome};
 use crate::metrics::Limit;
 use cairn_filter::Exchange;
@@ -9,13 +10,15 @@ use std::sync::Arc;
 /// One exchange's place in a plugin.
 pub(super) struct Context {
     plugin: Arc<Plugin>,
-    worker: usize,
-    stream: StreamState,
+    pub(super) worker: usize,
+    pub(super) stream: StreamState,
+    /// The exchange's own instance, if it has one.
+    pub(super) own: Option<Arc<Own>>,
 }
 
 /// The guest's context for the exchange.
 #[derive(Clone, Copy)]
-enum StreamState {
+pub(super) enum StreamState {
     /// There is none yet.
     None,
     Open {
@@ -29,7 +32,7 @@ enum StreamState {
 impl Context {
     /// None yet, in the instance of this worker.
     pub(super) fn new(plugin: Arc<Plugin>, worker: usize) -> Self {
-        Self { plugin, worker, stream: StreamState::None }
+        Self { plugin, worker, stream: StreamState::None, own: None }
     }
 
     /// The place of its instance.
@@ -51,6 +54,9 @@ impl Context {
         run: impl FnOnce(&mut Instance, u32) -> Result<Outcome, Crash>,
     ) -> Result<Outcome, &'static str> {
         let plugin = Arc::clone(&self.plugin);
+        if let Some(clones) = &plugin.clones {
+            return self.enter_own(&plugin, clones, run);
+        }
         let Some(slot) = plugin.slot(self.worker) else { return Ok(Outcome::Continue) };
         let mut slot = slot.lock();
         let generation = slot.generation;
@@ -90,6 +96,9 @@ impl Context {
     /// Closes the guest's context; one that was never opened is opened first. Without an exchange the guest logs nothing.
     pub(super) fn close(&mut self, exchange: Option<&mut Exchange>) {
         let plugin = Arc::clone(&self.plugin);
+        if let Some(clones) = &plugin.clones {
+            return self.close_own(&plugin, clones, exchange);
+        }
         let Some(slot) = plugin.slot(self.worker) else { return };
         let mut slot = slot.lock();
         let generation = slot.generation;

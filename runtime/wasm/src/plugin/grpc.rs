@@ -46,7 +46,7 @@ impl Teller {
     async fn tell(&self, event: GrpcEvent) -> bool {
         let Some(plugin) = self.plugin.upgrade() else { return false };
         let id = self.id;
-        plugin.enter(self.at, move |instance| instance.grpc_event(id, event)).await.unwrap_or(false)
+        plugin.enter(&self.at, move |instance| instance.grpc_event(id, event)).await.unwrap_or(false)
     }
 
     async fn follow(&self, opening: Opening) -> Option<Ended> {

@@ -7,6 +7,7 @@ use super::outside::{Mesh, escaped};
 use super::*;
 use crate::AbiVersion;
 use crate::engine::Environment;
+use crate::lease::Leases;
 use crate::metrics::Registry;
 use crate::places::Places;
 use crate::shared::Shared;
@@ -258,6 +259,7 @@ fn facts(engine: &wasmtime::Engine) -> Arc<Facts> {
         shared: Shared::default(),
         places: Places::new(Vec::new()),
         ticker: Ticker::start(engine.weak()).unwrap(),
+        leases: Arc::new(Leases::new(0, 0)),
     };
     let name: Arc<str> = "ns/none".into();
     Arc::new(Facts {

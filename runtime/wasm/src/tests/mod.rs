@@ -7,6 +7,7 @@ mod connections;
 mod crashes;
 mod foreign;
 mod grpc;
+mod isolated;
 mod kept;
 mod lifecycle;
 mod matrix;

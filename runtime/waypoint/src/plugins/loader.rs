@@ -7,8 +7,8 @@ use cairn_fetch::{
     Asking, Backoff, Credentials, CredentialsError, Digest, FetchError, Pulled, Puller, Source, Store, Wanted,
 };
 use cairn_filter::Factory;
-use cairn_mesh::{PullPolicy, PullSecret, WasmPlugin};
-use cairn_wasm::{Engine, PluginError};
+use cairn_mesh::{Isolation, PullPolicy, PullSecret, WasmPlugin};
+use cairn_wasm::{Engine, PluginError, Started};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -151,7 +151,9 @@ impl Loader {
         let wanted = self.wanted(spec, secret)?;
         let asking = asking(spec, &wanted.source);
         let engine = &self.engine;
-        let needless = |digest: Digest| running == Some(digest) || engine.has(&digest.to_string());
+        let is_isolated = spec.isolation == Isolation::Exchange;
+        let has_code = |digest: Digest| !is_isolated && engine.has(&digest.to_string());
+        let needless = |digest: Digest| running == Some(digest) || has_code(digest);
         let mut pulled = self.puller.pull(&name(spec), &wanted, asking, &needless).await?;
         let stale = pulled.stale.take();
         if running == Some(pulled.digest) {
@@ -232,6 +234,14 @@ fn outdated(error: &FetchError) -> Arc<str> {
 
 fn start(engine: &Engine, store: &Store, pulled: Pulled, spec: &WasmPlugin) -> Result<Loaded, LoadError> {
     let Pulled { digest, manifest, bytes, .. } = pulled;
+    if spec.isolation == Isolation::Exchange {
+        // Its module is written anew with what it keeps, whether or not its code is known.
+        let bytes = bytes.or_else(|| store.bytes(digest)).ok_or(LoadError::Gone)?;
+        let begun = Instant::now();
+        let (loaded, started) = engine.start_isolated(&digest.to_string(), &bytes, spec)?;
+        let start_took = begun.elapsed().saturating_sub(loaded.took);
+        return Ok(running(digest, manifest, &loaded, started, start_took));
+    }
     let known = engine.find(&digest.to_string());
     let loaded = match known {
         Some(loaded) => loaded,
@@ -241,18 +251,28 @@ fn start(engine: &Engine, store: &Store, pulled: Pulled, spec: &WasmPlugin) -> R
         }
     };
     let begun = Instant::now();
-    let started = engine.start(loaded.module, spec)?;
+    let started = engine.start(Arc::clone(&loaded.module), spec)?;
+    Ok(running(digest, manifest, &loaded, started, begun.elapsed()))
+}
+
+fn running(
+    digest: Digest,
+    manifest: Option<Digest>,
+    module: &cairn_wasm::Loaded,
+    started: Started,
+    start_took: Duration,
+) -> Loaded {
     let running = Running {
         number: 0,
         digest,
         manifest,
-        origin: loaded.origin,
-        module_took: loaded.took,
-        start_took: begun.elapsed(),
+        origin: module.origin,
+        module_took: module.took,
+        start_took,
         since: SystemTime::now(),
         version: started.version,
     };
-    Ok(Loaded { running, factory: started.factory })
+    Loaded { running, factory: started.factory }
 }
 
 /// Runs on a thread of its own, which gives way to all that serve traffic.

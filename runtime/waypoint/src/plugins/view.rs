@@ -1,6 +1,7 @@
 //! A plugin as the admin port and metrics tell of it.
 
 use super::{Plugin, Running, Standing};
+use cairn_mesh::Isolation;
 use cairn_wasm::Health;
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
@@ -11,6 +12,7 @@ pub struct View {
     /// Its name, `namespace/name`.
     pub name: String,
     url: String,
+    isolation: &'static str,
     /// `ready`, `loading` or `failed`.
     pub state: &'static str,
     reason: Option<Arc<str>>,
@@ -32,6 +34,10 @@ impl View {
         Self {
             name: plugin.wanted.name.to_string(),
             url: plugin.wanted.url.to_string(),
+            isolation: match plugin.wanted.isolation {
+                Isolation::Shared => "shared",
+                Isolation::Exchange => "exchange",
+            },
             state,
             reason,
             retry: plugin.retry,
@@ -53,6 +59,7 @@ impl View {
         json!({
             "name": self.name,
             "url": self.url,
+            "isolation": self.isolation,
             "state": self.state,
             "reason": self.reason.as_deref().map(str::to_owned).or(health.as_ref().and_then(paused)),
             "loadsNextVersion": self.loading && self.running.is_some(),

@@ -44,7 +44,7 @@ const ROOTS: [&str; 13] = [
 ];
 
 /// The expressions of one instance.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(crate) struct Expressions {
     known: HashMap<u32, Arc<Expression>>,
     next: u32,
