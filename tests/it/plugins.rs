@@ -157,6 +157,86 @@ async fn a_hundred_swaps_under_traffic_and_no_request_fails() -> Result<()> {
     Ok(())
 }
 
+/// A module that adds to each request how many it has seen, up to 9, as `x-count`.
+fn counter() -> Vec<u8> {
+    wat::parse_str(
+        r#"(module
+          (import "env" "proxy_add_header_map_value" (func $add (param i32 i32 i32 i32 i32) (result i32)))
+          (memory (export "memory") 1)
+          (global $count (mut i32) (i32.const 48))
+          (data (i32.const 512) "x-count")
+          (func (export "proxy_abi_version_0_2_1"))
+          (func (export "proxy_on_memory_allocate") (param i32) (result i32) (i32.const 1024))
+          (func (export "proxy_on_request_headers") (param i32 i32 i32) (result i32)
+            (global.set $count (i32.add (global.get $count) (i32.const 1)))
+            (i32.store8 (i32.const 520) (global.get $count))
+            (drop (call $add (i32.const 0) (i32.const 512) (i32.const 7) (i32.const 520) (i32.const 1)))
+            (i32.const 0)))"#,
+    )
+    .unwrap()
+}
+
+/// A module that answers every request with 403.
+fn denier() -> Vec<u8> {
+    wat::parse_str(
+        r#"(module
+          (import "env" "proxy_send_local_response"
+            (func $reply (param i32 i32 i32 i32 i32 i32 i32 i32) (result i32)))
+          (memory (export "memory") 1)
+          (func (export "proxy_abi_version_0_2_1"))
+          (func (export "proxy_on_memory_allocate") (param i32) (result i32) (i32.const 1024))
+          (func (export "proxy_on_request_headers") (param i32 i32 i32) (result i32)
+            (drop (call $reply (i32.const 403) (i32.const 0) (i32.const 0) (i32.const 0) (i32.const 0)
+              (i32.const 0) (i32.const 0) (i32.const -1)))
+            (i32.const 1)))"#,
+    )
+    .unwrap()
+}
+
+#[tokio::test]
+async fn an_exchange_has_an_instance_of_its_own_and_a_shadow_decides_nothing() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    let mut manifests = String::new();
+    for (name, module, annotation) in
+        [("count", counter(), "isolation: exchange"), ("deny", denier(), "mode: shadow")]
+    {
+        let file = home.path().join(format!("{name}.wasm"));
+        std::fs::write(&file, module)?;
+        let text = plugin(name, GATEWAY, &format!("file://{}", file.display()), "");
+        let annotated = format!("namespace: shop, annotations: {{ cairn.dev/{annotation} }} }}");
+        manifests += &text.replace("namespace: shop }", &annotated);
+    }
+    let mesh = Mesh::start(&[SMALL, ("plugins.yaml", &manifests)], &[])?;
+    let (web, catalog) = (Who::Pod(mesh.pod("shop/web")?), mesh.service("shop/catalog", 8000)?);
+    let mut client = Client::open(web, catalog).await?;
+    for _ in 0..3 {
+        let answer = client.get("/").await?;
+        ensure!(answer.status == 200, "{}: {}", answer.status, answer.body);
+        ensure!(answer.body.lines().any(|line| line == "header: x-count: 1"), "{}", answer.body);
+    }
+    let waypoint = mesh.waypoint("shop/gate")?;
+    let deadline = Instant::now() + SOON;
+    let plugins = loop {
+        // What is in the shadow may lag behind.
+        let plugins = admin(waypoint, "/plugins").await?;
+        if plugins[1]["shadow"]["verdicts"]["answer_4xx"] == 3 {
+            break plugins;
+        }
+        ensure!(Instant::now() < deadline, "{plugins:#}");
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    };
+    let isolations = [&plugins[0]["isolation"], &plugins[1]["isolation"]];
+    assert_eq!(isolations, ["exchange", "shared"], "{plugins:#}");
+    assert_eq!([&plugins[0]["mode"], &plugins[1]["mode"]], ["enforce", "shadow"], "{plugins:#}");
+    assert_eq!((&plugins[0]["shadow"], &plugins[1]["shadow"]["exchanges"]), (&Value::Null, &json!(3)));
+    assert!(plugins[1]["shadow"]["cpuSeconds"].as_f64().is_some_and(|seconds| seconds > 0.0), "{plugins:#}");
+    let exchanges = admin(waypoint, "/exchanges").await?.to_string();
+    assert!(exchanges.contains("shadow: would have answered 403"), "{exchanges}");
+    let metrics = metrics(waypoint).await?;
+    assert!(metrics.contains("\ncairn_wasm_exchange_instances 0\n"), "{metrics}");
+    Ok(())
+}
+
 /// A registry of images with one image and one user. It ends when dropped.
 struct FakeRegistry {
     address: SocketAddr,

@@ -3,7 +3,7 @@
 //! `cargo run --release -p cairn-wasm --example cost -- target/plugins/tag.wasm '{"request": [], …}'`
 //!
 //! The exchange is one request and one response without a network, with the plugin's header phases and its end: in an instance
-//! that all exchanges share, and in one of its own.
+//! that all exchanges share, in one of its own, and in the shadow of the first kind.
 
 #![allow(clippy::expect_used, reason = "a measuring tool may stop with a message")]
 
@@ -34,7 +34,7 @@ fn main() {
     let module = engine.compile(&bytes).expect("the module compiles");
     println!("compiled in {:?}: {}", started.elapsed(), resident());
     let started = Instant::now();
-    let factory = engine.factory(module, &plugin(&config)).expect("the plugin starts");
+    let factory = engine.factory(Arc::clone(&module), &plugin(&config)).expect("the plugin starts");
     println!("{WORKERS} instances in {:?}: {}", started.elapsed(), resident());
     let shared = measure("shared instance", &*factory);
     drop(factory);
@@ -45,6 +45,10 @@ fn main() {
     let own = measure("own instance", &*isolated.1.factory);
     println!("an instance for each exchange: {} ns more than a shared one", own.saturating_sub(shared));
     drop(isolated);
+
+    let shadowed = WasmPlugin { mode: PluginMode::Shadow, ..plugin(&config) };
+    let factory = engine.factory(module, &shadowed).expect("the plugin starts");
+    measure("in the shadow, on this thread alone", &*factory);
 }
 
 /// Prints and returns the nanoseconds that a plugin adds to an exchange.

@@ -33,6 +33,7 @@ mod pairs;
 mod places;
 mod plugin;
 mod pool;
+mod shadow;
 mod shared;
 mod snapshot;
 mod state;
@@ -48,6 +49,7 @@ pub use loaded::{Loaded, Origin, Started, Version};
 pub use module::Module;
 pub use places::WorkerPlace;
 pub use plugin::{CrashReport, Health};
+pub use shadow::ShadowView;
 pub use snapshot::SnapshotError;
 
 #[cfg(test)]

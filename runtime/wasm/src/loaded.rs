@@ -6,6 +6,7 @@ use crate::error::PluginError;
 use crate::load::{self, Compiled};
 use crate::module::Module;
 use crate::plugin::{Health, Plugin};
+use crate::shadow::ShadowView;
 use cairn_filter::Factory;
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -75,6 +76,11 @@ impl Version {
     /// How it does; `None` when nothing uses it any more.
     pub fn health(&self) -> Option<Health> {
         self.0.upgrade().map(|plugin| plugin.health())
+    }
+
+    /// What the plugin would have done, if it is only asked that: over all its versions, as long as this one is in use.
+    pub fn shadow(&self) -> Option<ShadowView> {
+        self.0.upgrade()?.shadow()
     }
 }
 

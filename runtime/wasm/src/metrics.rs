@@ -3,6 +3,7 @@
 
 use crate::abi::Status;
 use crate::log::Sampled;
+use crate::shadow::{self, ShadowCounts};
 use parking_lot::{Mutex, RwLock};
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write;
@@ -185,6 +186,8 @@ pub(crate) struct PluginCounters {
     pub(crate) calls: AtomicU64,
     /// Exchanges that had no instance of their own because too many had one.
     pub(crate) instances_refused: AtomicU64,
+    /// What it would have done, if it is only asked that.
+    pub(crate) shadow: ShadowCounts,
 }
 
 impl PluginCounters {
@@ -335,6 +338,7 @@ impl Registry {
         family("own_threads", |counters| &counters.own_threads);
         family("paused_instances", |counters| &counters.paused);
         family("exchange_instances_refused_total", |counters| &counters.instances_refused);
+        shadow::encode(text, plugins.iter().map(|(name, counters)| (escape(name), &counters.shadow)));
     }
 }
 

@@ -10,6 +10,7 @@ mod health;
 mod outside;
 mod own;
 
+pub(crate) use filter::PluginFactory;
 pub use health::{CrashReport, Health};
 
 use crate::budget::{DEADLINE, START_DEADLINE, slow_sampled};
@@ -20,13 +21,13 @@ use crate::instance::{Crash, Instance};
 use crate::log::LogRate;
 use crate::metrics::Limit;
 use crate::module::Module;
+use crate::shadow::{ShadowFactory, ShadowView};
 use crate::state::Facts;
 use crate::threads::OwnThreads;
 use breaker::Breaker;
 use cairn_filter::Factory;
-use cairn_mesh::{FailStrategy, PluginKind, WasmPlugin};
+use cairn_mesh::{FailStrategy, PluginKind, PluginMode, WasmPlugin};
 use connection::ConnectionPluginFactory;
-use filter::PluginFactory;
 use health::Crashes;
 use parking_lot::Mutex;
 use std::collections::BTreeSet;
@@ -39,6 +40,8 @@ pub(crate) struct Plugin {
     module: Arc<Module>,
     facts: Arc<Facts>,
     fail_strategy: FailStrategy,
+    /// Whether it is only asked what it would do.
+    is_shadow: bool,
     /// Whether it sees the body while it holds the head.
     holds_heads: bool,
     /// How long the slowest start took; decides whether a worker may do the next one itself.
@@ -83,6 +86,7 @@ impl Plugin {
         let wants_threads = facts.deadline > DEADLINE;
         let own_threads = plugin.limits.own_threads.or(wants_threads.then(|| threads_for(workers)));
         let mut start_nanos = 0;
+        let is_shadow = plugin.mode == PluginMode::Shadow;
         let (mut how, mut clones) = (Some(clones), None);
         let mut slots = Vec::new();
         for _ in 0..own_threads.unwrap_or(workers) {
@@ -98,7 +102,9 @@ impl Plugin {
         let plugin = Arc::new(Self {
             module,
             facts,
-            fail_strategy: plugin.fail_strategy,
+            // What does not decide, fails nothing.
+            fail_strategy: if is_shadow { FailStrategy::Open } else { plugin.fail_strategy },
+            is_shadow,
             holds_heads: plugin.holds_heads,
             start_nanos: AtomicU64::new(start_nanos),
             slots: slots.into_boxed_slice(),
@@ -120,12 +126,23 @@ impl Plugin {
         Ok(plugin)
     }
 
-    /// The factory of its filters.
+    /// The factory of its filters. Connections have no shadow: a manifest that asks for one is refused.
     pub(crate) fn factory(self: Arc<Self>, kind: PluginKind) -> Arc<dyn Factory> {
-        match kind {
-            PluginKind::Http => Arc::new(PluginFactory::new(self)),
-            PluginKind::Network => Arc::new(ConnectionPluginFactory::new(self)),
+        match (kind, self.is_shadow) {
+            (PluginKind::Network, _) => Arc::new(ConnectionPluginFactory::new(self)),
+            (PluginKind::Http, false) => Arc::new(PluginFactory::new(self)),
+            (PluginKind::Http, true) => {
+                let facts = Arc::clone(&self.facts);
+                let (environment, counters) = (Arc::clone(&facts.environment), Arc::clone(&facts.counters));
+                Arc::new(ShadowFactory::new(PluginFactory::new(self), environment, counters))
+            }
         }
+    }
+
+    /// What it would have done, if it is only asked that.
+    pub(crate) fn shadow(&self) -> Option<ShadowView> {
+        let counters = &self.facts.counters;
+        self.is_shadow.then(|| counters.shadow.view(counters.traps.load(Ordering::Relaxed)))
     }
 
     fn slot(&self, worker: usize) -> Option<&Mutex<Slot>> {
@@ -295,6 +312,7 @@ fn facts_of(module: &Module, plugin: &WasmPlugin, environment: Arc<Environment>)
     Facts {
         plugin_name: format!("{}.{}", plugin.name.namespace, plugin.name.name),
         scope: Arc::clone(&plugin.name.namespace),
+        data_scope: data_scope(plugin),
         abi: module.abi(),
         root_id: Arc::clone(&plugin.plugin_name),
         config: Arc::clone(&plugin.config),
@@ -307,6 +325,15 @@ fn facts_of(module: &Module, plugin: &WasmPlugin, environment: Arc<Environment>)
         asked_in_vain: Mutex::new(BTreeSet::new()),
         name,
         environment,
+    }
+}
+
+/// Plugins of a namespace share data. One that decides nothing must not decide for the others in this way.
+fn data_scope(plugin: &WasmPlugin) -> Arc<str> {
+    match plugin.mode {
+        PluginMode::Enforce => Arc::clone(&plugin.name.namespace),
+        // No namespace has such a name.
+        PluginMode::Shadow => format!("shadow of {}", plugin.name).into(),
     }
 }
 

@@ -28,8 +28,10 @@ pub(crate) struct Facts {
     pub(crate) name: Arc<str>,
     /// `ns.name`, as Envoy names it to plugins.
     pub(crate) plugin_name: String,
-    /// The plugin's namespace: plugins of one namespace share data and queues.
+    /// The plugin's namespace.
     pub(crate) scope: Arc<str>,
+    /// Whose data and queues it shares: those of its namespace, unless it is in the shadow.
+    pub(crate) data_scope: Arc<str>,
     pub(crate) abi: AbiVersion,
     pub(crate) root_id: Arc<str>,
     pub(crate) config: Arc<str>,

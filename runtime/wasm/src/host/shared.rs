@@ -60,7 +60,7 @@ fn get(guest: &mut Guest<'_>, key: Slice, result: Slice, cas_at: u32) -> Done {
     let mut cas = 0;
     give(guest, result.0, result.1, |memory, state, out| {
         let key = read(memory, key.0, key.1)?;
-        cas = state.facts.environment.shared.read(&state.facts.scope, key, out)?;
+        cas = state.facts.environment.shared.read(&state.facts.data_scope, key, out)?;
         Ok(())
     })?;
     let (memory, _) = split(guest)?;
@@ -72,14 +72,14 @@ fn set(guest: &mut Guest<'_>, key: Slice, value: Slice, cas: u32) -> Done {
     let key = read(memory, key.0, key.1)?;
     let value = read(memory, value.0, value.1)?;
     charge(state, key.len() + value.len())?;
-    state.facts.environment.shared.write(&state.facts.scope, key, value, cas).map_err(refusal)
+    state.facts.environment.shared.write(&state.facts.data_scope, key, value, cas).map_err(refusal)
 }
 
 fn register(guest: &mut Guest<'_>, name: Slice, id_at: u32) -> Done {
     let (memory, state) = split(guest)?;
     check(memory, id_at, 4)?;
     let name = read(memory, name.0, name.1)?;
-    let id = state.facts.environment.shared.register_queue(&state.facts.scope, name).map_err(refusal)?;
+    let id = state.facts.environment.shared.register_queue(&state.facts.data_scope, name).map_err(refusal)?;
     state.outside.listen(id);
     Ok(write_u32(memory, id_at, id)?)
 }
@@ -92,7 +92,7 @@ fn resolve(guest: &mut Guest<'_>, vm: Slice, name: Slice, id_at: u32) -> Done {
     if !vm.is_empty() {
         return Err(Status::NotFound.into());
     }
-    let id = state.facts.environment.shared.resolve_queue(&state.facts.scope, name)?;
+    let id = state.facts.environment.shared.resolve_queue(&state.facts.data_scope, name)?;
     Ok(write_u32(memory, id_at, id)?)
 }
 

@@ -40,6 +40,16 @@ impl PluginFactory {
         }
         Self { plugin, phases }
     }
+
+    /// Whether the plugin wants to know the end of every exchange.
+    pub(crate) fn logs(&self) -> bool {
+        self.plugin.module.exports.log
+    }
+
+    /// Whether the plugin runs on threads of its own by now.
+    pub(crate) fn has_own_threads(&self) -> bool {
+        self.plugin.own_threads.get().is_some()
+    }
 }
 
 impl Factory for PluginFactory {

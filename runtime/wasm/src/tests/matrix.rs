@@ -265,6 +265,7 @@ fn facts(engine: &wasmtime::Engine) -> Arc<Facts> {
     Arc::new(Facts {
         plugin_name: "ns.none".to_owned(),
         scope: "ns".into(),
+        data_scope: "ns".into(),
         abi: AbiVersion::V0_2_1,
         root_id: "".into(),
         config: "".into(),

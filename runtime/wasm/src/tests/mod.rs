@@ -14,6 +14,7 @@ mod matrix;
 mod outside;
 mod own_threads;
 mod sequences;
+mod shadow;
 
 use crate::{Engine, EngineSettings, PluginError};
 use cairn_filter::{

@@ -1,8 +1,8 @@
 //! A plugin as the admin port and metrics tell of it.
 
 use super::{Plugin, Running, Standing};
-use cairn_mesh::Isolation;
-use cairn_wasm::Health;
+use cairn_mesh::{Isolation, PluginMode};
+use cairn_wasm::{Health, ShadowView};
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -13,6 +13,7 @@ pub struct View {
     pub name: String,
     url: String,
     isolation: &'static str,
+    mode: &'static str,
     /// `ready`, `loading` or `failed`.
     pub state: &'static str,
     reason: Option<Arc<str>>,
@@ -38,6 +39,10 @@ impl View {
                 Isolation::Shared => "shared",
                 Isolation::Exchange => "exchange",
             },
+            mode: match plugin.wanted.mode {
+                PluginMode::Enforce => "enforce",
+                PluginMode::Shadow => "shadow",
+            },
             state,
             reason,
             retry: plugin.retry,
@@ -60,6 +65,8 @@ impl View {
             "name": self.name,
             "url": self.url,
             "isolation": self.isolation,
+            "mode": self.mode,
+            "shadow": self.running.as_ref().and_then(|running| running.version.shadow()).map(|view| shadow(&view)),
             "state": self.state,
             "reason": self.reason.as_deref().map(str::to_owned).or(health.as_ref().and_then(paused)),
             "loadsNextVersion": self.loading && self.running.is_some(),
@@ -109,6 +116,17 @@ fn told(health: &Health) -> Value {
 
 fn seconds(time: SystemTime) -> f64 {
     time.duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
+}
+
+/// What a plugin that is only asked would have done.
+fn shadow(view: &ShadowView) -> Value {
+    let verdicts = view.verdicts.iter().map(|(verdict, count)| ((*verdict).to_owned(), Value::from(*count)));
+    json!({
+        "exchanges": view.exchanges,
+        "verdicts": verdicts.collect::<Map<_, _>>(),
+        "crashes": view.crashes,
+        "cpuSeconds": view.cpu.as_secs_f64(),
+    })
 }
 
 fn running(running: &Running) -> Value {
