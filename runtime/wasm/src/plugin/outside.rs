@@ -162,7 +162,10 @@ impl Plugin {
     ) -> Option<T> {
         let (worker, generation) = match at {
             Seat::Shared { worker, generation } => (*worker, *generation),
-            Seat::Own { own, .. } => return self.enter_own(&own.upgrade()?, at, run),
+            Seat::Own { own, .. } => {
+                let own = own.upgrade()?;
+                return self.enter_own(&own, at, run);
+            }
         };
         let mut slot = self.slot(worker)?.lock();
         if slot.generation != generation {
