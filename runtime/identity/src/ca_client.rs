@@ -1,19 +1,19 @@
 //! The mesh's CA over gRPC: `istio.v1.auth.IstioCertificateService/CreateCertificate`.
 
-use crate::{IssueError, Issuer};
+use crate::{IssueError, Issuer, Roots, Token};
 use cairn_mesh::Identity;
 use cairn_proto::ca::IstioCertificateRequest;
 use cairn_proto::ca::istio_certificate_service_client::IstioCertificateServiceClient;
 use parking_lot::Mutex;
 use prost_types::{Struct, Value, value::Kind};
-use std::fs;
 use std::future::Future;
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tonic::Request;
-use tonic::metadata::{Ascii, MetadataValue};
+use tonic::metadata::{Ascii, AsciiMetadataKey, MetadataValue};
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
 
 /// Where the CA is, and who we are to it.
@@ -21,11 +21,14 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
 pub struct CaSettings {
     /// `https://host:port`.
     pub address: String,
-    /// A PEM file with the roots that the CA's own certificate chains to; read again at each call, so that it may
-    /// be replaced.
-    pub roots: PathBuf,
-    /// A file with the token that says who we are; read again at each call, since tokens expire. No token if unset.
-    pub token: Option<PathBuf>,
+    /// The roots that the CA's own certificate chains to; read again at each call, so that they may be replaced.
+    pub roots: Roots,
+    /// The token that says who we are; read again at each call, since tokens expire. No token if unset.
+    pub token: Option<Token>,
+    /// The name that the CA's certificate is for, if that is not the address's.
+    pub host: Option<String>,
+    /// What each call carries beside the token.
+    pub headers: Vec<(String, String)>,
     /// The cluster the token is of; sent as `ClusterID`.
     pub cluster_id: String,
     /// Ask in the name of the identity (`ImpersonatedIdentity`), as a ztunnel does for the workloads of its node.
@@ -83,11 +86,18 @@ impl Shared {
             metadata: self.settings.impersonate.then(|| impersonated(identity)),
         });
         if let Some(token) = &self.settings.token {
-            request.metadata_mut().insert("authorization", bearer(&read(token)?)?);
+            request
+                .metadata_mut()
+                .insert("authorization", bearer(&token.read().map_err(file(token.name()))?)?);
         }
         let cluster_id = self.settings.cluster_id.parse();
         let cluster_id = cluster_id.map_err(|_| IssueError::Settings { what: "the cluster's name" })?;
         request.metadata_mut().insert("clusterid", cluster_id);
+        for (name, value) in &self.settings.headers {
+            let wrong = || IssueError::Settings { what: "a header" };
+            let name: AsciiMetadataKey = name.parse().map_err(|_| wrong())?;
+            request.metadata_mut().insert(name, value.parse().map_err(|_| wrong())?);
+        }
         let mut client = IstioCertificateServiceClient::new(self.channel()?);
         let response = client.create_certificate(request).await;
         Ok(response.map_err(|status| IssueError::Refused(Box::new(status)))?.into_inner().cert_chain)
@@ -95,14 +105,17 @@ impl Shared {
 
     /// The connection; a new one if the roots have changed.
     fn channel(&self) -> Result<Channel, IssueError> {
-        let roots = read(&self.settings.roots)?;
+        let roots = self.settings.roots.read().map_err(file(self.settings.roots.name()))?;
         let mut known = self.channel.lock();
         if let Some((with, channel)) = &*known
             && *with == roots
         {
             return Ok(channel.clone());
         }
-        let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(&roots));
+        let mut tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(&roots));
+        if let Some(host) = &self.settings.host {
+            tls = tls.domain_name(host.as_str());
+        }
         let channel = Endpoint::from_shared(self.settings.address.clone())
             .map_err(IssueError::Connect)?
             .connect_timeout(CONNECT_TIMEOUT)
@@ -129,6 +142,7 @@ fn bearer(token: &str) -> Result<MetadataValue<Ascii>, IssueError> {
     Ok(value)
 }
 
-fn read(path: &Path) -> Result<String, IssueError> {
-    fs::read_to_string(path).map_err(|source| IssueError::File { path: path.to_owned(), source })
+fn file(path: &Path) -> impl FnOnce(io::Error) -> IssueError {
+    let path = path.to_owned();
+    move |source| IssueError::File { path, source }
 }

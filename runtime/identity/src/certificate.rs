@@ -4,6 +4,8 @@ use crate::pem;
 use crate::sessions::Sessions;
 use crate::verify::{Accept, PeerVerifier, identities};
 use crate::{IssueError, Issuer};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use cairn_mesh::Identity;
 use parking_lot::Mutex;
 use rcgen::{CertificateParams, DistinguishedName, KeyPair, SanType};
@@ -82,12 +84,40 @@ pub struct WorkloadCertificate {
     pub chain_pem: String,
     /// The serial number in lower-case hexadecimal.
     pub serial: String,
+    /// Where the roots begin in `chain_pem`.
+    roots_at: usize,
     server: Arc<ServerConfig>,
     /// Accepts no server until given whom to expect.
     client: ClientConfig,
     clients: Mutex<HashMap<Box<[Identity]>, Arc<ClientConfig>>>,
     roots: Arc<[TrustAnchor<'static>]>,
     algorithms: WebPkiSupportedAlgorithms,
+}
+
+/// What operators are shown of one certificate of a chain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CertificateView {
+    /// The certificate as PEM, and that in base64 (as Istio's ztunnel shows it).
+    pub pem_base64: String,
+    /// The serial number, in decimal.
+    pub serial: String,
+    /// From when it is valid.
+    pub not_before: SystemTime,
+    /// Until when it is valid.
+    pub not_after: SystemTime,
+}
+
+impl CertificateView {
+    fn of(certificate: &CertificateDer<'static>) -> Option<Self> {
+        let (_, parsed) = parse_x509_certificate(certificate).ok()?;
+        let validity = parsed.validity();
+        Some(Self {
+            pem_base64: STANDARD.encode(pem::encode(certificate)),
+            serial: parsed.serial.to_string(),
+            not_before: system_time(validity.not_before.timestamp()),
+            not_after: system_time(validity.not_after.timestamp()),
+        })
+    }
 }
 
 impl WorkloadCertificate {
@@ -129,6 +159,7 @@ impl WorkloadCertificate {
             not_before: system_time(not_before),
             not_after: system_time(not_after),
             chain_pem: chain.concat(),
+            roots_at: chain.iter().rev().skip(1).map(String::len).sum(),
             serial,
             server: Arc::new(server),
             client,
@@ -165,6 +196,23 @@ impl WorkloadCertificate {
         let config = Arc::new(config);
         clients.insert(expected.into(), Arc::clone(&config));
         config
+    }
+
+    /// What operators are shown of the leaf and its intermediates.
+    pub fn chain_views(&self) -> Vec<CertificateView> {
+        self.views(..self.roots_at)
+    }
+
+    /// What operators are shown of the roots.
+    pub fn root_views(&self) -> Vec<CertificateView> {
+        self.views(self.roots_at..)
+    }
+
+    fn views(&self, part: impl std::slice::SliceIndex<str, Output = str>) -> Vec<CertificateView> {
+        // It was read before, when the certificate came.
+        let certificates = self.chain_pem.get(part).map(pem::certificates);
+        let certificates = certificates.and_then(Result::ok).unwrap_or_default();
+        certificates.iter().filter_map(CertificateView::of).collect()
     }
 
     /// Whether it is valid at `now`.

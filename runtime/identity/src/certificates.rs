@@ -78,6 +78,17 @@ pub enum CertificateError {
     },
 }
 
+/// How it stands with a certificate.
+#[derive(Clone, Debug)]
+pub enum CertificateState {
+    /// There is a valid one.
+    Available(Arc<WorkloadCertificate>),
+    /// There is none yet.
+    Initializing,
+    /// There is none, and this is why.
+    Unavailable(String),
+}
+
 /// The certificates of a proxy. [`Certificates::renew`] must run for any to be fetched.
 pub struct Certificates {
     issuer: Arc<dyn Issuer>,
@@ -128,6 +139,25 @@ impl Certificates {
     /// The valid certificates, in no order.
     pub fn list(&self) -> Vec<Arc<WorkloadCertificate>> {
         self.entries.lock().values().filter_map(Entry::valid).collect()
+    }
+
+    /// Whose certificates are kept or wanted, in no order.
+    pub fn identities(&self) -> Vec<Identity> {
+        self.entries.lock().keys().cloned().collect()
+    }
+
+    /// How it stands with each certificate, in no order.
+    pub fn states(&self) -> Vec<(Identity, CertificateState)> {
+        let entries = self.entries.lock();
+        let states = entries.iter().map(|(identity, entry)| {
+            let state = match (entry.valid(), &entry.error) {
+                (Some(certificate), _) => CertificateState::Available(certificate),
+                (None, Some(error)) => CertificateState::Unavailable(Chain(&**error).to_string()),
+                (None, None) => CertificateState::Initializing,
+            };
+            (identity.clone(), state)
+        });
+        states.collect()
     }
 
     /// Has the certificate of `identity` fetched, and renewed from then on, without waiting for it.

@@ -8,15 +8,17 @@ mod ca_client;
 mod certificate;
 mod certificates;
 mod issuer;
+mod material;
 mod pem;
 mod sessions;
 mod verify;
 
 pub use authority::{Authority, AuthorityError, SignError};
 pub use ca_client::{CaClient, CaSettings};
-pub use certificate::{ChainError, WorkloadCertificate};
-pub use certificates::{CertificateError, CertificateSettings, Certificates};
+pub use certificate::{CertificateView, ChainError, WorkloadCertificate};
+pub use certificates::{CertificateError, CertificateSettings, CertificateState, Certificates};
 pub use issuer::{IssueError, Issuer};
+pub use material::{Roots, Token};
 pub use verify::peer_identity;
 
 #[cfg(test)]

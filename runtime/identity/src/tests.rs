@@ -378,8 +378,10 @@ async fn ca_client_reads_roots_and_token_again_at_each_call() {
     let (roots, token) = (ca.dir.path().join("roots.pem"), ca.dir.path().join("token"));
     let client = CaClient::new(CaSettings {
         address: format!("https://{address}"),
-        roots: roots.clone(),
-        token: Some(token.clone()),
+        roots: roots.clone().into(),
+        token: Some(token.clone().into()),
+        host: None,
+        headers: Vec::new(),
         cluster_id: "Kubernetes".to_owned(),
         impersonate: true,
     });

@@ -31,7 +31,7 @@ use cairn_http::{Balancer, MeshCallout, RouteTable, Site, SiteHandle, Tunnels, W
 use cairn_identity::{CaClient, CaSettings, CertificateSettings, Certificates};
 use cairn_mesh::{AppProtocol, PathNormalization, Snapshot};
 use cairn_net::{Drain, ListenOptions};
-use cairn_process::{Operators, Pending, Readiness, Workers};
+use cairn_process::{Liveness, Operators, Pending, Readiness, Workers};
 use cairn_telemetry::{Telemetry, TelemetrySettings};
 use cairn_wasm::{CacheSettings, Engine, EngineSettings, WorkerPlace};
 use cairn_xds::{FollowSettings, Mesh};
@@ -92,8 +92,10 @@ async fn serve(settings: Settings, workers: Workers) -> anyhow::Result<()> {
         Telemetry::new("proxy", env!("CARGO_PKG_VERSION"), &telemetry_settings, std::io::stdout());
     let issuer = CaClient::new(CaSettings {
         address: settings.ca_address.clone(),
-        roots: settings.xds_root.clone(),
-        token: settings.token.clone(),
+        roots: settings.xds_root.clone().into(),
+        token: settings.token.clone().map(Into::into),
+        host: None,
+        headers: Vec::new(),
         cluster_id: settings.cluster_id.clone(),
         impersonate: false,
     });
@@ -288,6 +290,7 @@ fn start_operators(
         metrics_address_too: Some(at(15090)),
         admin_address: SocketAddr::new(waypoint.settings.admin_address, 15000),
         readiness,
+        liveness: Liveness::watch(&waypoint.workers.runtimes()),
         metrics: Arc::new(move || {
             telemetry.metrics.encode()
                 + &wasm.encode_metrics()
@@ -391,7 +394,7 @@ async fn follow(waypoint: Arc<Waypoint>) {
     let settings = &waypoint.settings;
     let mut follow =
         FollowSettings::new(settings.xds_address.clone(), settings.xds_root.clone(), node_id(settings));
-    follow.token = settings.token.clone();
+    follow.token = settings.token.clone().map(Into::into);
     follow.cluster_id = settings.cluster_id.clone();
     follow.node_metadata = vec![
         ("NAMESPACE".to_owned(), (*settings.gateway.namespace).into()),

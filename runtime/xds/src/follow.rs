@@ -6,6 +6,7 @@
 use crate::mesh::{Mesh, Writer};
 use crate::object::value_to_proto;
 use crate::session::{ObjectDecoder, Session};
+use cairn_identity::{Roots, Token};
 use cairn_proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use cairn_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
 use std::future::Future;
@@ -14,7 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::metadata::{Ascii, MetadataValue};
+use tonic::metadata::{Ascii, AsciiMetadataKey, MetadataValue};
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
 use tonic::{Request, Status, Streaming};
 use tracing::{debug, info, warn};
@@ -37,10 +38,14 @@ const GOOD_CONNECTION: Duration = Duration::from_secs(1);
 pub struct FollowSettings {
     /// `https://host:port`.
     pub address: String,
-    /// The roots of the server's certificate, PEM; read at each connect.
-    pub roots: PathBuf,
-    /// The bearer token's file; read at each connect.
-    pub token: Option<PathBuf>,
+    /// The roots of the server's certificate; read at each connect.
+    pub roots: Roots,
+    /// The bearer token; read at each connect.
+    pub token: Option<Token>,
+    /// The name that the server's certificate is for, if that is not the address's.
+    pub host: Option<String>,
+    /// What the call carries beside the token.
+    pub headers: Vec<(String, String)>,
     /// Sent as `clusterid` with each call, unless empty.
     pub cluster_id: String,
     /// The node's id, `<type>~<ip>~<pod>.<namespace>~<domain>`.
@@ -58,11 +63,13 @@ pub struct FollowSettings {
 
 impl FollowSettings {
     /// Settings with defaults for all but where and who.
-    pub fn new(address: impl Into<String>, roots: impl Into<PathBuf>, node_id: impl Into<String>) -> Self {
+    pub fn new(address: impl Into<String>, roots: impl Into<Roots>, node_id: impl Into<String>) -> Self {
         Self {
             address: address.into(),
             roots: roots.into(),
             token: None,
+            host: None,
+            headers: Vec::new(),
             cluster_id: String::new(),
             node_id: node_id.into(),
             node_metadata: Vec::new(),
@@ -238,9 +245,14 @@ impl Connector {
     }
 
     async fn channel(&self) -> Result<Channel, FollowError> {
-        let roots = Certificate::from_pem(read(&self.settings.roots)?);
+        let roots = &self.settings.roots;
+        let roots = Certificate::from_pem(roots.read().map_err(file(roots.name()))?);
+        let mut tls = ClientTlsConfig::new().ca_certificate(roots);
+        if let Some(host) = &self.settings.host {
+            tls = tls.domain_name(host.as_str());
+        }
         let channel = Endpoint::from_shared(https(&self.settings.address)?)?
-            .tls_config(ClientTlsConfig::new().ca_certificate(roots))?
+            .tls_config(tls)?
             .connect_timeout(CONNECT_TIMEOUT)
             .tcp_keepalive(Some(Duration::from_secs(300)))
             .http2_keep_alive_interval(Duration::from_secs(30))
@@ -255,13 +267,19 @@ impl Connector {
         let mut request = Request::new(body);
         let header =
             |what, text: &str| text.parse::<MetadataValue<Ascii>>().map_err(|_| FollowError::Header { what });
-        if let Some(path) = &self.settings.token {
-            let mut bearer = header("token", &format!("Bearer {}", read(path)?.trim()))?;
+        if let Some(token) = &self.settings.token {
+            let text = token.read().map_err(file(token.name()))?;
+            let mut bearer = header("token", &format!("Bearer {text}"))?;
             bearer.set_sensitive(true);
             request.metadata_mut().insert("authorization", bearer);
         }
         if !self.settings.cluster_id.is_empty() {
             request.metadata_mut().insert("clusterid", header("cluster id", &self.settings.cluster_id)?);
+        }
+        for (name, value) in &self.settings.headers {
+            let name: AsciiMetadataKey =
+                name.parse().map_err(|_| FollowError::Header { what: "a header's name" })?;
+            request.metadata_mut().insert(name, header("a header", value)?);
         }
         Ok(request)
     }
@@ -276,9 +294,9 @@ fn https(address: &str) -> Result<String, FollowError> {
     }
 }
 
-/// Reads a small file in place: this is the control thread, and the file system local.
-fn read(path: &Path) -> Result<String, FollowError> {
-    std::fs::read_to_string(path).map_err(|source| FollowError::File { path: path.to_owned(), source })
+fn file(path: &Path) -> impl FnOnce(std::io::Error) -> FollowError {
+    let path = path.to_owned();
+    move |source| FollowError::File { path, source }
 }
 
 fn call_error(status: Status) -> FollowError {

@@ -82,7 +82,7 @@ impl Plane {
             self.dir.path().join("roots.pem"),
             format!("ztunnel~127.0.0.1~{token}.ns~ns.svc.cluster.local"),
         );
-        settings.token = Some(path);
+        settings.token = Some(path.into());
         settings
     }
 
@@ -327,11 +327,11 @@ async fn a_token_that_becomes_valid_is_used_at_the_next_attempt() {
     plane.server.publish(workloads(&[("a", 1)]));
     let mut front = Forwarder::start(plane.address).await;
     let settings = plane.settings("later", front.address);
-    let path = settings.token.clone().unwrap();
+    let token = settings.token.clone().unwrap();
     let follower = Follower::start(settings, None);
     front.accepted(3).await;
     assert!(!follower.mesh.is_ready());
-    std::fs::write(path, "node-1").unwrap();
+    std::fs::write(token.name(), "node-1").unwrap();
     soon(follower.mesh.ready()).await;
     assert!(follower.mesh.snapshot().workload("a").is_some());
 }
@@ -347,7 +347,7 @@ async fn a_server_with_other_roots_is_not_followed() {
     let follower = Follower::start(settings, None);
     front.accepted(3).await;
     assert!(!follower.mesh.is_ready(), "its certificate chains to nothing we trust");
-    std::fs::copy(plane.dir.path().join("roots.pem"), roots).unwrap();
+    std::fs::copy(plane.dir.path().join("roots.pem"), roots.name()).unwrap();
     soon(follower.mesh.ready()).await;
 }
 
