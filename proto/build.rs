@@ -2,7 +2,7 @@
 
 use std::error::Error;
 
-const FILES: [&str; 13] = [
+const FILES: [&str; 14] = [
     "envoy/accesslog.proto",
     "envoy/address.proto",
     "envoy/auth.proto",
@@ -15,6 +15,7 @@ const FILES: [&str; 13] = [
     "istio/mcp.proto",
     "istio/security.proto",
     "istio/workload.proto",
+    "istio/zds.proto",
     "opentelemetry/telemetry.proto",
 ];
 

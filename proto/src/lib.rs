@@ -6,7 +6,7 @@
 //! [`discovery`] is delta aggregated discovery (xDS), [`workload`] and [`security`] are the resources a ztunnel
 //! subscribes to, [`ca`] is about certificates, and [`mcp`] is the envelope of Kubernetes resources between our
 //! server and our waypoints. [`ext_authz`] is how a waypoint asks a service whether a request may pass,
-//! [`opentelemetry`] and [`accesslog`] are what telemetry is sent as.
+//! [`opentelemetry`] and [`accesslog`] are what telemetry is sent as. [`zds`] is how istio-cni tells a ztunnel its pods.
 //!
 //! Maps are sorted, so that equal messages have equal bytes.
 
@@ -18,6 +18,7 @@ mod generated {
 pub use generated::envoy::accesslog;
 pub use generated::istio::mcp::v1alpha1 as mcp;
 pub use generated::istio::v1::auth as ca;
+pub use generated::istio::workload::zds;
 pub use generated::istio::{security, workload};
 pub use generated::opentelemetry;
 

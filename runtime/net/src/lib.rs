@@ -1,4 +1,5 @@
-//! The operating system's network: listeners, original destination, transparent sockets, namespaces, copy, drain.
+//! The operating system's network: listeners, original destination, transparent sockets, namespaces, packets with
+//! descriptors, copy, drain.
 //!
 //! Everything here is about sockets and bytes; who is at the other end is the business of the crates above.
 
@@ -7,11 +8,14 @@ mod buffer;
 mod copy;
 mod drain;
 mod namespace;
+mod packet;
 mod socket;
 
 pub use address::may_be_asked;
 pub use buffer::{BUFFER_BYTES, Buffer};
 pub use copy::{ByteCounts, copy};
 pub use drain::{Drain, DrainGuard, DrainTrigger, drain};
-pub use namespace::{Namespace, ZTUNNEL_MARK};
-pub use socket::{ConnectOptions, ListenOptions, NetError, connect, listen, original_destination, prepare};
+pub use namespace::{Namespace, NamespaceId, ZTUNNEL_MARK};
+pub use packet::{Packet, PacketError, PacketSocket};
+pub use socket::{ConnectOptions, ListenOptions, NetError, connect, datagram, listen, listen_datagram};
+pub use socket::{original_destination, prepare};

@@ -3,7 +3,7 @@
 use crate::NetError;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,6 +17,13 @@ pub const ZTUNNEL_MARK: u32 = 0x539;
 pub struct Namespace {
     path: Arc<Path>,
     file: Arc<File>,
+}
+
+/// Which namespace it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct NamespaceId {
+    device: u64,
+    inode: u64,
 }
 
 impl PartialEq for Namespace {
@@ -38,12 +45,25 @@ impl Namespace {
         Ok(Self { path: path.into(), file: Arc::new(file) })
     }
 
+    /// The namespace behind a descriptor that another process sent. `name` stands for its file in errors.
+    pub fn received(descriptor: OwnedFd, name: &str) -> Self {
+        Self { path: Path::new(name).into(), file: Arc::new(File::from(descriptor)) }
+    }
+
+    /// What tells this namespace from all others while it is held.
+    ///
+    /// # Errors
+    /// When the kernel does not say.
+    pub fn id(&self) -> std::io::Result<NamespaceId> {
+        let metadata = self.file.metadata()?;
+        Ok(NamespaceId { device: metadata.dev(), inode: metadata.ino() })
+    }
+
     /// Whether this is still the namespace behind the file it was opened from: the file may stand for a new one of the
     /// same name by now.
     pub fn is_current(&self) -> bool {
-        let id = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino());
-        match (self.file.metadata(), std::fs::metadata(&self.path)) {
-            (Ok(held), Ok(found)) => id(held) == id(found),
+        match (self.id(), std::fs::metadata(&self.path)) {
+            (Ok(held), Ok(found)) => held == NamespaceId { device: found.dev(), inode: found.ino() },
             _ => false,
         }
     }
@@ -101,6 +121,15 @@ mod tests {
         assert!(!namespace.is_current(), "another namespace");
         std::fs::remove_file(&link).unwrap();
         assert!(!namespace.is_current(), "none");
+    }
+
+    #[test]
+    fn a_namespace_is_the_same_however_it_came() {
+        let own = Path::new("/proc/self/ns/net");
+        let sent = Namespace::received(File::open(own).unwrap().into(), "sent");
+        assert_eq!(sent.id().unwrap(), Namespace::open(own).unwrap().id().unwrap());
+        let other = Namespace::open(Path::new("/proc/self/ns/uts")).unwrap();
+        assert_ne!(sent.id().unwrap(), other.id().unwrap());
     }
 
     #[test]

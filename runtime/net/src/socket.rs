@@ -3,10 +3,10 @@
 use crate::Namespace;
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
-use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UdpSocket};
 
 /// What a socket could not do.
 #[derive(Debug, thiserror::Error)]
@@ -98,18 +98,31 @@ const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
     .with_interval(Duration::from_secs(180))
     .with_retries(9);
 
-/// Listens on `address`.
+/// Listens on `address`. `[::]` is every address of both families; where there is no IPv6, of IPv4.
 ///
 /// # Errors
 /// When the address is taken or not ours, or an option is not permitted.
 pub fn listen(address: SocketAddr, options: &ListenOptions) -> Result<TcpListener, NetError> {
-    open_listener(address, options).map_err(|source| NetError::Listen { address, source })
+    let is_any_v6 = address.is_ipv6() && address.ip().is_unspecified();
+    let without_v6 = |error: &io::Error| {
+        is_any_v6 && matches!(error.kind(), io::ErrorKind::AddrNotAvailable | io::ErrorKind::Unsupported)
+    };
+    let listener = match open_listener(address, options) {
+        Err(error) if without_v6(&error) => {
+            open_listener(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), address.port()), options)
+        }
+        other => other,
+    };
+    listener.map_err(|source| NetError::Listen { address, source })
 }
 
 fn open_listener(address: SocketAddr, options: &ListenOptions) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_nonblocking(true)?;
     socket.set_reuse_address(true)?;
+    if address.is_ipv6() && address.ip().is_unspecified() {
+        socket.set_only_v6(false)?;
+    }
     if options.reuse_port {
         socket.set_reuse_port(true)?;
     }
@@ -164,6 +177,45 @@ fn open_socket(address: SocketAddr, options: &ConnectOptions) -> io::Result<TcpS
         socket.bind(&SocketAddr::new(source, 0).into())?;
     }
     Ok(TcpSocket::from_std_stream(socket.into()))
+}
+
+/// A socket for packets that is connected to `peer`: it hears only what comes from there. `mark` as in
+/// [`ConnectOptions::mark`].
+///
+/// # Errors
+/// When there is no way to the peer, or the mark is not permitted.
+pub fn datagram(peer: SocketAddr, mark: Option<u32>) -> Result<UdpSocket, NetError> {
+    let open = || {
+        let socket = open_datagram(peer, mark)?;
+        socket.connect(&peer.into())?;
+        UdpSocket::from_std(socket.into())
+    };
+    open().map_err(|source| NetError::Connect { address: peer, source })
+}
+
+/// A socket for packets at `address`, as [`listen`] for connections.
+///
+/// # Errors
+/// When the address is taken or not ours, or an option is not permitted.
+pub fn listen_datagram(address: SocketAddr, options: &ListenOptions) -> Result<UdpSocket, NetError> {
+    let open = || {
+        let socket = open_datagram(address, options.mark)?;
+        if options.reuse_port {
+            socket.set_reuse_port(true)?;
+        }
+        socket.bind(&address.into())?;
+        UdpSocket::from_std(socket.into())
+    };
+    open().map_err(|source| NetError::Listen { address, source })
+}
+
+fn open_datagram(address: SocketAddr, mark: Option<u32>) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
+    socket.set_nonblocking(true)?;
+    if let Some(mark) = mark {
+        socket.set_mark(mark)?;
+    }
+    Ok(socket)
 }
 
 /// Prepares an accepted socket: small writes leave at once, a vanished peer is noticed.
@@ -221,6 +273,28 @@ mod tests {
         listen(address, &shared).unwrap();
         let error = listen(address, &ListenOptions::default()).unwrap_err();
         assert!(matches!(error, NetError::Listen { address: at, .. } if at == address));
+    }
+
+    #[tokio::test]
+    async fn packets_are_heard_from_the_peer_only() {
+        let listener = listen_datagram(loopback(), &ListenOptions::default()).unwrap();
+        let client = datagram(listener.local_addr().unwrap(), None).unwrap();
+        let stranger = datagram(client.local_addr().unwrap(), None).unwrap();
+        client.send(b"hello").await.unwrap();
+        let mut buffer = [0; 16];
+        let (length, peer) = listener.recv_from(&mut buffer).await.unwrap();
+        assert_eq!((buffer.get(..length), peer), (Some(&b"hello"[..]), client.local_addr().unwrap()));
+        stranger.send(b"guess").await.unwrap();
+        listener.send_to(b"answer", peer).await.unwrap();
+        let length = client.recv(&mut buffer).await.unwrap();
+        assert_eq!(buffer.get(..length), Some(&b"answer"[..]));
+    }
+
+    #[tokio::test]
+    async fn every_address_is_of_both_families() {
+        let listener = listen("[::]:0".parse().unwrap(), &ListenOptions::default()).unwrap();
+        let address = SocketAddr::new("127.0.0.1".parse().unwrap(), listener.local_addr().unwrap().port());
+        connect(address, &ConnectOptions::default()).await.unwrap();
     }
 
     #[tokio::test]
