@@ -3,6 +3,8 @@
 //! A binary reads its settings with [`load_file`], starts [`Workers`], serves [`Operators`] ports on its control
 //! runtime, and ends with [`stop_signal`] and a drain.
 
+mod limits;
+mod liveness;
 mod logging;
 mod operators;
 mod readiness;
@@ -10,7 +12,9 @@ mod settings;
 mod signals;
 mod threads;
 
-pub use logging::{LogFormat, LoggingError, init_logging};
+pub use limits::{encode_file_metrics, raise_file_limit};
+pub use liveness::Liveness;
+pub use logging::{LogControl, LogFormat, LoggingError, init_logging};
 pub use operators::{OperatorError, Operators, Text, admin_layers};
 pub use readiness::{Pending, Readiness};
 pub use settings::{SettingsError, load_file};

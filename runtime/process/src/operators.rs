@@ -1,6 +1,6 @@
 //! The HTTP servers for operators: readiness (15021), metrics (15020) and admin (15000).
 
-use crate::Readiness;
+use crate::{Liveness, Readiness};
 use axum::Router;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -38,7 +38,7 @@ pub enum OperatorError {
 
 /// What is served to operators, and where.
 pub struct Operators {
-    /// `/healthz/ready`; Istio's port is 15021.
+    /// `/healthz/ready` and `/healthz/live`; Istio's port is 15021.
     pub readiness_address: SocketAddr,
     /// `/metrics` and `/stats/prometheus`; Istio's port is 15020.
     pub metrics_address: SocketAddr,
@@ -48,6 +48,8 @@ pub struct Operators {
     pub admin_address: SocketAddr,
     /// What readiness waits for.
     pub readiness: Readiness,
+    /// Whether the process still does its work.
+    pub liveness: Liveness,
     /// Renders the metrics in Prometheus' text format.
     pub metrics: Text,
     /// The binary's own routes.
@@ -63,9 +65,10 @@ impl Operators {
     /// # Errors
     /// When a port cannot be had.
     pub fn start(self) -> Result<(), OperatorError> {
-        let readiness = self.readiness;
-        let ready =
-            Router::new().route("/healthz/ready", get(move || std::future::ready(answer_ready(&readiness))));
+        let (readiness, liveness) = (self.readiness, self.liveness);
+        let ready = Router::new()
+            .route("/healthz/ready", get(move || std::future::ready(answer_ready(&readiness))))
+            .route("/healthz/live", get(move || std::future::ready(answer_live(&liveness))));
         let metrics = self.metrics;
         let render = move || std::future::ready(answer_metrics(metrics()));
         let metrics =
@@ -107,6 +110,16 @@ fn answer_ready(readiness: &Readiness) -> Response {
         return (StatusCode::OK, "ready\n").into_response();
     }
     let text = format!("not ready, pending: {}\n", pending.join(", "));
+    (StatusCode::INTERNAL_SERVER_ERROR, text).into_response()
+}
+
+fn answer_live(liveness: &Liveness) -> Response {
+    let stuck = liveness.stuck();
+    if stuck.is_empty() {
+        return (StatusCode::OK, "live\n").into_response();
+    }
+    let names: Vec<String> = stuck.iter().map(|number| format!("worker-{number}")).collect();
+    let text = format!("stuck: {}\n", names.join(", "));
     (StatusCode::INTERNAL_SERVER_ERROR, text).into_response()
 }
 

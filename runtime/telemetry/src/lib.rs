@@ -43,13 +43,15 @@ pub struct TelemetrySettings {
     pub metrics: MetricsSettings,
     /// Whether access log lines are written. Default: yes.
     pub access_log: bool,
+    /// Whether lines of connections are JSON. Default: no.
+    pub json: bool,
     /// How many records of each kind are kept for explanations. Default: 256.
     pub recent: usize,
 }
 
 impl Default for TelemetrySettings {
     fn default() -> Self {
-        Self { metrics: MetricsSettings::default(), access_log: true, recent: 256 }
+        Self { metrics: MetricsSettings::default(), access_log: true, json: false, recent: 256 }
     }
 }
 
@@ -59,6 +61,7 @@ pub struct Telemetry {
     pub metrics: Arc<Metrics>,
     /// Access log lines.
     pub access_log: Arc<AccessLog>,
+    json: bool,
     /// Access log lines dropped, of this log and of others.
     pub lines_dropped: Counter,
     /// The last HTTP exchanges.
@@ -87,6 +90,7 @@ impl Telemetry {
         Arc::new(Self {
             metrics,
             access_log: Arc::new(access_log),
+            json: settings.json,
             lines_dropped,
             exchanges: Recent::new(settings.recent),
             connections: Recent::new(settings.recent),
@@ -108,7 +112,10 @@ impl Telemetry {
 
     /// Records a finished connection, whose bytes its [`TcpConnection`] counted, in the process's own log.
     pub fn record_tcp(&self, record: &TcpRecord<'_>) {
-        self.access_log.write(|out| line::tcp(out, record));
+        self.access_log.write(|out| match self.json {
+            true => line::tcp_json(out, record),
+            false => line::tcp(out, record),
+        });
         self.keep_tcp(record);
     }
 

@@ -65,58 +65,114 @@ pub(crate) fn http(out: &mut Vec<u8>, record: &HttpRecord<'_>) {
     append_or_dash(out, record.route);
 }
 
-/// Appends ztunnel's line, without a line feed.
-pub(crate) fn tcp(out: &mut Vec<u8>, record: &TcpRecord<'_>) {
-    append_timestamp(out, record.started + record.duration, 6);
-    out.extend_from_slice(if record.error.is_empty() { b"\tinfo" } else { b"\terror" });
-    out.extend_from_slice(b"\taccess\tconnection complete\tsrc.addr=");
-    append_address(out, record.source);
+/// A value of ztunnel's line.
+enum Value<'a> {
+    Text(&'a str),
+    /// Written without quotes in a text line.
+    Word(&'a str),
+    Address(SocketAddr),
+    Number(u64),
+    Milliseconds(u64),
+}
+
+/// The fields of ztunnel's line, in order.
+fn tcp_fields(record: &TcpRecord<'_>, mut put: impl FnMut(&'static str, Value<'_>)) {
+    put("src.addr", Value::Address(record.source));
     if let Some(workload) = record.source_workload {
-        field(out, " src.workload=", &workload.name);
-        field(out, " src.namespace=", &workload.namespace);
+        put("src.workload", Value::Text(&workload.name));
+        put("src.namespace", Value::Text(&workload.namespace));
     }
     if let Some(identity) = record.source_identity {
-        field(out, " src.identity=", identity.as_str());
+        put("src.identity", Value::Text(identity.as_str()));
     }
     if let Some(workload) = record.source_workload {
-        field(out, " src.cluster=", &workload.cluster_id);
+        put("src.cluster", Value::Text(&workload.cluster_id));
     }
-    out.extend_from_slice(b" dst.addr=");
-    append_address(out, record.destination);
+    put("dst.addr", Value::Address(record.destination));
     if !record.hbone_authority.is_empty() {
-        out.extend_from_slice(b" dst.hbone_addr=");
-        append_text(out, record.hbone_authority);
+        put("dst.hbone_addr", Value::Word(record.hbone_authority));
     }
     if let Some(service) = record.service {
-        field(out, " dst.service=", &service.hostname);
+        put("dst.service", Value::Text(&service.hostname));
     }
     if let Some(workload) = record.destination_workload {
-        field(out, " dst.workload=", &workload.name);
-        field(out, " dst.namespace=", &workload.namespace);
+        put("dst.workload", Value::Text(&workload.name));
+        put("dst.namespace", Value::Text(&workload.namespace));
     }
     if let Some(identity) = record.destination_identity {
-        field(out, " dst.identity=", identity.as_str());
+        put("dst.identity", Value::Text(identity.as_str()));
     }
     if let Some(workload) = record.destination_workload {
-        field(out, " dst.cluster=", &workload.cluster_id);
+        put("dst.cluster", Value::Text(&workload.cluster_id));
     }
-    field(out, " direction=", record.direction.as_str());
-    out.extend_from_slice(b" bytes_sent=");
-    append_number(out, record.bytes_sent);
-    out.extend_from_slice(b" bytes_recv=");
-    append_number(out, record.bytes_received);
-    out.extend_from_slice(b" duration=\"");
-    append_number(out, record.duration.as_millis() as u64);
-    out.extend_from_slice(b"ms\"");
+    put("direction", Value::Text(record.direction.as_str()));
+    put("bytes_sent", Value::Number(record.bytes_sent));
+    put("bytes_recv", Value::Number(record.bytes_received));
+    put("duration", Value::Milliseconds(record.duration.as_millis() as u64));
     if !record.error.is_empty() {
-        field(out, " error=", record.error);
+        put("error", Value::Text(record.error));
     }
 }
 
-fn field(out: &mut Vec<u8>, name: &str, value: &str) {
-    out.extend_from_slice(name.as_bytes());
+fn level(record: &TcpRecord<'_>) -> &'static str {
+    if record.error.is_empty() { "info" } else { "error" }
+}
+
+/// Appends ztunnel's line, without a line feed.
+pub(crate) fn tcp(out: &mut Vec<u8>, record: &TcpRecord<'_>) {
+    append_timestamp(out, record.started + record.duration, 6);
+    out.push(b'\t');
+    out.extend_from_slice(level(record).as_bytes());
+    out.extend_from_slice(b"\taccess\tconnection complete\t");
+    let mut is_first = true;
+    tcp_fields(record, |name, value| {
+        if !std::mem::take(&mut is_first) {
+            out.push(b' ');
+        }
+        out.extend_from_slice(name.as_bytes());
+        out.push(b'=');
+        match value {
+            Value::Text(text) => quoted(out, |out| append_text(out, text)),
+            Value::Word(text) => append_text(out, text),
+            Value::Address(address) => append_address(out, address),
+            Value::Number(number) => append_number(out, number),
+            Value::Milliseconds(number) => quoted(out, |out| append_milliseconds(out, number)),
+        }
+    });
+}
+
+/// Appends ztunnel's line as one JSON object, without a line feed.
+pub(crate) fn tcp_json(out: &mut Vec<u8>, record: &TcpRecord<'_>) {
+    out.extend_from_slice(b"{\"level\":\"");
+    out.extend_from_slice(level(record).as_bytes());
+    out.extend_from_slice(b"\",\"time\":\"");
+    append_timestamp(out, record.started + record.duration, 6);
+    out.extend_from_slice(b"\",\"scope\":\"access\",\"message\":\"connection complete\"");
+    tcp_fields(record, |name, value| {
+        out.extend_from_slice(b",\"");
+        out.extend_from_slice(name.as_bytes());
+        out.extend_from_slice(b"\":");
+        match value {
+            Value::Text(text) | Value::Word(text) => {
+                // Writing to a Vec cannot fail, nor can a text as JSON.
+                let _ = serde_json::to_writer(&mut *out, text);
+            }
+            Value::Address(address) => quoted(out, |out| append_address(out, address)),
+            Value::Number(number) => append_number(out, number),
+            Value::Milliseconds(number) => quoted(out, |out| append_milliseconds(out, number)),
+        }
+    });
+    out.push(b'}');
+}
+
+fn append_milliseconds(out: &mut Vec<u8>, number: u64) {
+    append_number(out, number);
+    out.extend_from_slice(b"ms");
+}
+
+fn quoted(out: &mut Vec<u8>, write: impl FnOnce(&mut Vec<u8>)) {
     out.push(b'"');
-    append_text(out, value);
+    write(out);
     out.push(b'"');
 }
 

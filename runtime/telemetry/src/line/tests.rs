@@ -132,4 +132,27 @@ fn a_connection_is_written_as_ztunnel_writes_it() {
         line(&record),
         format!("1970-01-01T00:00:01.250001Z\terror{rest} error=\"connection refused\"")
     );
+    let mut out = Vec::new();
+    record.error = "connection \"refused\"";
+    tcp_json(&mut out, &record);
+    let json: serde_json::Value = serde_json::from_slice(&out).unwrap();
+    let expected = serde_json::json!({
+        "level": "error",
+        "time": "1970-01-01T00:00:01.250001Z",
+        "scope": "access",
+        "message": "connection complete",
+        "src.addr": "10.0.0.1:4000",
+        "src.workload": "web-1",
+        "src.namespace": "shop",
+        "src.identity": "spiffe://cluster.local/ns/shop/sa/web",
+        "src.cluster": "Kubernetes",
+        "dst.addr": "10.0.0.2:15008",
+        "dst.hbone_addr": "10.0.0.2:80",
+        "direction": "outbound",
+        "bytes_sent": 18_446_744_073_709_551_615_u64,
+        "bytes_recv": 0,
+        "duration": "250ms",
+        "error": "connection \"refused\"",
+    });
+    assert_eq!(json, expected);
 }

@@ -1,0 +1,87 @@
+//! Liveness: whether the threads that carry traffic still take turns.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+use tokio::runtime::Handle;
+
+/// How often each thread shows that it is alive.
+const BEAT: Duration = Duration::from_secs(1);
+
+/// A thread that has shown nothing for so long is stuck: no task of ours may keep it for more than milliseconds, and a
+/// machine that is merely busy gives it a turn before.
+const STUCK_AFTER: Duration = Duration::from_secs(30);
+
+/// Watches threads. Clones watch the same.
+#[derive(Clone, Debug)]
+pub struct Liveness {
+    started: Instant,
+    /// When each last had a turn, in milliseconds since `started`.
+    turns: Arc<[Arc<AtomicU64>]>,
+}
+
+impl Liveness {
+    /// Watches these runtimes, in their order.
+    pub fn watch(runtimes: &[Handle]) -> Self {
+        let started = Instant::now();
+        let turns = runtimes.iter().map(|runtime| {
+            let turn = Arc::new(AtomicU64::new(0));
+            runtime.spawn(beat(started, Arc::clone(&turn)));
+            turn
+        });
+        Self { started, turns: turns.collect() }
+    }
+
+    /// The numbers of those that are stuck now.
+    pub fn stuck(&self) -> Vec<usize> {
+        self.stuck_for(STUCK_AFTER)
+    }
+
+    fn stuck_for(&self, limit: Duration) -> Vec<usize> {
+        let now = self.started.elapsed();
+        let silent =
+            |turn: &AtomicU64| now.saturating_sub(Duration::from_millis(turn.load(Ordering::Relaxed)));
+        let stuck = self.turns.iter().enumerate().filter(|(_, turn)| silent(turn) > limit);
+        stuck.map(|(number, _)| number).collect()
+    }
+}
+
+async fn beat(started: Instant, turn: Arc<AtomicU64>) {
+    loop {
+        let now = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        turn.store(now, Ordering::Relaxed);
+        tokio::time::sleep(BEAT).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Workers;
+    use std::sync::mpsc;
+
+    #[test]
+    fn a_thread_that_takes_no_turns_is_noticed_and_its_recovery_too() {
+        let workers = Workers::start(2).unwrap();
+        let runtimes = workers.runtimes();
+        let (entered, has_entered) = mpsc::channel();
+        let (leave, may_leave) = mpsc::channel::<()>();
+        runtimes[1].spawn(async move {
+            entered.send(()).unwrap();
+            // A task that does what none may: it keeps the thread.
+            may_leave.recv().unwrap();
+        });
+        has_entered.recv().unwrap();
+        let liveness = Liveness::watch(&runtimes);
+        let until = |expected: &[usize]| {
+            let deadline = Instant::now() + Duration::from_secs(60);
+            while liveness.stuck_for(Duration::from_secs(3)) != expected {
+                assert!(Instant::now() < deadline, "never {expected:?}");
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        };
+        until(&[1]);
+        leave.send(()).unwrap();
+        until(&[]);
+    }
+}
