@@ -1,12 +1,13 @@
 //! The admin server: what the ztunnel knows and what it did.
 
 use crate::Proxy;
+use crate::dump::dump;
 use crate::explain::{Explanation, Question, explain};
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use cairn_mesh::{Service, Workload};
+use cairn_mesh::Workload;
 use cairn_telemetry::{Denied, TcpExplanation, is_service};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -16,47 +17,47 @@ use std::time::{SystemTime, UNIX_EPOCH};
 /// `GET /config_dump`: the mesh as it is known, and certificates. `GET /connections`: the last connections, newest
 /// first, and why each went where it went; `?decision=deny` and `?service=catalog.shop` choose among them. `GET
 /// /denials`: the last denials of each service, newest first; `?service=` chooses. `POST /explain`: what would become of a
-/// connection, and why.
+/// connection, and why. `POST /logging`: which log events are printed; `?level=` adds directives, `&reset` returns to those
+/// of the beginning first. `POST /quitquitquit`: the drain, as with SIGTERM.
 pub fn router(proxy: Arc<Proxy>) -> Router {
     Router::new()
         .route("/config_dump", get(config_dump))
         .route("/connections", get(connections))
         .route("/denials", get(denials))
         .route("/explain", post(explain_connection))
+        .route("/logging", post(change_log))
+        .route("/quitquitquit", post(quit))
         .with_state(proxy)
 }
 
 async fn config_dump(State(proxy): State<Arc<Proxy>>) -> Json<Value> {
-    let snapshot = proxy.mesh.snapshot();
-    let mut workloads: Vec<&Arc<Workload>> = snapshot.workloads().collect();
-    workloads.sort_by(|a, b| a.uid.cmp(&b.uid));
-    let mut services: Vec<_> = snapshot.services().collect();
-    services.sort_by_key(|state| state.service.key());
-    let mut policies: Vec<_> = snapshot.authorizations().collect();
-    policies.sort_by(|a, b| a.name.cmp(&b.name));
-    Json(json!({
-        "generation": snapshot.generation(),
-        "workloads": workloads.into_iter().map(|workload| view_workload(workload)).collect::<Vec<_>>(),
-        "services": services.into_iter().map(|state| view_service(&state.service, state.endpoints.len())).collect::<Vec<_>>(),
-        "policies": policies.into_iter().map(|policy| json!({
-            "name": policy.name.name.as_ref(),
-            "namespace": policy.name.namespace.as_ref(),
-            "scope": format!("{:?}", policy.scope),
-            "action": format!("{:?}", policy.action),
-            "rules": policy.rules.len(),
-            "dryRun": policy.dry_run,
-        })).collect::<Vec<_>>(),
-        "certificates": proxy.certificates.list().iter().map(|certificate| json!({
-            "identity": certificate.identity.as_str(),
-            "state": "Available",
-            "certChain": [{
-                "serialNumber": certificate.serial,
-                "validFrom": unix_seconds(certificate.not_before),
-                "expirationTime": unix_seconds(certificate.not_after),
-            }],
-        })).collect::<Vec<_>>(),
-        "openInbound": proxy.live.len(),
-    }))
+    Json(dump(&proxy))
+}
+
+/// What is to become of the log. Whatever `reset` says, it is meant.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LogChange {
+    level: Option<String>,
+    reset: Option<String>,
+}
+
+async fn change_log(
+    State(proxy): State<Arc<Proxy>>,
+    Query(change): Query<LogChange>,
+) -> Result<String, (StatusCode, String)> {
+    let reset = change.reset.map_or(Ok(()), |_| proxy.log.reset());
+    let changed = reset.and_then(|()| match change.level.as_deref() {
+        None | Some("") => Ok(()),
+        Some(level) => proxy.log.add(level),
+    });
+    changed.map_err(|error| (StatusCode::BAD_REQUEST, format!("{error}\n")))?;
+    Ok(format!("current log level is {}\n", proxy.log.filter()))
+}
+
+async fn quit(State(proxy): State<Arc<Proxy>>) -> &'static str {
+    proxy.quit.notify_one();
+    "shutdown now\n"
 }
 
 /// Answered from what the ztunnel has in force; nothing is sent.
@@ -66,40 +67,6 @@ async fn explain_connection(
 ) -> Result<Json<Explanation>, (StatusCode, String)> {
     let explained = explain(&proxy.mesh.snapshot(), &question);
     explained.map(Json).map_err(|error| (StatusCode::BAD_REQUEST, error.to_string()))
-}
-
-fn view_workload(workload: &Workload) -> Value {
-    json!({
-        "uid": workload.uid.as_ref(),
-        "name": workload.name.as_ref(),
-        "namespace": workload.namespace.as_ref(),
-        "serviceAccount": workload.identity.service_account(),
-        "workloadIps": workload.addresses,
-        "protocol": format!("{:?}", workload.protocol).to_uppercase(),
-        "waypoint": workload.waypoint.as_ref().map(|waypoint| json!({ "destination": waypoint.to_string() })),
-        "node": workload.node.as_ref(),
-        "status": format!("{:?}", workload.health),
-        "authorizationPolicies": workload.authorization_policies.iter().map(ToString::to_string).collect::<Vec<_>>(),
-        "canonicalName": workload.canonical_name.as_ref(),
-        "canonicalRevision": workload.canonical_revision.as_ref(),
-        "workloadName": workload.workload_name.as_ref(),
-        "workloadType": workload.kind.as_str(),
-        "trustDomain": workload.identity.trust_domain(),
-        "clusterId": workload.cluster_id.as_ref(),
-        "capacity": workload.capacity,
-    })
-}
-
-fn view_service(service: &Service, endpoints: usize) -> Value {
-    json!({
-        "name": service.name.as_ref(),
-        "namespace": service.namespace.as_ref(),
-        "hostname": service.hostname.as_ref(),
-        "vips": service.vips.iter().map(|vip| format!("{}/{}", vip.network, vip.address)).collect::<Vec<_>>(),
-        "ports": service.ports.iter().map(|port| (port.port.to_string(), port.target_port)).collect::<std::collections::BTreeMap<_, _>>(),
-        "waypoint": service.waypoint.as_ref().map(|waypoint| json!({ "destination": waypoint.to_string() })),
-        "readyEndpoints": endpoints,
-    })
 }
 
 /// Which connections or denials are asked for. What is not known is refused rather than ignored.

@@ -1,6 +1,7 @@
 //! Carrying bytes between two sides once both stand, and the record of it.
 
 use crate::Proxy;
+use crate::open::Open;
 use cairn_mesh::{Identity, Service, Workload};
 use cairn_net::ByteCounts;
 use cairn_telemetry::{
@@ -29,6 +30,8 @@ pub struct Account {
     pub source_identity: Option<Identity>,
     /// Outbound: the next hop. Inbound: where the client connected.
     pub destination: SocketAddr,
+    /// Where the client connected to.
+    original: SocketAddr,
     /// The CONNECT authority; empty without a tunnel.
     pub authority: String,
     /// The service addressed.
@@ -56,6 +59,7 @@ impl Account {
             source_workload: None,
             source_identity: None,
             destination,
+            original: destination,
             authority: String::new(),
             service: None,
             destination_workload: None,
@@ -74,7 +78,11 @@ impl Account {
             Direction::Outbound => Reporter::Source,
             Direction::Inbound => Reporter::Destination,
         };
-        let security = Security::between(&source, &destination);
+        let security = match Security::between(&source, &destination) {
+            // A ztunnel of Istio does not say more.
+            Security::None => Security::Unknown,
+            security => security,
+        };
         TcpLabels {
             reporter,
             source,
@@ -114,6 +122,19 @@ impl Account {
         });
     }
 
+    fn open(&self) -> Open {
+        let is_inbound = self.direction == Direction::Inbound;
+        let own = if is_inbound { &self.destination_workload } else { &self.source_workload };
+        Open {
+            is_inbound,
+            source: self.source,
+            original: self.original,
+            actual: self.destination,
+            is_tunnelled: !self.authority.is_empty(),
+            workload: own.clone(),
+        }
+    }
+
     /// The connection never stood: counts it under `flag` and records why.
     pub fn refused(&self, proxy: &Proxy, flag: &'static str, error: &str) {
         TcpConnection::failed(&proxy.telemetry.metrics, &self.labels(flag));
@@ -128,6 +149,7 @@ impl Account {
         C: Future<Output = String>,
     {
         let counts = ByteCounts::default();
+        let _listed = proxy.open.add(self.open());
         let mut metrics = TcpConnection::open(&proxy.telemetry.metrics, self.labels("-"));
         let copy = cairn_net::copy(client, server, &counts);
         tokio::pin!(copy, cut);

@@ -6,7 +6,7 @@ use crate::live::Connected;
 use crate::onward::chain;
 use crate::pods::Pod;
 use crate::proxy_protocol;
-use cairn_hbone::{Authority, Connect, Downstream, ServeError, ServerSettings};
+use cairn_hbone::{Authority, Connect, Downstream, ServeError};
 use cairn_mesh::{
     Arrival, ArrivalTarget, Decision, DenyReason, Identity, L4Peer, NetworkAddress, Service, Snapshot,
     Unwelcome, Workload, arrive, decide,
@@ -43,7 +43,7 @@ pub async fn connection(proxy: Arc<Proxy>, pod: Arc<Pod>, _worker: usize, tcp: T
             tokio::spawn(tunnel(Arc::clone(&proxy), Arc::clone(&pod), connect));
         }
     };
-    let settings = ServerSettings::default();
+    let settings = proxy.settings.tunnels.server();
     let served =
         cairn_hbone::serve(tcp, certificate.server_config(), &settings, proxy.drain.clone(), handler).await;
     let Err(error) = served else { return };
@@ -180,7 +180,7 @@ fn to_application(
     client: IpAddr,
 ) -> (SocketAddr, ConnectOptions) {
     let own = arrival.destination;
-    if arrival.announce.is_some() && pod.namespace.is_some() {
+    if arrival.announce.is_some() && pod.is_alone {
         let loopback = match own.ip() {
             IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::LOCALHOST),
             IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::LOCALHOST),

@@ -2,16 +2,21 @@
 //!
 //! Out: accept → where was it going → [`cairn_mesh::plan`] → open a tunnel → copy → record (`outbound.rs`).
 //! In: accept mTLS → CONNECT → is it ours → [`cairn_mesh::decide`] → connect to the application → 200 → copy
-//! (`inbound.rs`); plaintext likewise, without an identity (`plaintext.rs`). Pods come and go in `pods.rs`, open
-//! connections are decided again in `live.rs`.
+//! (`inbound.rs`); plaintext likewise, without an identity (`plaintext.rs`). Pods come and go in `pods.rs` as the mesh
+//! says, or in `inpod.rs` as istio-cni does; open connections are decided again in `live.rs`.
 
 mod admin;
 mod carry;
 mod choice;
+mod dns;
+mod dump;
 mod explain;
 mod inbound;
+mod inpod;
+mod istio;
 mod live;
 mod onward;
+mod open;
 mod outbound;
 mod plaintext;
 mod pods;
@@ -20,21 +25,28 @@ mod settings;
 mod socks;
 mod trial;
 
+pub use inpod::PodName;
 pub use pods::{TWIN_DISTANCE, namespace_file, twin};
-pub use settings::{Capture, CaptureKind, Options, Settings};
+pub use settings::{
+    Capture, CaptureKind, ControlPlane, InPod, Options, OriginalSource, OwnPod, PodSource, Settings,
+};
 
 use anyhow::{Context, bail};
+use cairn_hbone::{Pool, PoolSettings};
 use cairn_identity::{CaClient, CaSettings, CertificateSettings, Certificates};
 use cairn_net::{ConnectOptions, Drain};
-use cairn_process::{Operators, Readiness, Workers};
-use cairn_telemetry::{Telemetry, TelemetrySettings};
+use cairn_process::{Liveness, LogControl, LogFormat, Operators, Pending, Readiness, Workers};
+use cairn_telemetry::{Counter, Telemetry, TelemetrySettings};
 use cairn_xds::{FollowSettings, Mesh};
 use choice::Names;
 use live::Live;
 use onward::Ways;
-use pods::Pod;
+use open::OpenConnections;
+use pods::{Pod, Spoofing};
+use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use trial::Trials;
 
@@ -50,8 +62,19 @@ struct Proxy {
     workers: Workers,
     ways: Ways,
     live: Arc<Live>,
+    /// Connections that are carried.
+    open: Arc<OpenConnections>,
     trials: Trials,
     drain: Drain,
+    /// The pods that istio-cni has named.
+    enrolled: inpod::Views,
+    dns: dns::DnsMetrics,
+    /// What is logged.
+    log: LogControl,
+    /// An operator asks for the drain.
+    quit: Notify,
+    /// Connections that could not be accepted.
+    accept_failures: Counter,
 }
 
 impl Proxy {
@@ -61,19 +84,20 @@ impl Proxy {
         ConnectOptions {
             bind: pod.namespace.is_none().then_some(pod.address),
             namespace: pod.namespace.clone(),
-            mark: pod.namespace.as_ref().map(|_| cairn_net::ZTUNNEL_MARK),
+            mark: pod.mark,
             ..ConnectOptions::default()
         }
     }
 
     /// How the application of a pod is connected to: from the client's address, so that it sees who calls.
     fn options_to_application(&self, pod: &Pod, client: IpAddr) -> ConnectOptions {
-        let spoof = client != pod.address && client.is_ipv4() == pod.address.is_ipv4();
+        let spoof =
+            client != pod.address && client.is_ipv4() == pod.address.is_ipv4() && pod.spoofing.covers(client);
         ConnectOptions {
-            bind: spoof.then_some(client).filter(|_| pod.namespace.is_some() || client.is_loopback()),
-            transparent: pod.namespace.is_some(),
+            bind: spoof.then_some(client),
+            transparent: pod.spoofing == Spoofing::Any,
             namespace: pod.namespace.clone(),
-            mark: pod.namespace.as_ref().map(|_| cairn_net::ZTUNNEL_MARK),
+            mark: pod.mark,
             ..ConnectOptions::default()
         }
     }
@@ -84,23 +108,46 @@ impl Proxy {
 /// # Errors
 /// When settings are not valid, a port cannot be had or a thread cannot be started.
 pub fn run(options: Options) -> anyhow::Result<()> {
-    let settings = options.resolve()?;
-    cairn_process::init_logging(&settings.log, settings.log_format)?;
+    let text =
+        |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
+    let environment: istio::Environment = std::env::vars_os().filter_map(text).collect();
+    let is_istios = options.command.first().is_some_and(|command| command == "proxy");
+    let settings = match options.command.first().map(String::as_str) {
+        None => options.resolve()?,
+        Some("proxy") => istio::settings(&environment)?,
+        Some("version") => {
+            println!("cairn ztunnel {}", env!("CARGO_PKG_VERSION"));
+            return Ok(());
+        }
+        Some(other) => bail!("`{other}` is neither `proxy` nor `version`"),
+    };
+    let log = cairn_process::init_logging(&settings.log, settings.log_format)?;
+    if is_istios {
+        istio::tell_what_is_without_effect(&environment);
+    }
+    cairn_process::raise_file_limit();
     let workers = Workers::start(settings.workers)?;
     let runtime = cairn_process::control_runtime()?;
-    let result = runtime.block_on(serve(settings, workers));
+    let result = runtime.block_on(serve(settings, workers, log));
     runtime.shutdown_timeout(std::time::Duration::from_secs(1));
     result
 }
 
-async fn serve(settings: Settings, workers: Workers) -> anyhow::Result<()> {
-    let telemetry_settings = TelemetrySettings { access_log: settings.access_log, ..Default::default() };
+async fn serve(settings: Settings, workers: Workers, log: LogControl) -> anyhow::Result<()> {
+    let json = settings.log_format == LogFormat::Json;
+    let telemetry_settings =
+        TelemetrySettings { access_log: settings.access_log, json, ..Default::default() };
     let telemetry =
         Telemetry::new("ztunnel", env!("CARGO_PKG_VERSION"), &telemetry_settings, std::io::stdout());
+    let dns = dns::DnsMetrics::new(&telemetry.metrics);
+    let accept_failures =
+        telemetry.metrics.counter("cairn_accept_failures", "Connections that could not be accepted");
     let issuer = CaClient::new(CaSettings {
-        address: settings.ca_address.clone(),
-        roots: settings.xds_root.clone(),
+        address: settings.ca.address.clone(),
+        roots: settings.ca.roots.clone(),
         token: settings.token.clone(),
+        host: settings.ca.host.clone(),
+        headers: settings.ca.headers.clone(),
         cluster_id: settings.cluster_id.clone(),
         impersonate: true,
     });
@@ -108,14 +155,14 @@ async fn serve(settings: Settings, workers: Workers) -> anyhow::Result<()> {
     let certificates = Certificates::new(Arc::new(issuer), certificate_settings);
 
     let (trigger, drain) = cairn_net::drain();
-    let pool = |_| {
-        cairn_hbone::Pool::new(cairn_hbone::PoolSettings { spread_max: SPREAD_MAX, ..Default::default() })
-    };
+    let limits = PoolSettings { spread_max: SPREAD_MAX, ..settings.tunnels.pool() };
+    let pool = |_| Pool::new(limits.clone());
     let mesh = Mesh::new();
     let ways = Ways {
         mesh: Arc::clone(&mesh),
         certificates: Arc::clone(&certificates),
         pools: (0..workers.count()).map(pool).collect(),
+        tunnels: limits.clone(),
         loads: Arc::default(),
         names: Names::default(),
     };
@@ -126,14 +173,20 @@ async fn serve(settings: Settings, workers: Workers) -> anyhow::Result<()> {
         telemetry,
         workers,
         live: Arc::default(),
+        open: Arc::default(),
         trials: Trials::default(),
         drain: drain.clone(),
+        enrolled: inpod::Views::default(),
+        dns,
+        log,
+        quit: Notify::new(),
+        accept_failures,
         settings,
     });
 
     let readiness = Readiness::default();
     let (state, listening) = (readiness.wait_for("state manager"), readiness.wait_for("proxy"));
-    start_operators(&proxy, readiness)?;
+    start_operators(&proxy, readiness.clone())?;
     let mut tasks = JoinSet::new();
     tasks.spawn(Arc::clone(&proxy.certificates).renew());
     tasks.spawn(follow(Arc::clone(&proxy)));
@@ -144,13 +197,14 @@ async fn serve(settings: Settings, workers: Workers) -> anyhow::Result<()> {
             proxy.mesh.ready().await;
             state.done();
             tracing::info!("first state received");
-            pods::run(proxy, listening).await;
+            serve_pods(proxy, readiness, listening).await;
         }
     });
 
     // Without any of its control tasks the proxy would go on with what it last knew, looking healthy.
     let signal = tokio::select! {
         signal = cairn_process::stop_signal() => signal.context("cannot watch for signals")?,
+        () = proxy.quit.notified() => "quitquitquit",
         ended = tasks.join_next() => bail!("a control task ended: {ended:?}"),
     };
     tracing::info!(signal, "draining");
@@ -160,16 +214,49 @@ async fn serve(settings: Settings, workers: Workers) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Serves pods, wherever they come from, until the process ends.
+async fn serve_pods(proxy: Arc<Proxy>, readiness: Readiness, listening: Pending) {
+    let own = proxy.settings.own_pod.as_ref().map(|own| inpod::serve_own_pod(&proxy, own));
+    let _own = match own.transpose() {
+        Ok(served) => served,
+        Err(error) => {
+            tracing::warn!(error = onward::chain(&error), "the ztunnel's own pod is not in the mesh");
+            None
+        }
+    };
+    let certificates = pods::keep_certificates(Arc::clone(&proxy));
+    match proxy.settings.pods.clone() {
+        PodSource::Mesh(capture) => pods::run(proxy, capture, listening).await,
+        PodSource::Cni(settings) => {
+            listening.done();
+            tokio::join!(inpod::run(proxy, settings, readiness), certificates);
+        }
+        PodSource::Dedicated(name, settings) => {
+            listening.done();
+            tokio::join!(inpod::run_dedicated(proxy, name, settings), certificates);
+        }
+        PodSource::Nowhere => {
+            listening.done();
+            std::future::pending().await
+        }
+    }
+}
+
 fn start_operators(proxy: &Arc<Proxy>, readiness: Readiness) -> anyhow::Result<()> {
     let at = |port| SocketAddr::new(proxy.settings.address, port);
     let counted = Arc::clone(proxy);
     Operators {
         readiness_address: at(15021),
-        metrics_address: at(15020),
+        metrics_address: at(proxy.settings.metrics_port),
         metrics_address_too: None,
-        admin_address: SocketAddr::new(proxy.settings.admin_address, 15000),
+        admin_address: SocketAddr::new(proxy.settings.admin_address, proxy.settings.admin_port),
         readiness,
-        metrics: Arc::new(move || counted.telemetry.metrics.encode() + &counted.trials.encode_metrics()),
+        liveness: Liveness::watch(&proxy.workers.runtimes()),
+        metrics: Arc::new(move || {
+            counted.telemetry.metrics.encode()
+                + &counted.trials.encode_metrics()
+                + &cairn_process::encode_file_metrics()
+        }),
         admin: admin::router(Arc::clone(proxy)),
     }
     .start()?;
@@ -178,15 +265,19 @@ fn start_operators(proxy: &Arc<Proxy>, readiness: Readiness) -> anyhow::Result<(
 
 async fn follow(proxy: Arc<Proxy>) {
     let settings = &proxy.settings;
-    let node = &settings.node;
-    let id = format!("ztunnel~{}~ztunnel.{node}~istio-system.svc.cluster.local", settings.address);
-    let mut follow = FollowSettings::new(settings.xds_address.clone(), settings.xds_root.clone(), id);
+    let Some(xds) = &settings.xds else { return std::future::pending().await };
+    let (name, namespace) = match &settings.own_pod {
+        Some(own) => (own.name.clone(), own.namespace.as_str()),
+        None => (format!("ztunnel.{}", settings.node), "istio-system"),
+    };
+    let id = format!("ztunnel~{}~{name}.{namespace}~{namespace}.svc.cluster.local", settings.own_address);
+    let mut follow = FollowSettings::new(xds.address.clone(), xds.roots.clone(), id);
     follow.token = settings.token.clone();
+    follow.host = xds.host.clone();
+    follow.headers = xds.headers.clone();
     follow.cluster_id = settings.cluster_id.clone();
-    follow.node_metadata = vec![
-        ("NODE_NAME".to_owned(), node.as_str().into()),
-        ("CLUSTER_ID".to_owned(), settings.cluster_id.as_str().into()),
-    ];
+    follow.node_metadata = vec![("NODE_NAME".to_owned(), settings.node.as_str().into())];
+    follow.node_metadata.extend(settings.metadata.iter().cloned());
     // Policies are followed to the end, for connections that drain are still decided by them.
     cairn_xds::follow(follow, None, Arc::clone(&proxy.mesh), std::future::pending()).await;
 }

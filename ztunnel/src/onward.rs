@@ -64,6 +64,8 @@ pub struct Ways {
     pub certificates: Arc<Certificates>,
     /// One pool of tunnels per worker.
     pub pools: Box<[Pool]>,
+    /// Limits of tunnels that no pool has: those within another.
+    pub tunnels: PoolSettings,
     pub loads: Arc<Loads>,
     pub names: Names,
 }
@@ -202,8 +204,7 @@ impl Opening<'_> {
         let network = HeaderValue::from_str(&self.source.network);
         headers.insert("x-forwarded-network", network.unwrap_or_else(|_| HeaderValue::from_static("")));
         let target = NestedTarget { certificate, identities, authority: account.authority.clone() };
-        let settings = PoolSettings::default();
-        let stream = cairn_hbone::connect_nested(outer, &target, headers, &settings).await;
+        let stream = cairn_hbone::connect_nested(outer, &target, headers, &self.ways.tunnels).await;
         let stream = stream.map_err(|error| failure(&error))?;
         // The gateway has chosen; the other end says who it is.
         account.destination_identity = stream.peer().cloned();

@@ -2,10 +2,10 @@
 
 use crate::settings::Capture;
 use crate::{Proxy, inbound, outbound, plaintext};
-use cairn_mesh::{Snapshot, TunnelProtocol, Workload};
+use cairn_mesh::{Identity, Snapshot, TunnelProtocol, Workload};
 use cairn_net::{ListenOptions, Namespace};
-use cairn_process::Pending;
-use std::collections::{BTreeSet, HashMap};
+use cairn_process::{Pending, Workers};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,13 +13,13 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 
 /// Where redirected outbound connections arrive.
-const OUTBOUND_PORT: u16 = 15001;
+pub const OUTBOUND_PORT: u16 = 15001;
 /// Where redirected plaintext inbound connections arrive.
-const PLAINTEXT_PORT: u16 = 15006;
+pub const PLAINTEXT_PORT: u16 = 15006;
 /// Where HBONE arrives.
-const HBONE_PORT: u16 = cairn_mesh::HBONE_PORT;
+pub const HBONE_PORT: u16 = cairn_mesh::HBONE_PORT;
 /// Where programs without redirection ask for a way out.
-const SOCKS_PORT: u16 = 15080;
+pub const SOCKS_PORT: u16 = 15080;
 
 /// Ports that belong to the ztunnel in a pod: never a destination behind it.
 pub const OWN_PORTS: [u16; 4] = [OUTBOUND_PORT, PLAINTEXT_PORT, HBONE_PORT, SOCKS_PORT];
@@ -27,8 +27,10 @@ pub const OWN_PORTS: [u16; 4] = [OUTBOUND_PORT, PLAINTEXT_PORT, HBONE_PORT, SOCK
 /// How long a pod whose listeners cannot be had waits before the next try.
 const RETRY: Duration = Duration::from_millis(500);
 
-/// A pause after a failed accept, so that running out of descriptors is not a hot loop.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
+/// The first pause after a failed accept, so that running out of descriptors is not a hot loop; it doubles up to the
+/// last while accepts go on failing.
+const ACCEPT_PAUSE_MIN: Duration = Duration::from_millis(10);
+const ACCEPT_PAUSE_MAX: Duration = Duration::from_secs(1);
 
 /// One pod of this node.
 pub struct Pod {
@@ -40,6 +42,34 @@ pub struct Pod {
     pub namespace: Option<Namespace>,
     /// Where its application listens: a twin address, or its own.
     pub application: IpAddr,
+    /// Whose addresses sockets towards its application may take.
+    pub spoofing: Spoofing,
+    /// The mark on packets of ours.
+    pub mark: Option<u32>,
+    /// Loopback, where sockets are opened for it, is the pod's alone: nobody else can connect to what listens there.
+    pub is_alone: bool,
+}
+
+/// Whose addresses sockets towards an application may take, so that it sees who calls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Spoofing {
+    /// Nobody's.
+    None,
+    /// Those of clients on loopback, where every address is ours.
+    Loopback,
+    /// Every client's: the kernel lets us, and redirection brings the replies back.
+    Any,
+}
+
+impl Spoofing {
+    /// Whether it covers this client.
+    pub fn covers(self, client: IpAddr) -> bool {
+        match self {
+            Self::None => false,
+            Self::Loopback => client.is_loopback(),
+            Self::Any => true,
+        }
+    }
 }
 
 impl Pod {
@@ -98,15 +128,15 @@ impl Drop for Running {
     }
 }
 
-/// Keeps listeners in step with the pods of this node until the drain begins; then closes them all.
-pub async fn run(proxy: Arc<Proxy>, first: Pending) {
+/// Keeps listeners in step with the pods of this node, as the mesh knows them, until the drain begins.
+pub async fn run(proxy: Arc<Proxy>, capture: Capture, first: Pending) {
     let mut first = Some(first);
     let mut changes = proxy.mesh.changes();
     let mut running: HashMap<Arc<str>, Running> = HashMap::new();
     loop {
         changes.borrow_and_update();
         let snapshot = proxy.mesh.snapshot();
-        let failed = reconcile(&proxy, &snapshot, &mut running);
+        let failed = reconcile(&proxy, &capture, &snapshot, &mut running);
         if let Some(first) = first.take() {
             first.done();
         }
@@ -118,9 +148,41 @@ pub async fn run(proxy: Arc<Proxy>, first: Pending) {
             () = proxy.drain.started() => break,
         }
     }
+    // The listeners end by themselves, and this task with the process.
+    std::future::pending::<()>().await;
     drop(running);
-    // This task ends with the process.
-    std::future::pending().await
+}
+
+/// Follows certificates alone: for pods that come and go as istio-cni says.
+pub async fn keep_certificates(proxy: Arc<Proxy>) {
+    let mut changes = proxy.mesh.changes();
+    loop {
+        changes.borrow_and_update();
+        follow_certificates(&proxy, &proxy.mesh.snapshot());
+        if changes.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Has the certificates of this node's pods fetched before the first connection needs them, and forgotten with the last
+/// workload of an identity here.
+fn follow_certificates(proxy: &Proxy, snapshot: &Snapshot) {
+    let here = || snapshot.workloads().filter(|workload| *workload.node == *proxy.settings.node);
+    let known: HashSet<&Identity> = here().map(|workload| &workload.identity).collect();
+    // Keys of those who left are not kept.
+    for identity in proxy.certificates.identities() {
+        if !known.contains(&identity) {
+            proxy.certificates.forget(&identity);
+        }
+    }
+    let wanted: HashSet<&Identity> =
+        here().filter(|workload| is_local(proxy, workload)).map(|workload| &workload.identity).collect();
+    for identity in wanted {
+        if let Err(error) = proxy.certificates.prefetch(identity) {
+            tracing::warn!(%identity, %error, "certificate cannot be fetched ahead");
+        }
+    }
 }
 
 fn is_local(proxy: &Proxy, workload: &Workload) -> bool {
@@ -131,7 +193,12 @@ fn is_local(proxy: &Proxy, workload: &Workload) -> bool {
 }
 
 /// Starts and stops listeners; returns whether some could not be had and must be tried again.
-fn reconcile(proxy: &Arc<Proxy>, snapshot: &Snapshot, running: &mut HashMap<Arc<str>, Running>) -> bool {
+fn reconcile(
+    proxy: &Arc<Proxy>,
+    capture: &Capture,
+    snapshot: &Snapshot,
+    running: &mut HashMap<Arc<str>, Running>,
+) -> bool {
     let local: HashMap<&Arc<str>, &Arc<Workload>> = snapshot
         .workloads()
         .filter(|workload| is_local(proxy, workload))
@@ -147,16 +214,11 @@ fn reconcile(proxy: &Arc<Proxy>, snapshot: &Snapshot, running: &mut HashMap<Arc<
         }
         keep
     });
-    // Keys of those who left are not kept.
-    for certificate in proxy.certificates.list() {
-        if !local.values().any(|workload| workload.identity == certificate.identity) {
-            proxy.certificates.forget(&certificate.identity);
-        }
-    }
+    follow_certificates(proxy, snapshot);
     let mut failed = false;
     for (uid, workload) in local {
         if !running.contains_key(uid) {
-            match start(proxy, workload) {
+            match start(proxy, capture, workload) {
                 Ok(pod) => {
                     tracing::info!(pod = %uid, address = %pod.pod.address, "pod joined");
                     running.insert(Arc::clone(uid), pod);
@@ -169,20 +231,29 @@ fn reconcile(proxy: &Arc<Proxy>, snapshot: &Snapshot, running: &mut HashMap<Arc<
             }
         }
         if let Some(pod) = running.get_mut(uid) {
-            failed |= !follow_plain_ports(proxy, snapshot, workload, pod);
+            failed |= !follow_plain_ports(proxy, capture, snapshot, workload, pod);
         }
     }
     failed
 }
 
-fn start(proxy: &Arc<Proxy>, workload: &Workload) -> Result<Running, cairn_net::NetError> {
+fn start(proxy: &Arc<Proxy>, capture: &Capture, workload: &Workload) -> Result<Running, cairn_net::NetError> {
     let address = workload.addresses.first().copied().unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
     let options = ListenOptions::default();
-    let mut running = match &proxy.settings.capture {
+    Ok(match capture {
         Capture::Addresses { twins } => {
             let application = if *twins { twin(address) } else { address };
             let uid = Arc::clone(&workload.uid);
-            let pod = Arc::new(Pod { uid, address, namespace: None, application });
+            let spoofing = Spoofing::Loopback;
+            let pod = Arc::new(Pod {
+                uid,
+                address,
+                namespace: None,
+                application,
+                spoofing,
+                mark: None,
+                is_alone: false,
+            });
             let hbone = cairn_net::listen(SocketAddr::new(address, HBONE_PORT), &options)?;
             let mut listeners = vec![accept(proxy, &pod, hbone, Way::Hbone)];
             // A SOCKS5 port is an identity without a password: on loopback only.
@@ -207,30 +278,30 @@ fn start(proxy: &Arc<Proxy>, workload: &Workload) -> Result<Running, cairn_net::
                 ports.map(|(port, way)| listen(port).map(|at| (at, way))).into_iter().collect();
             let bound = bound?;
             let uid = Arc::clone(&workload.uid);
-            let pod = Arc::new(Pod { uid, address, namespace: Some(namespace), application: address });
+            let pod = Arc::new(Pod {
+                uid,
+                address,
+                namespace: Some(namespace),
+                application: address,
+                spoofing: Spoofing::Any,
+                mark: Some(cairn_net::ZTUNNEL_MARK),
+                is_alone: true,
+            });
             let listeners = bound.into_iter().map(|(at, way)| accept(proxy, &pod, at, way)).collect();
             Running { pod, listeners, plain: BTreeSet::new() }
         }
-    };
-    // Certificates are fetched before the first connection needs them.
-    let warm = Arc::clone(proxy);
-    let identity = workload.identity.clone();
-    running.listeners.push(tokio::spawn(async move {
-        if let Err(error) = warm.certificates.get(&identity).await {
-            tracing::warn!(%identity, %error, "no certificate yet, will retry");
-        }
-    }));
-    Ok(running)
+    })
 }
 
 /// With twin addresses, takes plaintext on the ports that the application serves. Returns whether all could be had.
 fn follow_plain_ports(
     proxy: &Arc<Proxy>,
+    capture: &Capture,
     snapshot: &Snapshot,
     workload: &Workload,
     pod: &mut Running,
 ) -> bool {
-    if !matches!(proxy.settings.capture, Capture::Addresses { twins: true }) {
+    if !matches!(capture, Capture::Addresses { twins: true }) {
         return true;
     }
     let mut complete = true;
@@ -267,7 +338,7 @@ fn application_ports(snapshot: &Snapshot, workload: &Workload) -> BTreeSet<u16> 
 
 /// The ways in which a connection reaches the ztunnel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Way {
+pub enum Way {
     /// From a peer, as HBONE.
     Hbone,
     /// From the pod, by redirection.
@@ -280,38 +351,88 @@ enum Way {
     PlaintextHere,
 }
 
+impl Way {
+    /// What logs call it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Hbone => "HBONE",
+            Self::Redirected => "outbound",
+            Self::Socks => "SOCKS5",
+            Self::Plaintext | Self::PlaintextHere => "plaintext",
+        }
+    }
+}
+
 fn accept(proxy: &Arc<Proxy>, pod: &Arc<Pod>, listener: TcpListener, way: Way) -> JoinHandle<()> {
-    let (proxy, pod) = (Arc::clone(proxy), Arc::clone(pod));
+    let (of, label) = (Arc::clone(pod), Arc::clone(&pod.uid));
+    let shared = Arc::clone(proxy);
+    accept_with(proxy, label, way.as_str(), listener, move |worker, stream, peer| {
+        hand_over(Arc::clone(&shared), Arc::clone(&of), worker, stream, peer, way)
+    })
+}
+
+/// Accepts connections until the drain begins, and has each served by a worker. `label` is whose they are in logs, and
+/// `way` which of them.
+pub fn accept_with<S, F>(
+    proxy: &Arc<Proxy>,
+    label: Arc<str>,
+    way: &'static str,
+    listener: TcpListener,
+    serve: S,
+) -> JoinHandle<()>
+where
+    S: Fn(usize, TcpStream, SocketAddr) -> F + Clone + Send + 'static,
+    F: Future<Output = ()> + Send + 'static,
+{
+    let (workers, drain) = (proxy.workers.clone(), proxy.drain.clone());
+    let failures = proxy.accept_failures.clone();
     tokio::spawn(async move {
+        let mut pause = ACCEPT_PAUSE_MIN;
         loop {
-            let (stream, peer) = tokio::select! {
-                accepted = listener.accept() => match accepted {
-                    Ok(accepted) => accepted,
-                    Err(error) => {
-                        tracing::warn!(pod = %pod.uid, ?way, %error, "accept failed");
-                        tokio::time::sleep(ACCEPT_PAUSE).await;
-                        continue;
-                    }
-                },
-                () = proxy.drain.started() => return,
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = drain.started() => break,
             };
-            let Ok(stream) = stream.into_std() else { continue };
-            let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
-            let (proxy, pod) = (Arc::clone(&proxy), Arc::clone(&pod));
-            let workers = proxy.workers.clone();
-            let start = move |worker| async move {
-                // The socket is registered with the worker's own event queue.
-                match TcpStream::from_std(stream) {
-                    Ok(stream) => hand_over(proxy, pod, worker, stream, peer, way).await,
-                    Err(error) => tracing::warn!(%peer, %error, "connection cannot be taken over"),
+            match accepted {
+                Ok((stream, peer)) => {
+                    pause = ACCEPT_PAUSE_MIN;
+                    give(&workers, stream, peer, serve.clone()).await;
                 }
-            };
-            workers.run(start).await;
+                Err(error) => {
+                    failures.inc();
+                    tracing::warn!(pod = %label, way, %error, ?pause, "accept failed");
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(ACCEPT_PAUSE_MAX);
+                }
+            }
+        }
+        // Those who are connected already and wait would be reset with the listener.
+        while let Ok(Ok((stream, peer))) = tokio::time::timeout(Duration::ZERO, listener.accept()).await {
+            give(&workers, stream, peer, serve.clone()).await;
         }
     })
 }
 
-async fn hand_over(
+/// Has a worker serve a connection.
+async fn give<S, F>(workers: &Workers, stream: TcpStream, peer: SocketAddr, serve: S)
+where
+    S: FnOnce(usize, TcpStream, SocketAddr) -> F + Send + 'static,
+    F: Future<Output = ()> + Send + 'static,
+{
+    let Ok(stream) = stream.into_std() else { return };
+    let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
+    let start = move |worker| async move {
+        // The socket is registered with the worker's own event queue.
+        match TcpStream::from_std(stream) {
+            Ok(stream) => serve(worker, stream, peer).await,
+            Err(error) => tracing::warn!(%peer, %error, "connection cannot be taken over"),
+        }
+    };
+    workers.run(start).await;
+}
+
+/// Serves one connection of a pod.
+pub async fn hand_over(
     proxy: Arc<Proxy>,
     pod: Arc<Pod>,
     worker: usize,

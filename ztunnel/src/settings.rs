@@ -1,16 +1,29 @@
 //! What a ztunnel is told: flags and environment first, then the settings file, then defaults.
 
+use crate::inpod::PodName;
 use anyhow::Context;
+use cairn_hbone::{PoolSettings, ServerSettings};
+use cairn_identity::{Roots, Token};
 use cairn_process::LogFormat;
 use serde::Deserialize;
+use serde_json::Value;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::time::Duration;
+
+/// Where operators find the admin server and metrics, as with a ztunnel of Istio.
+pub const ADMIN_PORT: u16 = 15000;
+/// See [`ADMIN_PORT`].
+pub const METRICS_PORT: u16 = 15020;
 
 /// Flags of `ztunnel`. Each may also stand in the settings file, in kebab-case.
 #[derive(Clone, Debug, Default, clap::Args, Deserialize)]
 #[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
 pub struct Options {
+    /// `proxy`: settings come from the environment alone, as Istio's chart gives them to its ztunnel, and what stands
+    /// behind it is ignored. `version`: says which this is.
+    #[serde(skip)]
+    pub command: Vec<String>,
     /// A YAML file with any of these settings; flags and environment win over it.
     #[arg(long, env = "CAIRN_SETTINGS")]
     #[serde(skip)]
@@ -39,8 +52,9 @@ pub struct Options {
     /// The address of the admin port, 15000 [default: the address above if it is loopback, else 127.0.0.1].
     #[arg(long, env = "CAIRN_ADMIN_ADDRESS")]
     pub admin_address: Option<IpAddr>,
-    /// Worker threads [default: the number of cores, at most 2].
-    #[arg(long, env = "ZTUNNEL_WORKER_THREADS")]
+    /// Worker threads: a number, 0 for as many as there are cores, or a share of them, `25%` [default: the number of
+    /// cores, at most 2].
+    #[arg(long, env = "ZTUNNEL_WORKER_THREADS", value_parser = parse_workers)]
     pub workers: Option<usize>,
     /// How traffic reaches the ztunnel [default: addresses].
     #[arg(long, env = "CAIRN_CAPTURE")]
@@ -49,6 +63,9 @@ pub struct Options {
     /// (see `namespace_file` for long names).
     #[arg(long, env = "CAIRN_NETNS_DIRECTORY")]
     pub netns_directory: Option<PathBuf>,
+    /// With `--capture in-pod`: istio-cni's socket [default: /var/run/ztunnel/ztunnel.sock].
+    #[arg(long, env = "INPOD_UDS")]
+    pub cni_socket: Option<PathBuf>,
     /// With `--capture addresses`: applications listen on twin addresses (second octet + 20), and the ztunnel on
     /// theirs.
     #[arg(long, env = "CAIRN_TWIN_ADDRESSES", num_args = 0..=1, default_missing_value = "true")]
@@ -70,6 +87,23 @@ pub struct Options {
     pub log_format: Option<LogFormat>,
 }
 
+/// Reads a number of worker threads, or a share of the cores.
+fn parse_workers(text: &str) -> Result<usize, String> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    workers_of(text, cores).ok_or_else(|| "not a number, or a share up to 100%".to_owned())
+}
+
+/// How many threads `text` asks for on a machine with so many cores: a number, `0` for all, or a share, `25%`.
+pub fn workers_of(text: &str, cores: usize) -> Option<usize> {
+    match text.trim().strip_suffix('%') {
+        Some(share) => {
+            let share: usize = share.trim().parse().ok()?;
+            (1..=100).contains(&share).then(|| (cores * share).div_ceil(100))
+        }
+        None => text.trim().parse().ok().map(|count| if count == 0 { cores } else { count }),
+    }
+}
+
 /// How traffic reaches the ztunnel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -79,9 +113,140 @@ pub enum CaptureKind {
     Addresses,
     /// Redirection in each pod's network namespace: 15001, 15006 and 15008. Needs root.
     Namespaces,
+    /// The same, in namespaces that istio-cni hands over. Needs root.
+    InPod,
 }
 
-/// How pods are captured, with what each way needs.
+/// Where pods come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PodSource {
+    /// The mesh says which are here.
+    Mesh(Capture),
+    /// istio-cni does.
+    Cni(InPod),
+    /// There is one, and the ztunnel runs in its namespace (Istio's dedicated mode).
+    Dedicated(PodName, InPod),
+    /// There are none: the ztunnel only follows the mesh.
+    Nowhere,
+}
+
+/// How pods are served that are under redirection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InPod {
+    /// istio-cni's socket.
+    pub socket: PathBuf,
+    /// Another ztunnel may listen in the same pods, as during a rolling update.
+    pub reuse_port: bool,
+    /// Listen on IPv6 as well, where a pod has it.
+    pub ipv6: bool,
+    /// Whether applications see their clients' addresses.
+    pub original_source: OriginalSource,
+    /// The mark on all packets of ours, which redirection lets pass.
+    pub mark: Option<u32>,
+    /// Listen for SOCKS5 on loopback as well.
+    pub socks5: bool,
+    /// Answer DNS questions, and pass those that are not about the mesh on to the servers in this file.
+    pub dns: Option<PathBuf>,
+}
+
+impl Default for InPod {
+    fn default() -> Self {
+        Self {
+            socket: CNI_SOCKET.into(),
+            reuse_port: true,
+            ipv6: true,
+            original_source: OriginalSource::default(),
+            mark: Some(cairn_net::ZTUNNEL_MARK),
+            socks5: false,
+            dns: Some(RESOLVERS.into()),
+        }
+    }
+}
+
+/// Whom the ztunnel's own pod asks for names.
+pub const RESOLVERS: &str = "/etc/resolv.conf";
+
+/// Where istio-cni listens (facts: `INPOD_UDS`).
+const CNI_SOCKET: &str = "/var/run/ztunnel/ztunnel.sock";
+
+/// The pod that the ztunnel itself is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OwnPod {
+    /// Its name.
+    pub name: String,
+    /// Its namespace.
+    pub namespace: String,
+    /// Its service account.
+    pub service_account: String,
+}
+
+/// A server of the control plane.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ControlPlane {
+    /// `https://host:port`.
+    pub address: String,
+    /// The roots that its certificate chains to.
+    pub roots: Roots,
+    /// The name that its certificate is for, if that is not the address's.
+    pub host: Option<String>,
+    /// What each call carries beside the token.
+    pub headers: Vec<(String, String)>,
+}
+
+/// Limits of tunnels that differ from the defaults of `cairn-hbone`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TunnelLimits {
+    /// Bytes a peer may send ahead on one tunnel.
+    pub stream_window: Option<u32>,
+    /// Bytes a peer may send ahead on all tunnels of a connection.
+    pub connection_window: Option<u32>,
+    /// The largest frame of a peer.
+    pub frame_bytes_max: Option<u32>,
+    /// How many tunnels share a connection.
+    pub streams_per_connection: Option<usize>,
+    /// How long a connection without tunnels is kept.
+    pub idle_timeout: Option<Duration>,
+}
+
+impl TunnelLimits {
+    /// For the tunnels that we open.
+    pub fn pool(&self) -> PoolSettings {
+        let default = PoolSettings::default();
+        PoolSettings {
+            stream_window: self.stream_window.unwrap_or(default.stream_window),
+            connection_window: self.connection_window.unwrap_or(default.connection_window),
+            frame_bytes_max: self.frame_bytes_max.unwrap_or(default.frame_bytes_max),
+            streams_per_connection: self.streams_per_connection.unwrap_or(default.streams_per_connection),
+            idle_timeout: self.idle_timeout.unwrap_or(default.idle_timeout),
+            ..default
+        }
+    }
+
+    /// For those that we accept.
+    pub fn server(&self) -> ServerSettings {
+        let default = ServerSettings::default();
+        ServerSettings {
+            stream_window: self.stream_window.unwrap_or(default.stream_window),
+            connection_window: self.connection_window.unwrap_or(default.connection_window),
+            frame_bytes_max: self.frame_bytes_max.unwrap_or(default.frame_bytes_max),
+            ..default
+        }
+    }
+}
+
+/// Whether applications see their clients' addresses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OriginalSource {
+    /// If the kernel lets us.
+    #[default]
+    IfPermitted,
+    /// Or the pod is not served.
+    Always,
+    /// They see the pod's own.
+    Never,
+}
+
+/// How pods that the mesh names are captured, with what each way needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Capture {
     /// Ports on each pod's own address.
@@ -94,30 +259,40 @@ pub enum Capture {
 }
 
 /// Settings, resolved.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Settings {
-    /// The xDS server.
-    pub xds_address: String,
-    /// Root certificates of xDS and CA.
-    pub xds_root: PathBuf,
+    /// The xDS server; `None`: there is none.
+    pub xds: Option<ControlPlane>,
     /// The CA.
-    pub ca_address: String,
-    /// The bearer token's file.
-    pub token: Option<PathBuf>,
+    pub ca: ControlPlane,
+    /// The bearer token for both.
+    pub token: Option<Token>,
     /// The node served.
     pub node: String,
     /// The cluster's name.
     pub cluster_id: String,
+    /// The ztunnel's own pod, if it is one.
+    pub own_pod: Option<OwnPod>,
+    /// The ztunnel's own address, for its name in the control plane.
+    pub own_address: IpAddr,
+    /// What the control plane is told of us beside that.
+    pub metadata: Vec<(String, Value)>,
     /// Where ports for metrics and readiness are bound.
     pub address: IpAddr,
     /// Where the admin port is bound.
     pub admin_address: IpAddr,
+    /// The admin port.
+    pub admin_port: u16,
+    /// The port for metrics.
+    pub metrics_port: u16,
     /// Worker threads.
     pub workers: usize,
-    /// How pods are captured.
-    pub capture: Capture,
+    /// Where pods come from, and how they are captured.
+    pub pods: PodSource,
     /// Lifetime asked for certificates.
     pub certificate_ttl: Duration,
+    /// Limits of tunnels.
+    pub tunnels: TunnelLimits,
     /// How long open connections may go on after SIGTERM.
     pub drain: Duration,
     /// Whether a line is written per connection.
@@ -135,35 +310,52 @@ impl Options {
     /// When the file is not valid or a needed setting is missing.
     pub fn resolve(self) -> anyhow::Result<Settings> {
         let file: Options = cairn_process::load_file(self.settings.as_deref())?;
-        let xds_address =
+        let address =
             self.xds_address.or(file.xds_address).unwrap_or_else(|| "https://localhost:15012".to_owned());
-        let capture = match self.capture.or(file.capture).unwrap_or_default() {
+        let roots = self.xds_root.or(file.xds_root).context("--xds-root (XDS_ROOT_CA) is needed")?;
+        let xds = ControlPlane { address, roots: roots.into(), host: None, headers: Vec::new() };
+        let ca = match self.ca_address.or(file.ca_address) {
+            Some(address) => ControlPlane { address, ..xds.clone() },
+            None => xds.clone(),
+        };
+        let cluster_id = self.cluster_id.or(file.cluster_id).unwrap_or_else(|| "Kubernetes".to_owned());
+        let pods = match self.capture.or(file.capture).unwrap_or_default() {
             CaptureKind::Addresses => {
-                Capture::Addresses { twins: self.twin_addresses.or(file.twin_addresses).unwrap_or(false) }
+                let twins = self.twin_addresses.or(file.twin_addresses).unwrap_or(false);
+                PodSource::Mesh(Capture::Addresses { twins })
             }
-            CaptureKind::Namespaces => Capture::Namespaces(
+            CaptureKind::Namespaces => PodSource::Mesh(Capture::Namespaces(
                 self.netns_directory
                     .or(file.netns_directory)
                     .context("--capture namespaces needs --netns-directory")?,
-            ),
+            )),
+            CaptureKind::InPod => {
+                let socket = self.cni_socket.or(file.cni_socket).unwrap_or_else(|| CNI_SOCKET.into());
+                PodSource::Cni(InPod { socket, ..InPod::default() })
+            }
         };
         let address = self.address.or(file.address).unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
         let local = if address.is_loopback() { address } else { IpAddr::V4(Ipv4Addr::LOCALHOST) };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Settings {
-            ca_address: self.ca_address.or(file.ca_address).unwrap_or_else(|| xds_address.clone()),
-            xds_address,
-            xds_root: self.xds_root.or(file.xds_root).context("--xds-root (XDS_ROOT_CA) is needed")?,
-            token: self.token.or(file.token),
+            xds: Some(xds),
+            ca,
+            token: self.token.or(file.token).map(Token::File),
             node: self.node.or(file.node).unwrap_or_else(|| "node".to_owned()),
-            cluster_id: self.cluster_id.or(file.cluster_id).unwrap_or_else(|| "Kubernetes".to_owned()),
+            metadata: vec![("CLUSTER_ID".to_owned(), cluster_id.as_str().into())],
+            cluster_id,
+            own_pod: None,
+            own_address: address,
             address,
             admin_address: self.admin_address.or(file.admin_address).unwrap_or(local),
+            admin_port: ADMIN_PORT,
+            metrics_port: METRICS_PORT,
             workers: self.workers.or(file.workers).unwrap_or(cores.min(2)).max(1),
-            capture,
+            pods,
             certificate_ttl: Duration::from_secs(
                 self.certificate_seconds.or(file.certificate_seconds).unwrap_or(86_400).max(2),
             ),
+            tunnels: TunnelLimits::default(),
             drain: Duration::from_secs(self.drain_seconds.or(file.drain_seconds).unwrap_or(5)),
             access_log: self.access_log.or(file.access_log).unwrap_or(true),
             log: self.log.or(file.log).unwrap_or_else(|| "info".to_owned()),

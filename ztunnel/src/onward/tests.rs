@@ -2,7 +2,7 @@
 //! that fail.
 
 use super::*;
-use cairn_hbone::{Connect, PoolSettings, ServerSettings};
+use cairn_hbone::{Connect, ServerSettings};
 use cairn_identity::{Authority, CertificateSettings};
 use cairn_mesh::{
     Change, GatewayAddress, GatewayTarget, NetworkAddress, PortMapping, ResourceName, Service, ServicePort,
@@ -62,6 +62,7 @@ impl Scene {
             mesh: Mesh::new(),
             certificates: Certificates::new(Arc::clone(&ca) as Arc<_>, CertificateSettings::default()),
             pools: [Pool::new(PoolSettings::default())].into(),
+            tunnels: PoolSettings::default(),
             loads: Arc::default(),
             names: Names::default(),
         });
