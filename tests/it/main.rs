@@ -15,6 +15,7 @@ mod envoy;
 mod explain;
 mod ext_authz;
 mod harness;
+mod inpod;
 mod issuers;
 mod jwt;
 mod netns;

@@ -34,7 +34,7 @@ const APPLICATION: u16 = 8080;
 const ZTUNNEL: &str = "10.244.0.2:15000";
 
 /// Runs a program while its standard input is open: however this process ends, that closes, and the program is told.
-const LIFELINE: &str =
+pub(crate) const LIFELINE: &str =
     r#""$@" </dev/null & program=$!; cat >/dev/null; kill -TERM "$program"; wait "$program""#;
 
 /// A namespace in the mesh and one outside; the policies say what each application takes.
@@ -313,7 +313,7 @@ fn shared() -> Option<Arc<Mesh>> {
 }
 
 /// Whether this machine cannot run these tests; says why.
-fn skipped() -> bool {
+pub(crate) fn skipped() -> bool {
     let reason = if !rustix::process::geteuid().is_root() {
         "needs root"
     } else if find_program("ip").is_none() || find_program("nft").is_none() {
@@ -331,7 +331,7 @@ fn find_program(name: &str) -> Option<PathBuf> {
 }
 
 /// Waits for something to become true; whether it did.
-fn within(limit: Duration, mut happened: impl FnMut() -> bool) -> bool {
+pub(crate) fn within(limit: Duration, mut happened: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + limit;
     loop {
         if happened() {
@@ -567,7 +567,7 @@ fn cairn() -> Result<PathBuf> {
     Ok(program)
 }
 
-fn connect_in(namespace: &Path, to: SocketAddr) -> Result<TcpStream> {
+pub(crate) fn connect_in(namespace: &Path, to: SocketAddr) -> Result<TcpStream> {
     let namespace = Namespace::open(namespace)?;
     let connected = namespace.within(|| TcpStream::connect_timeout(&to, TRY_MAX))?;
     let connection = connected.with_context(|| format!("cannot connect to {to}"))?;
@@ -577,9 +577,9 @@ fn connect_in(namespace: &Path, to: SocketAddr) -> Result<TcpStream> {
 }
 
 #[derive(Debug)]
-struct Answer {
-    status: u16,
-    body: String,
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) body: String,
 }
 
 impl Answer {
@@ -590,7 +590,7 @@ impl Answer {
 }
 
 /// One request and its answer, leaving the connection open.
-fn exchange(connection: &mut TcpStream, path: &str, body: &[u8]) -> Result<Answer> {
+pub(crate) fn exchange(connection: &mut TcpStream, path: &str, body: &[u8]) -> Result<Answer> {
     let host = connection.peer_addr()?;
     let method = if body.is_empty() { "GET" } else { "POST" };
     write!(connection, "{method} {path} HTTP/1.1\r\nhost: {host}\r\ncontent-length: {}\r\n\r\n", body.len())?;
