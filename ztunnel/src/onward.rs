@@ -172,6 +172,9 @@ impl Opening<'_> {
                 account.service = service;
                 account.destination_workload = workload;
                 account.destination = connect;
+                // An endpoint that was tried before may have been at the end of a tunnel.
+                account.authority.clear();
+                account.destination_identity = None;
                 let connected = cairn_net::connect(connect, &self.client.options).await;
                 connected
                     .map(OnwardStream::Tcp)

@@ -331,6 +331,29 @@ async fn another_endpoint_is_tried_when_one_fails_before_a_byte_is_taken() {
     }
 }
 
+/// The record of a connection that went plainly in the end says nothing of the tunnel that could not be had.
+#[tokio::test]
+async fn an_endpoint_outside_the_mesh_is_tried_when_a_tunnel_fails() {
+    let (outside, dead) = (own_address(), own_address());
+    let listener = cairn_net::listen(SocketAddr::new(outside, 8080), &ListenOptions::default()).unwrap();
+    let outside = Workload { protocol: TunnelProtocol::None, ..workload("outside", "outside", outside) };
+    let mut scene = Scene::new();
+    scene.apply([
+        Change::Service(service()),
+        Change::Workload(outside),
+        Change::Workload(workload("dead", "dead", dead)),
+    ]);
+    // One of two is picked at random.
+    for _ in 0..8 {
+        let (opened, account) = scene.open("10.96.0.10:80").await;
+        let onward = opened.map_err(|failure| failure.reason).unwrap();
+        assert!(matches!(onward.stream, OnwardStream::Tcp(_)));
+        assert_eq!((account.way, account.authority.as_str()), ("plain", ""));
+        assert_eq!(account.destination_identity, None);
+        listener.accept().await.unwrap();
+    }
+}
+
 #[tokio::test]
 async fn tries_are_few_and_a_refusal_is_final() {
     let denied = |connect: Connect| connect.refuse(StatusCode::FORBIDDEN);
