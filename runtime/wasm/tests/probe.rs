@@ -256,7 +256,11 @@ async fn run(module: &[u8], lines: &Lines) {
     let answered = || lines.of_probe().iter().filter(|line| line.starts_with("CALLMAP")).count() == 2;
     wait_for(|| answered() || lines.tell_of_a_crash()).await;
 
-    for one in recorded_exchanges() {
+    for (number, one) in recorded_exchanges().into_iter().enumerate() {
+        if number == 4 {
+            // It logs more than a plugin may in one second.
+            tokio::time::sleep(Duration::from_millis(1100)).await;
+        }
         one.run(&*factory);
     }
 }

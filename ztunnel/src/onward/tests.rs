@@ -66,6 +66,7 @@ impl Scene {
             loads: Arc::default(),
             names: Names::default(),
         });
+        tokio::spawn(Arc::clone(&ways.certificates).renew());
         Self { ca, store, ways, _dir: dir }
     }
 

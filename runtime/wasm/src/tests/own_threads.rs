@@ -65,7 +65,7 @@ fn heads_bodies_and_trailers_come_back_as_the_guest_left_them() {
     };
     assert_eq!(word(&said(&mut shown)), "continue");
     assert_eq!(chunk.trailers.unwrap()["x-got"], "x-status");
-    assert_eq!(word(&said(|| run.response())), "reply 403 ");
+    assert_eq!(word(&said(|| run.response())), "reply 403 wasm_local_response");
     assert_eq!(
         run.notes(),
         ["request: set x-status", "request: changed the body", "trailers: added x-got", "answered 403"]
