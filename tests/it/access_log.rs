@@ -452,7 +452,10 @@ fn comparable(name: &str, logs: &BTreeMap<&'static str, Vec<u8>>) -> Result<BTre
             // Behind a tunnel we have no address of our own.
             let key = "upstream_local_address";
             if *log == "json" || !facts[key].is_null() {
-                replaced(line, &format!("\"{key}\":{},", facts[key]), "")?;
+                let field = format!("\"{key}\":{}", facts[key]);
+                // It is the last one where those after it are left out.
+                replaced(line, &format!("{field},"), "")
+                    .or_else(|_| replaced(line, &format!(",{field}"), ""))?;
             }
             if name == "closed" {
                 replaced(line, &format!("\"bytes_sent\":{}", facts["bytes_sent"]), "\"bytes_sent\":B")?;

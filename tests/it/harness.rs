@@ -13,8 +13,8 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 /// The blocks of loopback for the meshes of one run. Each also takes those ten and twenty above, so ten in a row fit;
-/// two rows leave room for the others that tests use.
-const BLOCKS: [std::ops::Range<u8>; 2] = [60..70, 130..140];
+/// three rows leave room for the others that tests use.
+const BLOCKS: [std::ops::Range<u8>; 3] = [60..70, 130..140, 160..170];
 
 static BLOCK: AtomicU8 = AtomicU8::new(0);
 

@@ -1,3 +1,5 @@
+//! Every variable that is followed changes what the ztunnel does.
+
 use super::*;
 
 fn environment(pairs: &[(&str, &str)]) -> Environment {
