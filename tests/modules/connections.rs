@@ -197,6 +197,7 @@ struct Came {
 }
 
 #[tokio::test]
+#[ignore = "statuses of header maps and of ranges past the end differ on connections, and pieces are cut by the network"]
 async fn connections_are_to_a_guest_what_they_are_in_envoy() -> Result<()> {
     let probe = built().join("../plugins/probe.wasm");
     let Some(program) = program() else {

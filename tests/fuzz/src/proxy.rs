@@ -224,7 +224,9 @@ impl Talk {
         let Self { running, exchange, .. } = self;
         let outcome =
             polled(|cx| running.poll_request_headers(cx, exchange, &mut head, false, &mut body)).await;
-        assert!(head.headers.contains_key("x-witness"), "the other plugin did not run");
+        // Where the one before it answers, or waits for threads of its own, it is not its turn.
+        let goes_on = matches!(outcome, Some(Outcome::Continue));
+        assert!(!goes_on || head.headers.contains_key("x-witness"), "the other plugin did not run");
         self.is_over = !matches!(outcome, Some(Outcome::Continue));
         while !self.is_over {
             let Self { running, exchange, .. } = self;
