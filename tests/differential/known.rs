@@ -14,14 +14,13 @@ use std::net::Ipv6Addr;
 /// A difference that is meant: its name, and whether it explains what became of a request.
 type Intended = (&'static str, fn(&Scenario, &Ask, &Outcome, &Outcome) -> bool);
 
-const INTENDED: [Intended; 10] = [
+const INTENDED: [Intended; 9] = [
     ("only-slashes", |scenario, ask, envoy, ours| {
         is_only_slashes(scenario, ask) && is_of_the_path(scenario, envoy, ours)
     }),
     ("no-uri", |_, ask, _, ours| {
         *ours == Outcome::Malformed && (ask.target.contains(['<', '>', '`']) || !ask.target.is_ascii())
     }),
-    ("header-options", |_, _, envoy, ours| same_but_for(&["x-team", "x-set-b"], envoy, ours)),
     ("grpc-head", |_, ask, envoy, ours| ask.method == "HEAD" && same_but_for_form(envoy, ours)),
     ("two-tokens", |_, ask, _, ours| {
         ask.to_string().matches(TOKEN_START).count() > 1
