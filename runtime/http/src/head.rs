@@ -124,7 +124,10 @@ fn set_own_request_headers(headers: &mut HeaderMap) {
     headers.remove(EXPECT);
     headers.remove(FORWARDED_CLIENT_CERT);
     headers.entry(FORWARDED_PROTO).or_insert_with(|| HeaderValue::from_static("http"));
-    headers.entry(REQUEST_ID).or_insert_with(new_request_id);
+    // An empty one counts as none, as in Envoy.
+    if headers.get(REQUEST_ID).is_none_or(HeaderValue::is_empty) {
+        headers.insert(REQUEST_ID, new_request_id());
+    }
 }
 
 /// A random UUID of version 4.

@@ -1,3 +1,5 @@
+//! What is asked of DNS, and what the mesh answers to it.
+
 use super::*;
 use cairn_mesh::{Change, Identity, NetworkAddress, ResourceName, Service, Store};
 

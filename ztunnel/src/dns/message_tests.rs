@@ -1,3 +1,5 @@
+//! Messages of DNS as they are on the wire.
+
 use super::*;
 
 /// Whether an answer was cut, so that it is to be asked for over TCP.
