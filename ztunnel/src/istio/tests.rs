@@ -10,8 +10,11 @@ fn of(pairs: &[(&str, &str)]) -> Settings {
     settings(&environment(pairs)).unwrap()
 }
 
-/// A value for each variable that is followed, and others that it needs beside it.
-const EXAMPLES: &[(&str, &str, &[(&str, &str)])] = &[
+/// A variable, a value for it, and others that it needs beside it.
+type Example = (&'static str, &'static str, &'static [(&'static str, &'static str)]);
+
+/// A value for each variable that is followed.
+const EXAMPLES: &[Example] = &[
     ("ENABLE_PROXY", "false", &[]),
     ("PROXY_MODE", "dedicated", &[("PROXY_WORKLOAD_INFO", "a/web/x")]),
     ("PROXY_WORKLOAD_INFO", "b/web/x", &[("PROXY_MODE", "dedicated")]),
