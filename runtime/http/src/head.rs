@@ -3,7 +3,7 @@
 use crate::Failure;
 use cairn_filter::RequestHead;
 use cairn_mesh::{PathNormalization, normalize_path};
-use http::header::{CONNECTION, EXPECT, HOST, HeaderName, SERVER, TE, TRANSFER_ENCODING, UPGRADE};
+use http::header::{CONNECTION, COOKIE, EXPECT, HOST, HeaderName, SERVER, TE, TRANSFER_ENCODING, UPGRADE};
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderMap, HeaderValue, Method, Uri, Version, request};
 
@@ -124,9 +124,22 @@ fn set_own_request_headers(headers: &mut HeaderMap) {
     headers.remove(EXPECT);
     headers.remove(FORWARDED_CLIENT_CERT);
     headers.entry(FORWARDED_PROTO).or_insert_with(|| HeaderValue::from_static("http"));
+    join_cookies(headers);
     // An empty one counts as none, as in Envoy.
     if headers.get(REQUEST_ID).is_none_or(HeaderValue::is_empty) {
         headers.insert(REQUEST_ID, new_request_id());
+    }
+}
+
+/// Makes one line of cookies of those that HTTP/2 lets a client send apart (RFC 9113 §8.2.3).
+fn join_cookies(headers: &mut HeaderMap) {
+    if headers.get_all(COOKIE).iter().nth(1).is_none() {
+        return;
+    }
+    let lines: Vec<&[u8]> = headers.get_all(COOKIE).iter().map(HeaderValue::as_bytes).collect();
+    // What was allowed in two headers is allowed in one.
+    if let Ok(joined) = HeaderValue::from_bytes(&lines.join(&b"; "[..])) {
+        headers.insert(COOKIE, joined);
     }
 }
 
@@ -183,4 +196,20 @@ pub(crate) fn set_service_time(headers: &mut HeaderMap, millis: u64) {
 pub(crate) fn header_bytes(headers: &HeaderMap) -> u64 {
     // ": " and CRLF.
     headers.iter().map(|(name, value)| (name.as_str().len() + value.len() + 4) as u64).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cookies_that_came_apart_are_one_line() {
+        let mut headers = HeaderMap::new();
+        for cookie in ["a=b", "c=d", "e=\u{e9}"] {
+            headers.append(COOKIE, HeaderValue::from_bytes(cookie.as_bytes()).unwrap());
+        }
+        set_own_request_headers(&mut headers);
+        let all: Vec<_> = headers.get_all(COOKIE).iter().map(HeaderValue::as_bytes).collect();
+        assert_eq!(all, ["a=b; c=d; e=\u{e9}".as_bytes()]);
+    }
 }
