@@ -66,6 +66,9 @@ pub(crate) fn request_head(
     let normal = normalized(&as_sent, normalization);
     let path_is_bad = normal.is_err();
     strip_hop(&mut headers, version);
+    if version == Version::HTTP_2 {
+        join_cookies(&mut headers);
+    }
     set_own_request_headers(&mut headers);
     let head = RequestHead {
         method,
@@ -124,14 +127,14 @@ fn set_own_request_headers(headers: &mut HeaderMap) {
     headers.remove(EXPECT);
     headers.remove(FORWARDED_CLIENT_CERT);
     headers.entry(FORWARDED_PROTO).or_insert_with(|| HeaderValue::from_static("http"));
-    join_cookies(headers);
     // An empty one counts as none, as in Envoy.
     if headers.get(REQUEST_ID).is_none_or(HeaderValue::is_empty) {
         headers.insert(REQUEST_ID, new_request_id());
     }
 }
 
-/// Makes one line of cookies of those that HTTP/2 lets a client send apart (RFC 9113 §8.2.3).
+/// Makes one line of cookies of those that HTTP/2 lets a client send apart (RFC 9113 §8.2.3). Over HTTP/1.1 several lines
+/// stay several, as in Envoy.
 fn join_cookies(headers: &mut HeaderMap) {
     if headers.get_all(COOKIE).iter().nth(1).is_none() {
         return;
@@ -203,13 +206,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cookies_that_came_apart_are_one_line() {
-        let mut headers = HeaderMap::new();
-        for cookie in ["a=b", "c=d", "e=\u{e9}"] {
-            headers.append(COOKIE, HeaderValue::from_bytes(cookie.as_bytes()).unwrap());
-        }
-        set_own_request_headers(&mut headers);
-        let all: Vec<_> = headers.get_all(COOKIE).iter().map(HeaderValue::as_bytes).collect();
-        assert_eq!(all, ["a=b; c=d; e=\u{e9}".as_bytes()]);
+    fn cookies_that_http_2_sent_apart_are_one_line() {
+        let cookies = |version| {
+            let mut request = http::Request::builder().uri("http://h/").version(version);
+            for cookie in ["a=b", "c=d", "e=\u{e9}"] {
+                request = request.header(COOKIE, cookie.as_bytes());
+            }
+            let (parts, ()) = request.body(()).unwrap().into_parts();
+            let (head, outcome) = request_head(parts, PathNormalization::None);
+            assert!(outcome.is_ok());
+            head.headers.get_all(COOKIE).iter().map(|value| value.as_bytes().to_vec()).collect::<Vec<_>>()
+        };
+        assert_eq!(cookies(Version::HTTP_2), ["a=b; c=d; e=\u{e9}".as_bytes()]);
+        assert_eq!(cookies(Version::HTTP_11), [&b"a=b"[..], b"c=d", "e=\u{e9}".as_bytes()]);
     }
 }
