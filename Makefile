@@ -13,7 +13,7 @@ test: ## run all tests
 	@tests/peers
 	@plugins/build
 	@tests/modules/build
-	cargo build --package cairn
+	cargo build --workspace --bins
 	cargo test --workspace
 
 bench: ## measure Cairn and Envoy side by side; see BENCHMARKS.md

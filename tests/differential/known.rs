@@ -14,7 +14,7 @@ use std::net::Ipv6Addr;
 /// A difference that is meant: its name, and whether it explains what became of a request.
 type Intended = (&'static str, fn(&Scenario, &Ask, &Outcome, &Outcome) -> bool);
 
-const INTENDED: [Intended; 9] = [
+const INTENDED: [Intended; 10] = [
     ("only-slashes", |scenario, ask, envoy, ours| {
         is_only_slashes(scenario, ask) && is_of_the_path(scenario, envoy, ours)
     }),
@@ -33,7 +33,8 @@ const INTENDED: [Intended; 9] = [
         has_stray_bits(ask) && is_refused_as(ours, "Jwt signature is an invalid Base64url")
     }),
     ("key-kind", |_, _, envoy, ours| {
-        is_refused_as(envoy, "Jwt verification fails")
+        (is_refused_as(envoy, "Jwt verification fails")
+            || is_refused_as(envoy, "Jwt ED25519 signature is wrong length"))
             && is_refused_as(ours, "Jwks doesn't have key to match")
     }),
     ("other-algorithm", |scenario, ask, envoy, ours| {
@@ -43,6 +44,9 @@ const INTENDED: [Intended; 9] = [
     }),
     ("repeated-content-type", |_, ask, envoy, ours| {
         ask.header("content-type").count() > 1 && same_but_for_form(envoy, ours)
+    }),
+    ("query-order", |scenario, _, envoy, ours| {
+        is_custom(scenario) && same_but_for(&[":path"], envoy, ours) && same_parameters(envoy, ours)
     }),
 ];
 
@@ -221,6 +225,24 @@ fn same_but_for(names: &[&str], envoy: &Outcome, ours: &Outcome) -> bool {
         other => other,
     };
     without(envoy) == without(ours)
+}
+
+/// Whether a provider is asked.
+fn is_custom(scenario: &Scenario) -> bool {
+    scenario.objects.iter().any(|object| object["spec"]["action"] == "CUSTOM")
+}
+
+/// Whether the path that the upstream sees is the same but for the order of its parameters, and `=` after those without value.
+fn same_parameters(envoy: &Outcome, ours: &Outcome) -> bool {
+    let parts = |outcome: &Outcome| {
+        let Outcome::Allowed { seen, .. } = outcome else { return None };
+        let (_, path) = seen.iter().find(|(name, _)| *name == ":path")?;
+        let (path, query) = path.split_once('?')?;
+        let mut pairs: Vec<_> = query.split('&').map(|pair| pair.trim_end_matches('=').to_owned()).collect();
+        pairs.sort_unstable();
+        Some((path.to_owned(), pairs))
+    };
+    parts(envoy).is_some() && parts(envoy) == parts(ours)
 }
 
 /// Whether a token says RS512, which no key here is for.

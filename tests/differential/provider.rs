@@ -172,7 +172,14 @@ fn decided(decision: &str, told: String) -> CheckResponse {
                 option("x-set-c", "always", None, Overwrite),
             ],
             headers_to_remove: vec!["x-remove".into(), "cookie".into()],
-            response_headers_to_add: vec![plain("x-seen", "by-provider"), plain("x-seen", "again")],
+            response_headers_to_add: vec![
+                plain("x-seen", "by-provider"),
+                plain("x-seen", "again"),
+                option("x-seen", "not", None, AddIfAbsent),
+                option("x-absent", "absent", None, AddIfAbsent),
+                option("x-none", "there", None, OverwriteIfExists),
+                option("x-always", "always", None, Overwrite),
+            ],
             query_parameters_to_set: vec![parameter("team", "red")],
             query_parameters_to_remove: vec!["gone".into()],
             ..OkHttpResponse::default()

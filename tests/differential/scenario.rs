@@ -188,7 +188,8 @@ pub const SEEN: [&str; 15] = [
 ];
 
 /// The headers of an answer that a provider of external authorization may have written.
-pub const TOLD: [&str; 5] = ["x-why", "x-seen", "x-other", "location", "set-cookie"];
+pub const TOLD: [&str; 8] =
+    ["x-why", "x-seen", "x-other", "location", "set-cookie", "x-absent", "x-none", "x-always"];
 
 /// The header of the answer that tells it.
 pub fn seen_name(name: &str) -> String {

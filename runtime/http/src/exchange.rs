@@ -68,6 +68,28 @@ impl From<Stopped> for Turn {
     }
 }
 
+/// The rule for a request, and of its backends the one whose turn it is.
+struct Routed {
+    found: Found,
+    backend: Result<usize, Failure>,
+}
+
+impl Routed {
+    /// Where the request goes as it stands; the exchange knows it from then on, as in Envoy, whoever answers in the end.
+    fn find(site: &Site, head: &RequestHead, exchange: &mut Exchange) -> Option<Self> {
+        let found = site.routes.find(head, exchange.token.as_deref());
+        exchange.route = found.as_ref().map(|found| Arc::clone(&found.rule.name));
+        exchange.cluster = None;
+        let found = found?;
+        let chosen = found.rule.backend(|weight| fastrand::u64(..weight));
+        let backend = chosen.map(|(index, backend)| {
+            exchange.cluster = Some(Arc::clone(&backend.cluster));
+            index
+        });
+        Some(Self { found, backend })
+    }
+}
+
 /// Runs one exchange.
 pub(crate) async fn run(
     served: Arc<Served>,
@@ -84,8 +106,7 @@ pub(crate) async fn run(
     let mut exchange = Exchange::new(Arc::clone(&served.connection), protocol(head.version), now.0, now.1);
     exchange.grpc = head.is_grpc();
     // The filter list belongs to the destination: what matches no route is still authorized before it is answered.
-    let found = site.routes.find(&head, None);
-    exchange.route = found.as_ref().map(|found| Arc::clone(&found.rule.name));
+    let routed = Routed::find(&site, &head, &mut exchange);
     let chain = if well_formed.is_ok() { &site.chain } else { &Chain::default() };
     let mut running = chain.start(&exchange);
     running.hold_at_most(served.worker.settings.body_held_max);
@@ -98,7 +119,7 @@ pub(crate) async fn run(
 
     let turn = match well_formed {
         Err(failure) => Turn::Fail(failure),
-        Ok(()) => go(&site, &mut record, head, found, body, upgrade.as_ref()).await,
+        Ok(()) => go(&site, &mut record, head, routed, body, upgrade.as_ref()).await,
     };
     match turn {
         Turn::Upstream(answered) => respond(record, *answered, upgrade).await,
@@ -122,7 +143,7 @@ async fn go(
     site: &Site,
     record: &mut Record,
     mut head: RequestHead,
-    mut found: Option<Found>,
+    mut routed: Option<Routed>,
     body: Incoming,
     upgrade: Option<&Upgrade>,
 ) -> Turn {
@@ -147,10 +168,11 @@ async fn go(
     let is_touched = site.routes.depends_on_filters()
         || (&head.method, &head.path, &head.authority) != (&before.0, &before.1, &before.2);
     if is_touched && !site.routes.is_implicit() {
-        found = site.routes.find(&head, record.exchange.token.as_deref());
-        record.exchange.route = found.as_ref().map(|found| Arc::clone(&found.rule.name));
+        routed = Routed::find(site, &head, &mut record.exchange);
     }
-    let Some(Found { rule, prefix }) = found else { return Turn::Fail(Failure::NoRoute) };
+    let Some(Routed { found: Found { rule, prefix }, backend }) = routed else {
+        return Turn::Fail(Failure::NoRoute);
+    };
     if let Some(reason) = &rule.broken {
         return Turn::Fail(Failure::BrokenRoute(Arc::clone(reason)));
     }
@@ -158,11 +180,11 @@ async fn go(
         let reply = redirect_reply(redirect, &head, prefix.as_deref(), site.port);
         return Turn::Reply(Box::new(reply));
     }
-    let (index, backend) = match rule.backend(|weight| fastrand::u64(..weight)) {
-        Ok(found) => found,
+    let index = match backend {
+        Ok(index) => index,
         Err(failure) => return Turn::Fail(failure),
     };
-    record.exchange.cluster = Some(Arc::clone(&backend.cluster));
+    let Some(backend) = rule.backend_at(index) else { return Turn::Fail(Failure::NoRoute) };
     rule.request.apply_to_request(&mut head);
     backend.request.apply_to_request(&mut head);
     if let Some(rewrite) = &rule.rewrite {

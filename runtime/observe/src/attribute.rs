@@ -1,6 +1,6 @@
 //! The attributes that expressions may speak of: names as Envoy and Istio have them, values from the record.
 
-use crate::facts::{Facts, Header, PeerField, Side, flag_bits, text_of};
+use crate::facts::{Facts, Header, PeerField, Side, flag_bits, text_of, values_of};
 use cairn_telemetry::{Wanted, Wants};
 use cel::Value;
 use cel::common::types::{CelBool, CelDuration, CelInt, CelString, CelTimestamp};
@@ -229,6 +229,17 @@ impl Attribute {
             Self::ResponseTrailer(name) => wants.trailers.add(name),
             Self::ResponseTrailers => wants.trailers = Wanted::All,
             _ => {}
+        }
+    }
+
+    /// The bytes of the header that it is; `None` when it is not there, or no header.
+    pub(crate) fn bytes<'a>(&self, facts: &Facts<'a>) -> Option<Cow<'a, [u8]>> {
+        let record = facts.record;
+        match self {
+            Self::RequestHeader(header) => facts.request_values(header),
+            Self::ResponseHeader(name) => values_of(record.response_headers, name),
+            Self::ResponseTrailer(name) => values_of(record.response_trailers, name),
+            _ => None,
         }
     }
 

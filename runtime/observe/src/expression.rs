@@ -120,6 +120,17 @@ impl Expression {
         })
     }
 
+    /// Its value as it is written to a log: a header's bytes as they came, else as [`Expression::text`] has it.
+    pub(crate) fn bytes<'a>(&self, facts: &Facts<'a>) -> Option<Cow<'a, [u8]>> {
+        // An expression that is an attribute and nothing else.
+        if let (Expr::Ident(_), [Found { attribute, presence: false }]) = (&self.expr.expr, &*self.attributes)
+            && let Some(bytes) = attribute.bytes(facts)
+        {
+            return Some(bytes);
+        }
+        self.text(facts).map(|text| text.as_bytes().to_vec().into())
+    }
+
     fn value(&self, facts: &Facts<'_>) -> Option<Value> {
         let resolver = Resolver { found: &self.attributes, facts: *facts };
         let mut context = Context::with_env(Arc::clone(&STANDARD));

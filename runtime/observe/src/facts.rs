@@ -141,9 +141,14 @@ impl<'a> Facts<'a> {
 
     /// The same as expressions and tags have it: all its values, as text.
     pub(crate) fn request_text(&self, name: &Header) -> Option<Cow<'a, str>> {
+        self.request_values(name).map(as_text)
+    }
+
+    /// All values of a header.
+    pub(crate) fn request_values(&self, name: &Header) -> Option<Cow<'a, [u8]>> {
         match name {
-            Header::Named(name) => text_of(self.record.request_headers, name),
-            name => self.own_header(name).map(legible),
+            Header::Named(name) => values_of(self.record.request_headers, name),
+            name => self.own_header(name).map(Cow::Borrowed),
         }
     }
 
@@ -200,7 +205,12 @@ fn joined<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<Cow<'a, [u8]>
 
 /// All values of a header, as text.
 pub(crate) fn text_of<'a>(headers: Option<&'a HeaderMap>, name: &HeaderName) -> Option<Cow<'a, str>> {
-    joined(headers?, name).map(as_text)
+    values_of(headers, name).map(as_text)
+}
+
+/// All values of a header.
+pub(crate) fn values_of<'a>(headers: Option<&'a HeaderMap>, name: &HeaderName) -> Option<Cow<'a, [u8]>> {
+    joined(headers?, name)
 }
 
 /// Bytes of a peer as text.

@@ -212,7 +212,7 @@ fn object(entries: &Entries, facts: &Facts<'_>, omit_empty: bool) -> Value {
 }
 
 /// Appends a JSON string: as it is, but for what JSON must escape. Of what is no UTF-8, all that is no ASCII is escaped
-/// byte by byte, as Envoy does.
+/// byte by byte, and what JSON must escape by its number too, as Envoy does.
 pub(crate) fn append_json_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
     let is_plain = |byte: u8| (b' '..0x80).contains(&byte) && byte != b'"' && byte != b'\\';
     if bytes.iter().copied().all(is_plain) {
@@ -226,16 +226,17 @@ pub(crate) fn append_json_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
     out.push(b'"');
     for byte in bytes.iter().copied() {
         match byte {
+            byte if !is_text && !is_plain(byte) => {
+                // Writing to a Vec cannot fail.
+                drop(write!(out, "\\u{byte:04x}"));
+            }
             b'"' | b'\\' => out.extend_from_slice(&[b'\\', byte]),
             b'\n' => out.extend_from_slice(b"\\n"),
             b'\r' => out.extend_from_slice(b"\\r"),
             b'\t' => out.extend_from_slice(b"\\t"),
             0x08 => out.extend_from_slice(b"\\b"),
             0x0c => out.extend_from_slice(b"\\f"),
-            byte if byte < b' ' || (byte >= 0x80 && !is_text) => {
-                // Writing to a Vec cannot fail.
-                drop(write!(out, "\\u{byte:04x}"));
-            }
+            byte if byte < b' ' => drop(write!(out, "\\u{byte:04x}")),
             byte => out.push(byte),
         }
     }

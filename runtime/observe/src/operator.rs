@@ -393,6 +393,7 @@ impl Operator {
             Self::UpstreamCluster => record.cluster,
             Self::RouteName => record.route,
             Self::Hostname => &facts.own.hostname,
+            Self::Cel(expression) => return expression.bytes(facts),
             Self::GrpcStatus(form) => {
                 let status = record.grpc_status?;
                 match STATUSES.get(usize::from(status)) {
@@ -411,7 +412,6 @@ impl Operator {
     fn made(&self, facts: &Facts<'_>) -> Option<String> {
         let record = facts.record;
         match self {
-            Self::Cel(expression) => expression.text(facts).map(|text| text.to_string()),
             Self::Claim(_) | Self::Metadata(_) | Self::Peer(_, PeerForm::Fields | PeerForm::Text) => {
                 Some(match self.parts(facts)? {
                     Value::String(text) => text,

@@ -17,6 +17,15 @@ pub(super) const BASE64: GeneralPurpose = GeneralPurpose::new(
     GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
 );
 
+/// The same for what is signed as text, so that it cannot be spelt anew: stray bits in its last letter harm nobody, and Envoy
+/// takes them.
+const SIGNED_BASE64: GeneralPurpose = GeneralPurpose::new(
+    &base64::alphabet::URL_SAFE,
+    GeneralPurposeConfig::new()
+        .with_decode_padding_mode(DecodePaddingMode::Indifferent)
+        .with_decode_allow_trailing_bits(true),
+);
+
 /// How a token is signed (RFC 7518 §3.1, RFC 8037).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Algorithm {
@@ -110,29 +119,32 @@ impl<'a> Jwt<'a> {
     /// # Errors
     /// With the first thing that is wrong.
     pub fn parse(text: &'a str) -> Result<Self, TokenError> {
-        let (signed, header, payload_text, signature) = sections(text).ok_or(TokenError::Form)?;
-        let header = BASE64.decode(header).map_err(|_| TokenError::HeaderEncoding)?;
+        let [header_text, payload_text, signature] = sections(text).ok_or(TokenError::Form)?;
+        let header = SIGNED_BASE64.decode(header_text).map_err(|_| TokenError::HeaderEncoding)?;
         let header = json::object(&header).ok_or(TokenError::HeaderJson)?;
         let algorithm = header.get("alg").and_then(Value::as_str).ok_or(TokenError::Algorithm)?.parse()?;
         let key_id = text_of(&header, "kid", TokenError::KeyId)?.to_owned();
-        let payload = BASE64.decode(payload_text).map_err(|_| TokenError::PayloadEncoding)?;
+        let payload = SIGNED_BASE64.decode(payload_text).map_err(|_| TokenError::PayloadEncoding)?;
         let payload = json::object(&payload).ok_or(TokenError::PayloadJson)?;
         let terms = Terms::read(&payload)?;
         let signature = BASE64.decode(signature).map_err(|_| TokenError::SignatureEncoding)?;
+        // Envoy would take more dots between the sections. A token has one spelling.
+        let (signed, _) = text.rsplit_once('.').ok_or(TokenError::Form)?;
+        if signed.len() != header_text.len() + 1 + payload_text.len() {
+            return Err(TokenError::Form);
+        }
         Ok(Self { algorithm, key_id, payload, terms, signed, payload_text, signature })
     }
 }
 
-/// What is signed, then header, payload and signature; none of the three is empty.
-fn sections(text: &str) -> Option<(&str, &str, &str, &str)> {
+/// Header, payload and signature: all that stands between dots, and is not empty.
+fn sections(text: &str) -> Option<[&str; 3]> {
     if text.len() > TOKEN_BYTES_MAX {
         return None;
     }
-    let (signed, signature) = text.rsplit_once('.')?;
-    let (header, payload) = signed.split_once('.')?;
-    let all = [header, payload, signature];
-    let whole = all.iter().all(|section| !section.is_empty() && !section.contains('.'));
-    whole.then_some((signed, header, payload, signature))
+    let mut sections = text.split('.').filter(|section| !section.is_empty());
+    let all = [sections.next()?, sections.next()?, sections.next()?];
+    sections.next().is_none().then_some(all)
 }
 
 impl Terms {
@@ -316,6 +328,27 @@ mod tests {
                 "Jwt signature is an invalid Base64url encoded",
             ),
             (
+                "good but for a dot before it",
+                format!(".{}", payload("{}")),
+                "Jwt is not in the form of Header.Payload.Signature with two dots and 3 sections",
+            ),
+            (
+                "good but for two dots",
+                payload("{}").replacen('.', "..", 1),
+                "Jwt is not in the form of Header.Payload.Signature with two dots and 3 sections",
+            ),
+            (
+                "good but for a dot behind it",
+                format!("{}.", payload("{}")),
+                "Jwt is not in the form of Header.Payload.Signature with two dots and 3 sections",
+            ),
+            ("more dots, and a payload", "a+b=..b.c".into(), "Jwt header is an invalid Base64url encoded"),
+            (
+                "stray bits in the signature",
+                payload("{}").replace("c2ln", "c2l"),
+                "Jwt signature is an invalid Base64url encoded",
+            ),
+            (
                 "too long",
                 format!("{}.b.c", "a".repeat(TOKEN_BYTES_MAX)),
                 "Jwt is not in the form of Header.Payload.Signature with two dots and 3 sections",
@@ -340,6 +373,14 @@ mod tests {
         assert_eq!(Terms::default().hold_at(u64::MAX, 60), Ok(()), "no times, no limit");
         let forever = Terms { expires: Some(u64::MAX), ..Terms::default() };
         assert_eq!(forever.hold_at(5, 60), Ok(()));
+    }
+
+    #[test]
+    fn stray_bits_of_what_is_signed_do_not_matter() {
+        let header = BASE64.encode(r#"{"alg":"EdDSA"} "#);
+        assert!(header.ends_with("IA"));
+        let text = format!("{}B.e30.c2ln", &header[..header.len() - 1]);
+        assert_eq!(Jwt::parse(&text).unwrap().algorithm, Algorithm::EdDsa);
     }
 
     #[test]

@@ -171,9 +171,9 @@ fn changes(ok: OkHttpResponse, said: Option<Struct>) -> Changes {
     let mut changes = Changes::default();
     let mut left_out = Vec::new();
     let mut keep = |read: Result<HeaderChange, String>| read.map_err(|what| left_out.push(what)).ok();
-    changes.request = ok.headers.iter().filter_map(|header| keep(change(header, How::Overwrite))).collect();
+    changes.request = ok.headers.iter().filter_map(|header| keep(to_upstream(header))).collect();
     changes.response =
-        ok.response_headers_to_add.iter().filter_map(|header| keep(change(header, How::Append))).collect();
+        ok.response_headers_to_add.iter().filter_map(|header| keep(to_downstream(header))).collect();
     for name in &ok.headers_to_remove {
         match HeaderName::from_bytes(name.as_bytes()).ok().filter(is_free) {
             Some(name) => changes.removed.push(name),
@@ -210,18 +210,26 @@ fn value(said: prost_types::Value, depth: usize) -> Value {
     }
 }
 
-/// One header of an answer. What is unset means `unset`.
-fn change(option: &HeaderValueOption, unset: How) -> Result<HeaderChange, String> {
-    let Some(header) = &option.header else { return Err("a header without name".to_owned()) };
-    let value = if header.raw_value.is_empty() { header.value.as_bytes() } else { &header.raw_value };
+/// A header for the request. As in Envoy, `append` alone says what happens to values that are there, and only to such is
+/// anything appended; `append_action` says nothing here.
+fn to_upstream(option: &HeaderValueOption) -> Result<HeaderChange, String> {
+    change(option, if option.append == Some(true) { How::AppendIfPresent } else { How::Overwrite })
+}
+
+/// A header for the response.
+fn to_downstream(option: &HeaderValueOption) -> Result<HeaderChange, String> {
     let how = match (option.append, option.append_action()) {
-        (Some(true), _) => How::Append,
-        (Some(false), _) => How::Overwrite,
-        (None, HeaderAppendAction::AppendIfExistsOrAdd) => unset,
+        (Some(true), _) | (None, HeaderAppendAction::AppendIfExistsOrAdd) => How::Append,
+        (Some(false), _) | (None, HeaderAppendAction::OverwriteIfExistsOrAdd) => How::Overwrite,
         (None, HeaderAppendAction::AddIfAbsent) => How::AddIfAbsent,
-        (None, HeaderAppendAction::OverwriteIfExistsOrAdd) => How::Overwrite,
         (None, HeaderAppendAction::OverwriteIfExists) => How::OverwriteIfPresent,
     };
+    change(option, how)
+}
+
+fn change(option: &HeaderValueOption, how: How) -> Result<HeaderChange, String> {
+    let Some(header) = &option.header else { return Err("a header without name".to_owned()) };
+    let value = if header.raw_value.is_empty() { header.value.as_bytes() } else { &header.raw_value };
     HeaderChange::new(&header.key, value, how)
 }
 
@@ -234,7 +242,7 @@ fn reply(denied: DeniedHttpResponse) -> LocalReply {
     let status = status_of(&denied);
     let mut headers = HeaderMap::new();
     for header in &denied.headers {
-        if let Ok(change) = change(header, How::Append) {
+        if let Ok(change) = to_downstream(header) {
             change.apply(&mut headers);
         }
     }

@@ -17,6 +17,8 @@ pub(super) struct HeaderChange {
 pub(super) enum How {
     /// They stay, and this comes after them.
     Append,
+    /// They stay, and this is put after the first of them, on the same line, if there are any.
+    AppendIfPresent,
     /// They stay, and this is left out.
     AddIfAbsent,
     /// This replaces them.
@@ -37,10 +39,17 @@ impl HeaderChange {
 
     pub(super) fn apply(self, headers: &mut HeaderMap) {
         let Self { name, value, how } = self;
-        match (how, headers.contains_key(&name)) {
+        match (how, headers.get_mut(&name)) {
             (How::Append, _) => drop(headers.append(name, value)),
-            (How::AddIfAbsent, true) | (How::OverwriteIfPresent, false) => {}
-            (How::AddIfAbsent, false) | (How::Overwrite, _) | (How::OverwriteIfPresent, true) => {
+            (How::AppendIfPresent, Some(first)) => {
+                let line = [first.as_bytes(), value.as_bytes()].join(&b","[..]);
+                // What was allowed in two headers is allowed in one.
+                if let Ok(line) = HeaderValue::from_bytes(&line) {
+                    *first = line;
+                }
+            }
+            (How::AddIfAbsent, Some(_)) | (How::AppendIfPresent | How::OverwriteIfPresent, None) => {}
+            (How::AddIfAbsent, None) | (How::Overwrite, _) | (How::OverwriteIfPresent, Some(_)) => {
                 headers.insert(name, value);
             }
         }

@@ -5,7 +5,7 @@ use super::{ANSWER_BYTES_MAX, Changes, DENIED, Decision};
 use bytes::Bytes;
 use cairn_filter::{BodyRead, CalloutAnswer, CalloutRequest, LocalReply, RequestHead};
 use cairn_mesh::{AuthorizationProvider, HttpCheck};
-use http::header::{AUTHORIZATION, LOCATION, WWW_AUTHENTICATE};
+use http::header::{AUTHORIZATION, CONTENT_LENGTH, LOCATION, WWW_AUTHENTICATE};
 use http::uri::{Authority, Scheme};
 use http::{HeaderMap, HeaderName, HeaderValue, Request, StatusCode, Uri};
 use std::sync::Arc;
@@ -55,6 +55,8 @@ fn headers(check: &HttpCheck, head: &RequestHead, body: Option<&BodyRead>) -> He
             headers.append(name, value.clone());
         }
     }
+    // Of the question, not of the request: Envoy says it even where there is no body.
+    headers.insert(CONTENT_LENGTH, body.map_or(0, |body| body.bytes.len()).into());
     if let Some(body) = body {
         headers.insert(PARTIAL_BODY, HeaderValue::from_static(if body.is_whole { "false" } else { "true" }));
     }

@@ -347,12 +347,16 @@ async fn an_answer_over_grpc_decides_and_changes_headers() {
             option("x-team", "green", Some(true), Unset),
             option("x-new", "n", Some(false), Unset),
             option("x-new", "m", None, AddIfAbsent),
-            option("x-none", "o", None, OverwriteIfExists),
+            option("x-none", "o", Some(true), Unset),
             option(":path", "/admin", None, Unset),
             option("content-length", "1", None, Unset),
         ],
         headers_to_remove: vec!["authorization".into(), "host".into()],
-        response_headers_to_add: vec![option("x-seen", "p", None, Unset)],
+        response_headers_to_add: vec![
+            option("x-seen", "p", None, Unset),
+            option("x-seen", "q", None, AddIfAbsent),
+            option("x-unseen", "p", None, OverwriteIfExists),
+        ],
         dynamic_metadata: Some(said("old", "1")),
         query_parameters_to_set: vec![
             QueryParameter { key: "team".into(), value: "red".into() },
@@ -371,12 +375,13 @@ async fn an_answer_over_grpc_decides_and_changes_headers() {
         run.head.headers.get_all(name).iter().map(|value| value.to_str().unwrap()).collect()
     };
     assert_eq!(values("x-other"), ["2"], "what is unset replaces");
-    assert_eq!(values("x-team"), ["red", "blue", "green"]);
-    assert_eq!(values("x-new"), ["n"]);
+    assert_eq!(values("x-team"), ["red,green", "blue"]);
+    assert_eq!(values("x-new"), ["m"], "what stands in append_action says nothing of requests");
     assert_eq!((values("x-none").len(), values("authorization").len()), (0, 0));
     assert_eq!(run.head.path, "/ask?team=red");
     let metadata = serde_json::json!({ "envoy.filters.http.ext_authz": { "old": "1", "level": "2" } });
     assert_eq!(run.exchange.metadata.all().map(|all| Value::Object(all.clone())), Some(metadata));
+    assert_eq!(run.response.len(), 1);
     assert_eq!(run.response["x-seen"], "p");
     let expected = [
         "provider p let it pass",
