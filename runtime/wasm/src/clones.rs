@@ -32,7 +32,7 @@ pub(crate) struct Clones {
 
 /// Why there is no instance.
 pub(crate) enum NoClone {
-    /// Too many exchanges have one.
+    /// Too many exchanges have one, or those that they have take all the memory there is for them.
     Full,
     /// It did not come to its first callback.
     Crash(Crash),
@@ -50,7 +50,7 @@ impl Clones {
 
     pub(crate) fn make(&self, facts: &Arc<Facts>, leases: &Arc<Leases>) -> Result<Instance, NoClone> {
         let lease = leases.take().ok_or(NoClone::Full)?;
-        Instance::clone_of(&self.module, facts, &self.host, lease).map_err(NoClone::Crash)
+        Instance::clone_of(&self.module, facts, &self.host, lease)
     }
 
     /// Whether the next crash is worth a line: one exchange may crash after the other.

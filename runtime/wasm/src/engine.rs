@@ -37,8 +37,7 @@ pub struct EngineSettings {
     pub module_bytes_max: usize,
     /// The most exchanges at a time that have an instance of their own, over all plugins that want that. Default 1000.
     pub exchange_instances_max: usize,
-    /// The most memory in bytes that all those instances together may get in addition to what they begin with. Default
-    /// 1 GiB.
+    /// The most memory in bytes that all those instances together may have, what they begin with included. Default 2 GiB.
     pub exchange_memory_max: usize,
     /// How long a plugin may hold an exchange that it paused. Default 10 s.
     pub pause_max: Duration,
@@ -57,7 +56,7 @@ impl Default for EngineSettings {
             memory_max: 256 << 20,
             module_bytes_max: 256 << 20,
             exchange_instances_max: 1000,
-            exchange_memory_max: 1 << 30,
+            exchange_memory_max: 2 << 30,
             pause_max: Duration::from_secs(10),
             cache: None,
             node: Vec::new(),

@@ -10,7 +10,6 @@ use crate::abi::{Callback, MapKind, ROOT_CONTEXT, VM_CONTEXT};
 use crate::budget::{Budget, Exhausted, out_of_time};
 use crate::error::PluginError;
 use crate::host::Exit;
-use crate::lease::Lease;
 use crate::metrics::Limit;
 use crate::module::{Exports, Module};
 use crate::pairs;
@@ -573,10 +572,10 @@ fn crash(store: &Store<State>, callback: Callback, deadline: Duration, error: &w
         (format!("it ran for more than {} ms", deadline.as_millis()), Some(Limit::Deadline))
     } else if state.limits.memory_hit {
         (format!("it wanted more than {} MiB of memory", state.facts.memory_max >> 20), Some(Limit::Memory))
-    } else if state.limits.lease.as_ref().is_some_and(Lease::was_refused) {
+    } else if state.limits.is_refused() {
         let mebibytes = state.facts.environment.settings.exchange_memory_max >> 20;
         let reason = format!(
-            "it wanted more memory than is left of the {mebibytes} MiB that instances of exchanges may add"
+            "it wanted more memory than is left of the {mebibytes} MiB that instances of exchanges may have"
         );
         (reason, Some(Limit::Memory))
     } else if let Some(exhausted) = error.downcast_ref::<Exhausted>() {

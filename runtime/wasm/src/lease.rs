@@ -8,20 +8,20 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 #[derive(Debug)]
 pub(crate) struct Leases {
     instances_max: usize,
-    /// The most memory that they may get in addition to what they begin with.
-    growth_max: usize,
+    /// The most memory that they may have. What they begin with counts, though they share it until they write to it: a
+    /// collector of garbage writes to all of it.
+    memory_max: usize,
     instances: AtomicUsize,
     memory_bytes: AtomicUsize,
-    grown_bytes: AtomicUsize,
 }
 
 impl Leases {
-    pub(crate) fn new(instances_max: usize, growth_max: usize) -> Self {
+    pub(crate) fn new(instances_max: usize, memory_max: usize) -> Self {
         let zero = AtomicUsize::default;
-        Self { instances_max, growth_max, instances: zero(), memory_bytes: zero(), grown_bytes: zero() }
+        Self { instances_max, memory_max, instances: zero(), memory_bytes: zero() }
     }
 
-    /// How many instances there are, and the bytes of their memories. Most of those are the snapshot's, once for all.
+    /// How many instances there are, and the bytes of their memories. Those never written to are the snapshot's, once for all.
     pub(crate) fn size(&self) -> (usize, usize) {
         (self.instances.load(Ordering::Relaxed), self.memory_bytes.load(Ordering::Relaxed))
     }
@@ -29,11 +29,9 @@ impl Leases {
     /// In the Prometheus text format.
     pub(crate) fn encode(&self, text: &mut String) {
         let (instances, bytes) = self.size();
-        let grown = self.grown_bytes.load(Ordering::Relaxed);
         for (name, help, value) in [
             ("instances", "Exchanges that have an instance of a plugin of their own.", instances),
             ("memory_bytes", "The memories of those instances, what they share with others included.", bytes),
-            ("memory_grown_bytes", "What those memories have got beyond what they began with.", grown),
         ] {
             let name = format!("cairn_wasm_exchange_{name}");
             // Writing to a text cannot fail.
@@ -43,7 +41,7 @@ impl Leases {
 
     /// A share for one more instance; `None` when there are as many as there may be.
     pub(crate) fn take(self: &Arc<Self>) -> Option<Lease> {
-        let lease = Lease { all: Arc::clone(self), memory_bytes: 0, grown_bytes: 0, was_refused: false };
+        let lease = Lease { all: Arc::clone(self), memory_bytes: 0, was_refused: false };
         // Dropping the lease takes back what is one too many.
         (self.instances.fetch_add(1, Ordering::Relaxed) < self.instances_max).then_some(lease)
     }
@@ -54,7 +52,6 @@ impl Leases {
 pub(crate) struct Lease {
     all: Arc<Leases>,
     memory_bytes: usize,
-    grown_bytes: usize,
     was_refused: bool,
 }
 
@@ -64,18 +61,14 @@ impl Lease {
         self.was_refused
     }
 
-    /// Counts memory that an instance begins with (`now` is 0) or gets; false when all of them have got too much.
+    /// Counts memory that an instance begins with or gets; false when that is too much for all of them.
     pub(crate) fn grow(&mut self, now: usize, desired: usize) -> bool {
         let more = desired.saturating_sub(now);
-        if now > 0 {
-            if self.all.grown_bytes.fetch_add(more, Ordering::Relaxed) + more > self.all.growth_max {
-                self.all.grown_bytes.fetch_sub(more, Ordering::Relaxed);
-                self.was_refused = true;
-                return false;
-            }
-            self.grown_bytes += more;
+        if self.all.memory_bytes.fetch_add(more, Ordering::Relaxed) + more > self.all.memory_max {
+            self.all.memory_bytes.fetch_sub(more, Ordering::Relaxed);
+            self.was_refused = true;
+            return false;
         }
-        self.all.memory_bytes.fetch_add(more, Ordering::Relaxed);
         self.memory_bytes += more;
         true
     }
@@ -85,7 +78,6 @@ impl Drop for Lease {
     fn drop(&mut self) {
         self.all.instances.fetch_sub(1, Ordering::Relaxed);
         self.all.memory_bytes.fetch_sub(self.memory_bytes, Ordering::Relaxed);
-        self.all.grown_bytes.fetch_sub(self.grown_bytes, Ordering::Relaxed);
     }
 }
 
@@ -94,19 +86,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn instances_and_their_growth_are_bounded_and_given_back() {
-        let leases = Arc::new(Leases::new(2, 100));
+    fn instances_and_their_memory_are_bounded_and_given_back() {
+        let leases = Arc::new(Leases::new(2, 2100));
         let mut first = leases.take().unwrap();
         let mut second = leases.take().unwrap();
         assert!(leases.take().is_none(), "there are two");
-        assert!(first.grow(0, 1000) && second.grow(0, 1000), "the beginning is no growth");
+        assert!(first.grow(0, 1000) && second.grow(0, 1000));
         assert!(first.grow(1000, 1060));
-        assert!(!second.grow(1000, 1060), "together they may grow by 100");
+        assert!(!second.grow(1000, 1060), "together they may have 2100");
+        assert!(second.was_refused() && !first.was_refused());
         assert_eq!(leases.size(), (2, 2060));
         drop(first);
         assert!(second.grow(1000, 1060));
         assert_eq!(leases.size(), (1, 1060));
-        drop(second);
-        assert_eq!((leases.size(), leases.grown_bytes.load(Ordering::Relaxed)), ((0, 0), 0));
+        let mut third = leases.take().unwrap();
+        assert!(!third.grow(0, 1100), "what it begins with counts");
+        drop((second, third));
+        assert_eq!(leases.size(), (0, 0));
     }
 }

@@ -48,6 +48,8 @@ struct Shadow {
     environment: Arc<Environment>,
     counters: Arc<PluginCounters>,
     plays: AtomicUsize,
+    /// What waits for the plugin in all plays.
+    waiting_bytes: Arc<AtomicUsize>,
 }
 
 impl ShadowFactory {
@@ -58,8 +60,9 @@ impl ShadowFactory {
     ) -> Self {
         let (name, phases, plugin) = (plugin.name().into(), plugin.phases(), Arc::new(plugin));
         let chain = Chain::new(vec![Arc::clone(&plugin) as Arc<dyn Factory>]);
-        let plays = AtomicUsize::new(0);
-        Self { phases, shadow: Arc::new(Shadow { name, plugin, chain, environment, counters, plays }) }
+        let (plays, waiting_bytes) = Default::default();
+        let shadow = Shadow { name, plugin, chain, environment, counters, plays, waiting_bytes };
+        Self { phases, shadow: Arc::new(shadow) }
     }
 }
 
@@ -127,7 +130,7 @@ impl ShadowFilter {
             return self.give_up(exchange, "shadow: passed over, too many exchanges wait for the plugin");
         }
         self.shadow.counts().exchanges.fetch_add(1, Ordering::Relaxed);
-        let feed = Arc::new(Feed::default());
+        let feed = Arc::new(Feed::new(&self.shadow.waiting_bytes));
         let exchange = Shadow::copy(exchange);
         let opening = Opening {
             running: self.shadow.chain.start(&exchange),

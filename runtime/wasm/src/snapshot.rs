@@ -284,18 +284,20 @@ fn data(passive: &[&[u8]], memory: &[u8], segments: &[Range<usize>]) -> DataSect
 
 /// A page of WebAssembly.
 const PAGE_BYTES: usize = 64 << 10;
-/// The size of the pieces in which memory is looked through; runs of zeros that are shorter go into a segment. Of the largest
-/// memory there are 65,536, so that there are fewer segments than the 100,000 that a module may have.
-const PIECE_BYTES: usize = 4 << 10;
+/// The least size of the pieces in which memory is looked through; runs of zeros that are shorter go into a segment.
+const PIECE_BYTES_MIN: usize = 4 << 10;
+/// The most pieces, so that there are fewer segments than the 100,000 that a module may have.
+const PIECES_MAX: usize = 1 << 16;
 
 /// Where there is anything but zeros.
 fn segments(memory: &[u8]) -> Vec<Range<usize>> {
     let mut segments: Vec<Range<usize>> = Vec::new();
-    for (index, piece) in memory.chunks(PIECE_BYTES).enumerate() {
+    let piece_bytes = memory.len().div_ceil(PIECES_MAX).next_power_of_two().max(PIECE_BYTES_MIN);
+    for (index, piece) in memory.chunks(piece_bytes).enumerate() {
         if piece.iter().all(|byte| *byte == 0) {
             continue;
         }
-        let range = index * PIECE_BYTES..index * PIECE_BYTES + piece.len();
+        let range = index * piece_bytes..index * piece_bytes + piece.len();
         match segments.last_mut() {
             Some(last) if last.end == range.start => last.end = range.end,
             _ => segments.push(range),

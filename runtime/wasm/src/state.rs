@@ -229,6 +229,13 @@ pub(crate) struct Limits {
     pub(crate) lease: Option<Lease>,
 }
 
+impl Limits {
+    /// Whether it wanted more memory than all instances of single exchanges may have.
+    pub(crate) fn is_refused(&self) -> bool {
+        self.lease.as_ref().is_some_and(Lease::was_refused)
+    }
+}
+
 impl Drop for Limits {
     fn drop(&mut self) {
         self.counters.memory_bytes.fetch_sub(self.memory_bytes as u64, Ordering::Relaxed);

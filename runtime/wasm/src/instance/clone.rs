@@ -1,9 +1,9 @@
 //! Looking into an instance that has been configured, and making others that begin where it stands.
 
-use super::{Crash, Instance, call, callbacks, crash, prepare};
+use super::{Instance, call, callbacks, crash, prepare};
 use crate::abi::{Callback, VM_CONTEXT};
 use crate::budget::out_of_time;
-use crate::clones::HostState;
+use crate::clones::{HostState, NoClone};
 use crate::lease::Lease;
 use crate::module::{Module, ON_CLONE};
 use crate::snapshot::{self, Frozen, Opened, SnapshotError, Value};
@@ -44,12 +44,15 @@ impl Instance {
     }
 
     /// An instance of a module that [`Instance::frozen`] made.
+    ///
+    /// # Errors
+    /// When there is no memory left for it, or it crashes.
     pub(crate) fn clone_of(
         module: &Module,
         facts: &Arc<Facts>,
         host: &HostState,
         lease: Lease,
-    ) -> Result<Self, Crash> {
+    ) -> Result<Self, NoClone> {
         let mut state = State::new(Arc::clone(facts));
         state.limits.lease = Some(lease);
         state.declared = host.declared.clone();
@@ -60,13 +63,16 @@ impl Instance {
         store.epoch_deadline_callback(out_of_time);
         prepare(&mut store, Callback::Start, VM_CONTEXT, facts.deadline);
         let guest = module.pre.instantiate(&mut store);
-        let guest = guest.map_err(|error| crash(&store, Callback::Start, facts.deadline, &error))?;
+        let guest = guest.map_err(|error| match store.data().limits.is_refused() {
+            true => NoClone::Full,
+            false => NoClone::Crash(crash(&store, Callback::Start, facts.deadline, &error)),
+        })?;
         store.data_mut().memory = guest.get_memory(&mut store, "memory");
         store.data_mut().allocate = guest.get_typed_func(&mut store, module.exports.allocator).ok();
         if module.exports.clone
             && let Ok(cloned) = guest.get_typed_func::<(), ()>(&mut store, ON_CLONE)
         {
-            call(&mut store, &cloned, (), Callback::Start, VM_CONTEXT)?;
+            call(&mut store, &cloned, (), Callback::Start, VM_CONTEXT).map_err(NoClone::Crash)?;
         }
         let callbacks = callbacks(&mut store, &guest);
         Ok(Self::of(store, guest, callbacks, module.exports))

@@ -4,10 +4,13 @@ use cairn_filter::{Body, BodyBroken, Exchange, Piece, ResponseHead, Side};
 use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::task::{Context, Poll, Waker};
 
 /// How much may wait for the plugin: what a filter may hold of a body, of both sides.
 const BYTES_MAX: usize = 2 << 20;
+/// How much may wait in all exchanges of a plugin together.
+const ALL_BYTES_MAX: usize = 64 << 20;
 /// What an event counts for beside its bytes.
 const EVENT_BYTES: usize = 256;
 
@@ -22,7 +25,10 @@ impl Event {
     fn length(&self) -> usize {
         match self {
             Self::Piece(_, piece) => EVENT_BYTES + piece.length(),
-            Self::Response(_) => EVENT_BYTES,
+            Self::Response(response) => {
+                let fields = response.0.headers.iter();
+                EVENT_BYTES + fields.map(|(name, value)| name.as_str().len() + value.len()).sum::<usize>()
+            }
         }
     }
 }
@@ -35,13 +41,13 @@ pub(super) enum Next {
 }
 
 /// From an exchange to its shadow, and back.
-#[derive(Default)]
 pub(super) struct Feed(Mutex<Queue>);
 
-#[derive(Default)]
 struct Queue {
     events: VecDeque<Event>,
     bytes: usize,
+    /// What waits in all exchanges of the plugin.
+    all_bytes: Arc<AtomicUsize>,
     /// The exchange is over.
     end: Option<Option<Box<Exchange>>>,
     has_ended: bool,
@@ -55,15 +61,32 @@ struct Queue {
 }
 
 impl Feed {
+    /// `all_bytes` counts what waits in all exchanges of the plugin.
+    pub(super) fn new(all_bytes: &Arc<AtomicUsize>) -> Self {
+        Self(Mutex::new(Queue {
+            events: VecDeque::new(),
+            bytes: 0,
+            all_bytes: Arc::clone(all_bytes),
+            end: None,
+            has_ended: false,
+            is_stopped: false,
+            waker: None,
+            notes: Vec::new(),
+            has_decided: false,
+        }))
+    }
+
     /// False when so much waits that the plugin is given up.
     pub(super) fn push(&self, event: Event) -> bool {
         let mut queue = self.0.lock();
         if queue.has_ended || queue.is_stopped {
             return true;
         }
-        queue.bytes += event.length();
+        let length = event.length();
+        queue.bytes += length;
+        let all_bytes = queue.all_bytes.fetch_add(length, Relaxed) + length;
         queue.events.push_back(event);
-        let has_room = queue.bytes <= BYTES_MAX;
+        let has_room = queue.bytes <= BYTES_MAX && all_bytes <= ALL_BYTES_MAX;
         let waker = queue.waker.take();
         drop(queue);
         if let Some(waker) = waker {
@@ -85,14 +108,12 @@ impl Feed {
     pub(super) fn stop(&self) {
         let mut queue = self.0.lock();
         queue.is_stopped = true;
-        (queue.events, queue.bytes) = (VecDeque::new(), 0);
+        queue.clear();
     }
 
     /// Ends the play without what has not been told yet.
     pub(super) fn give_up(&self) {
-        let mut queue = self.0.lock();
-        queue.events.clear();
-        drop(queue);
+        self.0.lock().clear();
         self.end(None);
         self.wake();
     }
@@ -147,8 +168,20 @@ impl Queue {
     fn take(&mut self, is_wanted: impl Fn(&Event) -> bool) -> Option<Event> {
         let at = self.events.iter().position(is_wanted)?;
         let event = self.events.remove(at)?;
-        self.bytes = self.bytes.saturating_sub(event.length());
+        self.bytes -= event.length();
+        self.all_bytes.fetch_sub(event.length(), Relaxed);
         Some(event)
+    }
+
+    fn clear(&mut self) {
+        self.events = VecDeque::new();
+        self.all_bytes.fetch_sub(std::mem::take(&mut self.bytes), Relaxed);
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        self.clear();
     }
 }
 

@@ -190,7 +190,7 @@ fn instances_may_not_get_all_the_memory_there_is() {
     // Wants a page more in every exchange, and says 1 when it has it.
     let body = r#"(func (export "proxy_on_request_headers") (param i32 i32 i32) (result i32)
         (call $finish (i32.ne (memory.grow (i32.const 1)) (i32.const -1))) (i32.const 0))"#;
-    let settings = EngineSettings { exchange_memory_max: 2 << 16, ..settings() };
+    let settings = EngineSettings { exchange_memory_max: (3 * 2 + 2) << 16, ..settings() };
     let host = Host::isolated_with(&guest("", body), FailStrategy::Close, settings);
     let mut runs = [host.start(), host.start(), host.start()];
     let has = runs.each_mut().map(|run| {
@@ -199,8 +199,10 @@ fn instances_may_not_get_all_the_memory_there_is() {
     });
     assert_eq!(has, ["01", "01", "00"]);
     assert_eq!(host.metric("cairn_wasm_exchange_memory_bytes "), (3 * 2 + 2) << 16);
-    assert_eq!(host.metric("cairn_wasm_exchange_memory_grown_bytes "), 2 << 16);
-    drop(runs);
+    let mut full = host.start();
+    assert_eq!(word(&full.request()), "reply 503 wasm_fail_stream", "what it begins with is too much now");
+    assert_eq!(host.metric("cairn_wasm_exchange_instances_refused_total{"), 1);
+    drop((runs, full));
     assert_eq!(host.metric("cairn_wasm_exchange_memory_bytes "), 0);
     let mut next = host.start();
     next.request();
