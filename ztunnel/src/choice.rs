@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tokio::sync::{Semaphore, watch};
 
 /// Connections from here to each workload, by its uid.
 #[derive(Default)]
@@ -51,44 +52,98 @@ const FAILURE_LIFETIME: Duration = Duration::from_secs(2);
 /// How long DNS may take.
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How many names are asked for at a time. The system's resolver holds a thread for each, and longer than we wait.
+const LOOKUPS_MAX: usize = 16;
+
 /// What DNS said of a name, and until when that is believed.
 type Answer = (Instant, Arc<[IpAddr]>);
 
+/// Where those who ask for a name wait for what DNS says.
+type Waiting = watch::Receiver<Option<Arc<[IpAddr]>>>;
+
 /// What DNS said of names of workloads.
-#[derive(Default)]
-pub struct Names(Mutex<HashMap<Arc<str>, Answer>>);
+pub struct Names(Arc<Asked>);
+
+struct Asked {
+    known: Mutex<HashMap<Arc<str>, Answer>>,
+    /// The names that are being asked for: each once, however many wait, and until the resolver is done with it.
+    waiting: Mutex<HashMap<Arc<str>, Waiting>>,
+    lookups: Semaphore,
+}
+
+impl Default for Names {
+    fn default() -> Self {
+        let lookups = Semaphore::new(LOOKUPS_MAX);
+        Self(Arc::new(Asked { known: Mutex::default(), waiting: Mutex::default(), lookups }))
+    }
+}
 
 impl Names {
     /// The addresses of a name; none if there are none, or if DNS did not say in time. Asks the system's resolver unless
     /// it has just been asked.
     pub async fn resolve(&self, name: &Arc<str>) -> Arc<[IpAddr]> {
-        if let Some((until, known)) = self.0.lock().get(name)
+        if let Some((until, known)) = self.0.known.lock().get(name)
             && *until > Instant::now()
         {
             return Arc::clone(known);
         }
-        let asked = tokio::time::timeout(RESOLVE_TIMEOUT, tokio::net::lookup_host((&**name, 0))).await;
-        let found: Arc<[IpAddr]> = match asked {
-            Ok(Ok(found)) => found.map(|address| address.ip().to_canonical()).collect(),
-            Ok(Err(error)) => {
+        let Some(mut waiting) = Asked::ask(&self.0, name) else { return Arc::default() };
+        match tokio::time::timeout(RESOLVE_TIMEOUT, waiting.wait_for(Option::is_some)).await {
+            Ok(Ok(found)) => found.clone().unwrap_or_default(),
+            Ok(Err(_)) => Arc::default(),
+            Err(_) => {
+                tracing::debug!(hostname = %name, "DNS took too long");
+                self.0.believe(name, &Arc::default());
+                Arc::default()
+            }
+        }
+    }
+}
+
+impl Asked {
+    /// Has the name asked for; `None` if too many are already.
+    fn ask(this: &Arc<Self>, name: &Arc<str>) -> Option<Waiting> {
+        let mut all = this.waiting.lock();
+        if let Some(waiting) = all.get(name) {
+            return Some(waiting.clone());
+        }
+        if all.len() >= NAMES_MAX {
+            return None;
+        }
+        let (tell, waiting) = watch::channel(None);
+        all.insert(Arc::clone(name), waiting.clone());
+        let (this, name) = (Arc::clone(this), Arc::clone(name));
+        tokio::spawn(async move {
+            let found = this.look_up(&name).await;
+            this.believe(&name, &found);
+            this.waiting.lock().remove(&name);
+            // Nobody may wait any more.
+            tell.send_replace(Some(found));
+        });
+        Some(waiting)
+    }
+
+    async fn look_up(&self, name: &str) -> Arc<[IpAddr]> {
+        let Ok(_permit) = self.lookups.acquire().await else { return Arc::default() };
+        match tokio::net::lookup_host((name, 0)).await {
+            Ok(found) => found.map(|address| address.ip().to_canonical()).collect(),
+            Err(error) => {
                 tracing::debug!(hostname = %name, %error, "DNS knows no address");
                 Arc::default()
             }
-            Err(_) => {
-                tracing::debug!(hostname = %name, "DNS took too long");
-                Arc::default()
-            }
-        };
+        }
+    }
+
+    fn believe(&self, name: &Arc<str>, found: &Arc<[IpAddr]>) {
         let lifetime = if found.is_empty() { FAILURE_LIFETIME } else { NAME_LIFETIME };
-        let mut names = self.0.lock();
-        if names.len() >= NAMES_MAX {
+        let mut known = self.known.lock();
+        if known.len() >= NAMES_MAX {
             let now = Instant::now();
-            names.retain(|_, (until, _)| *until > now);
+            known.retain(|_, (until, _)| *until > now);
         }
-        if names.len() < NAMES_MAX {
-            names.insert(Arc::clone(name), (Instant::now() + lifetime, Arc::clone(&found)));
+        if known.len() < NAMES_MAX {
+            known.insert(Arc::clone(name), (Instant::now() + lifetime, Arc::clone(found)));
         }
-        found
     }
 }
 
@@ -165,6 +220,25 @@ mod tests {
         assert!(found.iter().all(IpAddr::is_loopback) && !found.is_empty(), "{found:?}");
         let again = names.resolve(&"localhost".into()).await;
         assert!(Arc::ptr_eq(&found, &again));
+        assert!(names.0.waiting.lock().is_empty());
         assert!(names.resolve(&"x".repeat(300).into()).await.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_name_is_asked_for_once_however_many_wait() {
+        let names = Names::default();
+        let held = names.0.lookups.acquire_many(LOOKUPS_MAX as u32).await.unwrap();
+        let name: Arc<str> = "localhost".into();
+        let ask = || {
+            let (names, name) = (Names(Arc::clone(&names.0)), Arc::clone(&name));
+            tokio::spawn(async move { names.resolve(&name).await })
+        };
+        let asking = [ask(), ask(), ask()];
+        tokio::task::yield_now().await;
+        assert_eq!(names.0.waiting.lock().len(), 1);
+        drop(held);
+        let [one, two, three] = asking;
+        let (one, two, three) = (one.await.unwrap(), two.await.unwrap(), three.await.unwrap());
+        assert!(!one.is_empty() && Arc::ptr_eq(&one, &two) && Arc::ptr_eq(&two, &three));
     }
 }

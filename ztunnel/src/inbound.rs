@@ -90,8 +90,7 @@ async fn tunnel(proxy: Arc<Proxy>, pod: Arc<Pod>, connect: Connect) {
             // What changed while the application was connected to was not rechecked: the connection was not open yet.
             let peer =
                 L4Peer { identity: Some(&downstream.identity), source: downstream.address, destination };
-            if let Err(reason) = note_decision(&mut account, decide(&proxy.mesh.snapshot(), &workload, &peer))
-            {
+            if let Err(reason) = note_decision(&mut account, decide_now(&proxy, &pod, &peer)) {
                 connect.refuse(StatusCode::FORBIDDEN);
                 return account.refused(&proxy, "DENY", &reason);
             }
@@ -231,7 +230,7 @@ pub async fn decide_when_known(proxy: &Proxy, pod: &Pod, peer: &L4Peer<'_>) -> D
         changes.borrow_and_update();
         let snapshot = proxy.mesh.snapshot();
         let Some(workload) = pod.workload(&snapshot) else {
-            return Decision::Deny(DenyReason::NotAllowed(Vec::new()));
+            return Decision::Deny(DenyReason::UnknownWorkload);
         };
         let decision = decide(&snapshot, &workload, peer);
         if !matches!(decision, Decision::Deny(DenyReason::MissingPolicy(_))) {
@@ -242,6 +241,15 @@ pub async fn decide_when_known(proxy: &Proxy, pod: &Pod, peer: &L4Peer<'_>) -> D
             Ok(Ok(())) => {}
             Ok(Err(_)) | Err(_) => return decision,
         }
+    }
+}
+
+/// The decision as the mesh stands: by the policies of today on the workload of today.
+pub fn decide_now(proxy: &Proxy, pod: &Pod, peer: &L4Peer<'_>) -> Decision {
+    let snapshot = proxy.mesh.snapshot();
+    match pod.workload(&snapshot) {
+        Some(workload) => decide(&snapshot, &workload, peer),
+        None => Decision::Deny(DenyReason::UnknownWorkload),
     }
 }
 

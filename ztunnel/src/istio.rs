@@ -15,6 +15,7 @@ use serde::Deserialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::ops::RangeInclusive;
 use std::path::Path;
 use std::time::Duration;
 
@@ -162,9 +163,9 @@ pub fn settings(environment: &Environment) -> Result<Settings> {
         pods: pods(&read, ipv6)?,
         certificate_ttl: read.duration("SECRET_TTL")?.unwrap_or(Duration::from_secs(24 * 60 * 60)),
         tunnels: TunnelLimits {
-            stream_window: read.parsed("HTTP2_STREAM_WINDOW_SIZE")?,
-            connection_window: read.parsed("HTTP2_CONNECTION_WINDOW_SIZE")?,
-            frame_bytes_max: read.parsed("HTTP2_FRAME_SIZE")?,
+            stream_window: within(&read, "HTTP2_STREAM_WINDOW_SIZE", WINDOW_BYTES)?,
+            connection_window: within(&read, "HTTP2_CONNECTION_WINDOW_SIZE", WINDOW_BYTES)?,
+            frame_bytes_max: within(&read, "HTTP2_FRAME_SIZE", FRAME_BYTES)?,
             streams_per_connection: read.parsed("POOL_MAX_STREAMS_PER_CONNECTION")?,
             idle_timeout: read.duration("POOL_UNUSED_RELEASE_TIMEOUT")?,
         },
@@ -176,6 +177,20 @@ pub fn settings(environment: &Environment) -> Result<Settings> {
             _ => LogFormat::Text,
         },
     })
+}
+
+/// Windows of HTTP/2 (RFC 9113 §6.9.1); with one of nothing, nothing moves.
+const WINDOW_BYTES: RangeInclusive<u32> = 1..=(1 << 31) - 1;
+/// Frames of HTTP/2 (RFC 9113 §6.5.2).
+const FRAME_BYTES: RangeInclusive<u32> = 16_384..=(1 << 24) - 1;
+
+/// A number that the protocol bounds.
+fn within(read: &Reader<'_>, name: &str, bounds: RangeInclusive<u32>) -> Result<Option<u32>> {
+    let number = read.parsed::<u32>(name)?;
+    if let Some(number) = number.filter(|number| !bounds.contains(number)) {
+        bail!("{name} is {number}; it must be from {} to {}", bounds.start(), bounds.end());
+    }
+    Ok(number)
 }
 
 /// Tells the operator which variables are set and change nothing.

@@ -93,12 +93,16 @@ impl Live {
     }
 
     /// Decides open connections again and cuts those no longer allowed; returns how many. Those to a workload for which
-    /// neither itself nor any policy has changed are not looked at. A workload that is gone ends with its sockets, not
-    /// here.
+    /// neither itself nor any policy has changed are not looked at. Those to a workload that the mesh no longer knows are cut:
+    /// nobody can say by which policies they would be allowed.
     pub fn recheck(&self, snapshot: &Snapshot) -> usize {
         let mut cut_count = 0;
         for (uid, to) in self.to.lock().iter_mut() {
-            let Some(workload) = snapshot.workload(uid) else { continue };
+            let Some(workload) = snapshot.workload(uid) else {
+                let gone = to.open.values_mut().filter_map(|open| open.cut.take());
+                cut_count += gone.filter_map(|cut| cut.send(DenyReason::UnknownWorkload).ok()).count();
+                continue;
+            };
             let policies = l4_policies(snapshot, workload);
             if to.decided_by.as_ref().is_some_and(|before| Arc::ptr_eq(before, &policies)) {
                 continue;
@@ -150,6 +154,23 @@ mod tests {
         assert_eq!(live.recheck(store.current()), 0, "cut once");
         drop(guard);
         assert_eq!(live.len(), 0);
+    }
+
+    #[test]
+    fn a_connection_to_a_workload_that_is_gone_is_cut() {
+        let identity = Identity::new("cluster.local", "a", "x").unwrap();
+        let mut store = Store::new();
+        store.apply([Change::Workload(Workload::new("w", "w", identity))]);
+        let live = Arc::new(Live::default());
+        let mut guard = live.register(Connected {
+            workload: "w".into(),
+            identity: None,
+            source: "10.0.0.1:1000".parse().unwrap(),
+            destination: "10.0.0.2:80".parse().unwrap(),
+        });
+        assert_eq!(live.recheck(store.current()), 0);
+        assert_eq!(live.recheck(Store::new().current()), 1);
+        assert_eq!(guard.cut.try_recv(), Ok(DenyReason::UnknownWorkload));
     }
 
     #[test]

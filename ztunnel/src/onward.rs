@@ -6,7 +6,7 @@ use crate::choice::{Choice, Load, Loads, Names};
 use crate::socks::Reply;
 use cairn_hbone::{ConnectError, NestedTarget, Pool, PoolSettings, PoolTarget, TunnelStream};
 use cairn_identity::{Certificates, WorkloadCertificate};
-use cairn_mesh::{Crossing, Identity, Plan, Snapshot, Tunnel, Workload, plan};
+use cairn_mesh::{Chooser, Crossing, Identity, Plan, Snapshot, Tunnel, Workload, plan};
 use cairn_net::ConnectOptions;
 use cairn_xds::Mesh;
 use http::{HeaderMap, HeaderValue, StatusCode};
@@ -122,6 +122,10 @@ pub async fn open(
             return Err(last.unwrap_or_else(|| Failure::new("CONNECT", Reply::HostUnreachable, refusal)));
         }
         let next = next_hop(&plan).cloned();
+        // Where there is no choice, what has failed is not asked again.
+        if let Some(failure) = last.take_if(|_| next.as_ref().is_some_and(|next| choice.is_tried(next))) {
+            return Err(failure);
+        }
         let opening = Opening { ways, client, source };
         let failure = match opening.follow(plan, account).await {
             Ok(stream) => {

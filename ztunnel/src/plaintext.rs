@@ -2,11 +2,11 @@
 
 use crate::Proxy;
 use crate::carry::Account;
-use crate::inbound::{decide_when_known, note_decision, peer_workload};
+use crate::inbound::{decide_now, decide_when_known, note_decision, peer_workload};
 use crate::live::Connected;
 use crate::onward::chain;
 use crate::pods::{OWN_PORTS, Pod};
-use cairn_mesh::{L4Peer, decide};
+use cairn_mesh::L4Peer;
 use cairn_telemetry::Direction;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -61,7 +61,7 @@ async fn serve(proxy: &Proxy, pod: &Pod, mut client: TcpStream, peer: SocketAddr
     let mut live =
         proxy.live.register(Connected { workload: uid, identity: None, source: peer, destination });
     // What changed while the application was connected to was not rechecked: the connection was not open yet.
-    if let Err(reason) = note_decision(&mut account, decide(&proxy.mesh.snapshot(), &workload, &asked)) {
+    if let Err(reason) = note_decision(&mut account, decide_now(proxy, pod, &asked)) {
         return account.refused(proxy, "DENY", &reason);
     }
     account.carry(proxy, &mut client, &mut application, live.cut_reason()).await;

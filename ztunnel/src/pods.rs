@@ -168,6 +168,10 @@ pub async fn keep_certificates(proxy: Arc<Proxy>) {
 /// Has the certificates of this node's pods fetched before the first connection needs them, and forgotten with the last
 /// workload of an identity here.
 fn follow_certificates(proxy: &Proxy, snapshot: &Snapshot) {
+    // Who does not know its node cannot tell whose certificates it needs before they are asked for, nor whose no longer.
+    if proxy.settings.node.is_empty() {
+        return;
+    }
     let here = || snapshot.workloads().filter(|workload| *workload.node == *proxy.settings.node);
     let known: HashSet<&Identity> = here().map(|workload| &workload.identity).collect();
     // Keys of those who left are not kept.

@@ -176,6 +176,8 @@ pub enum DenyReason {
     NotAllowed(Vec<ResourceName>),
     /// The workload names a policy that has not arrived.
     MissingPolicy(ResourceName),
+    /// The mesh no longer knows the workload, nor by which policies it is to be reached.
+    UnknownWorkload,
 }
 
 impl fmt::Display for DenyReason {
@@ -190,6 +192,7 @@ impl fmt::Display for DenyReason {
                 Ok(())
             }
             Self::MissingPolicy(name) => write!(f, "policy not known yet: {name}"),
+            Self::UnknownWorkload => f.write_str("the workload is no longer known"),
         }
     }
 }

@@ -20,7 +20,7 @@ pub struct ByteCounts {
 }
 
 /// How long a connection may be silent of which one side has ended: the other is likely gone without a word.
-const HALF_CLOSED_MAX: Duration = Duration::from_secs(60 * 60);
+pub const HALF_CLOSED_MAX: Duration = Duration::from_secs(60 * 60);
 
 /// Copies between `client` and `server` until both have ended. When one side ends, the other is told (half close)
 /// and may go on sending, with pauses of up to an hour. Bytes are counted when they have been written on.

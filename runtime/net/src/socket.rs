@@ -105,7 +105,10 @@ const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
 pub fn listen(address: SocketAddr, options: &ListenOptions) -> Result<TcpListener, NetError> {
     let is_any_v6 = address.is_ipv6() && address.ip().is_unspecified();
     let without_v6 = |error: &io::Error| {
-        is_any_v6 && matches!(error.kind(), io::ErrorKind::AddrNotAvailable | io::ErrorKind::Unsupported)
+        let no_family = rustix::io::Errno::AFNOSUPPORT.raw_os_error();
+        is_any_v6
+            && (error.raw_os_error() == Some(no_family)
+                || matches!(error.kind(), io::ErrorKind::AddrNotAvailable | io::ErrorKind::Unsupported))
     };
     let listener = match open_listener(address, options) {
         Err(error) if without_v6(&error) => {

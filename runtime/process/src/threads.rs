@@ -122,8 +122,12 @@ pub fn control_runtime() -> io::Result<Runtime> {
     runtime()
 }
 
+/// The most threads for what blocks: files, and names that the system's resolver is asked for. They are there only while they
+/// are needed.
+const BLOCKING_THREADS_MAX: usize = 20;
+
 fn runtime() -> io::Result<Runtime> {
-    Builder::new_current_thread().enable_all().max_blocking_threads(4).build()
+    Builder::new_current_thread().enable_all().max_blocking_threads(BLOCKING_THREADS_MAX).build()
 }
 
 #[cfg(test)]

@@ -216,6 +216,10 @@ fn what_cannot_be_understood_is_refused() {
         ("ZTUNNEL_WORKER_THREADS", "200%"),
         ("PROXY_CONFIG", "concurrency: many"),
         ("ISTIO_METAJSON_X", "{"),
+        ("HTTP2_STREAM_WINDOW_SIZE", "2147483648"),
+        ("HTTP2_CONNECTION_WINDOW_SIZE", "0"),
+        ("HTTP2_FRAME_SIZE", "8192"),
+        ("HTTP2_FRAME_SIZE", "16777216"),
     ] {
         assert!(settings(&environment(&[pair])).is_err(), "{pair:?}");
     }

@@ -6,10 +6,11 @@ use bytes::{Bytes, BytesMut};
 use cairn_filter::{
     Chain, Closer, Connection, ConnectionFilter, Exchange, Measures, Passage, Protocol, Side, Wakers, append,
 };
-use cairn_net::ByteCounts;
+use cairn_net::{ByteCounts, HALF_CLOSED_MAX};
 use parking_lot::Mutex;
-use std::future::pending;
+use std::future::{Future, pending};
 use std::io;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant, SystemTime};
@@ -152,13 +153,21 @@ impl Filters {
         let ended = {
             let (from_client, to_client) = tokio::io::split(&mut *client);
             let (from_server, to_server) = tokio::io::split(server);
-            tokio::try_join!(
-                self.flow(Side::Request, from_client, to_server, &counts.received),
-                self.flow(Side::Response, from_server, to_client, &counts.sent),
-            )
+            let mut up = pin!(self.flow(Side::Request, from_client, to_server, &counts.received));
+            let mut down = pin!(self.flow(Side::Response, from_server, to_client, &counts.sent));
+            tokio::select! {
+                ended = &mut up => match ended {
+                    Ok(()) => unless_silent(down, counts).await,
+                    Err(end) => Err(end),
+                },
+                ended = &mut down => match ended {
+                    Ok(()) => unless_silent(up, counts).await,
+                    Err(end) => Err(end),
+                },
+            }
         };
         match ended {
-            Ok(_) => Ok(match self.state.lock().last {
+            Ok(()) => Ok(match self.state.lock().last {
                 Some(Side::Request) => Closer::Client,
                 _ => Closer::Here,
             }),
@@ -253,6 +262,22 @@ fn number_of(side: Side) -> usize {
     match side {
         Side::Request => 0,
         Side::Response => 1,
+    }
+}
+
+/// Waits for the side that has not ended, as long as it is not silent for too long.
+async fn unless_silent<F>(mut flow: F, counts: &ByteCounts) -> Result<(), End>
+where
+    F: Future<Output = Result<(), End>> + Unpin,
+{
+    let moved = || counts.received.load(Relaxed) + counts.sent.load(Relaxed);
+    loop {
+        let before = moved();
+        match tokio::time::timeout(HALF_CLOSED_MAX, &mut flow).await {
+            Ok(ended) => return ended,
+            Err(_) if moved() == before => return Err(End::Client(io::ErrorKind::TimedOut.into())),
+            Err(_) => {}
+        }
     }
 }
 

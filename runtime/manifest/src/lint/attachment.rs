@@ -183,7 +183,8 @@ fn shut_out(survey: &mut Survey<'_>, routes: &[Reach<'_>]) {
                     Some(name) => (name, None),
                     None => continue,
                 },
-                Decision::Deny(DenyReason::MissingPolicy(_)) | Decision::Allow(_) => continue,
+                Decision::Deny(DenyReason::MissingPolicy(_) | DenyReason::UnknownWorkload)
+                | Decision::Allow(_) => continue,
             };
             let entry = refused.entry((policy, reach.waypoint.name.clone())).or_default();
             entry.what.insert(reach.what());

@@ -279,3 +279,17 @@ async fn who_ends_last_has_closed_it() {
     assert_eq!(copying.await.unwrap(), (Some(Closer::Client), String::new()));
     assert_eq!(bench.told(), ["a Response  end", "a Request  end", "a closed by Client"]);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_side_that_stays_silent_after_the_other_has_ended_is_not_waited_for_for_ever() {
+    let bench = Bench::new(&[("a", Act::Pass, &[], &[])]);
+    let (mut client, mut server, copying) = bench.copy();
+    server.shutdown().await.unwrap();
+    tokio::time::sleep(HALF_CLOSED_MAX - Duration::from_secs(1)).await;
+    client.write_all(b"late").await.unwrap();
+    assert_eq!(read(&mut server, 4).await, "late", "it may still send");
+    tokio::time::sleep(HALF_CLOSED_MAX - Duration::from_secs(1)).await;
+    assert!(!copying.is_finished(), "it was not silent for so long");
+    let (by, _) = copying.await.unwrap();
+    assert_eq!(by, Some(Closer::Client));
+}
