@@ -7,8 +7,10 @@ use std::borrow::Cow;
 /// Normalises the path of a request target. The query is left as it is and a fragment is dropped, in every mode.
 ///
 /// Percent-encodings of unreserved characters are decoded (in the last mode those of slashes too), characters that no
-/// URI has are encoded, `\` becomes `/`, dot segments are resolved, and then, where asked, runs of `/` become one: in
-/// this order, as RFC 3986 §6.2.2 and Envoy have it. A target that does not start with `/` only loses its fragment.
+/// URI has are encoded, `\` becomes `/`, dot segments are resolved, those with parameters too (`..;a`, which servlet
+/// containers take for `..`), and then, where asked, runs of `/` become one: in this order, as RFC 3986 §6.2.2 and Envoy
+/// have it, but that Envoy leaves dot segments with parameters that were percent-encoded. A target that does not start with
+/// `/` only loses its fragment.
 ///
 /// One pass never makes a new percent-encoding out of the pieces of broken ones: the `%` of such a piece is encoded
 /// itself. So what an upstream decodes is what was looked at here.
@@ -134,9 +136,10 @@ fn resolve_dot_segments(path: &str) -> String {
     let mut segments = path.split('/').skip(1).peekable();
     while let Some(segment) = segments.next() {
         let is_last = segments.peek().is_none();
-        match segment {
+        let name = segment.split_once(';').map_or(segment, |(name, _)| name);
+        match name {
             "." | ".." => {
-                if segment == ".." {
+                if name == ".." {
                     out.truncate(out.rfind('/').unwrap_or(0));
                 }
                 if is_last {
