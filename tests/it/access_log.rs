@@ -117,7 +117,7 @@ impl Ask {
 /// The requests. Each has an id of its own, but the one whose id is empty.
 fn asks() -> Vec<Ask> {
     type Row = (&'static str, &'static [u8], &'static [&'static [u8]]);
-    let rows: [Row; 22] = [
+    let rows: [Row; 23] = [
         ("plain", b"GET /app/plain?a=b HTTP/1.1", &[b"user-agent: curl/8"]),
         ("quotes", b"GET /app/quotes HTTP/1.1", &[b"user-agent: a\"b\\c", b"x-a: q\"\\"]),
         (

@@ -290,6 +290,7 @@ async fn respond(
         };
     }
     let version = response.version();
+    record.upstream_http1 = version != Version::HTTP_2;
     let (parts, incoming) = response.into_parts();
     let mut head = ResponseHead { status: parts.status, headers: parts.headers };
     strip_hop(&mut head.headers, version);

@@ -49,6 +49,9 @@ pub enum Failure {
     /// The endpoint ended within its answer.
     #[error("the endpoint closed within its answer")]
     UpstreamCut,
+    /// The endpoint ended an answer before the end that the answer has by its own framing.
+    #[error("the endpoint's answer is not whole")]
+    UpstreamBroken,
     /// The client went away.
     #[error("the client went away")]
     ClientGone,
@@ -141,6 +144,9 @@ impl Failure {
             ),
             Self::UpstreamCut => {
                 (None, "UC", "upstream_reset_after_response_started{connection_termination}", "", false)
+            }
+            Self::UpstreamBroken => {
+                (None, "UPE", "upstream_reset_after_response_started{protocol_error}", "", false)
             }
             Self::ClientGone => (None, "DC", "downstream_remote_disconnect", "", false),
             Self::FilterReset => (None, "-", "filter_reset", "", false),
@@ -237,6 +243,7 @@ mod tests {
             (Failure::Refused, 503, 14, "UR", true),
             (Failure::UpstreamClosed, 503, 14, "UC", false),
             (Failure::UpstreamCut, 0, 2, "UC", false),
+            (Failure::UpstreamBroken, 0, 2, "UPE", false),
             (Failure::ClientGone, 0, 2, "DC", false),
             (Failure::FilterReset, 0, 2, "-", false),
             (Failure::RequestTooLarge, 413, 2, "-", false),

@@ -61,6 +61,8 @@ pub(crate) struct Record {
     pub(crate) response_body_bytes: u64,
     pub(crate) progress: Option<Arc<Progress>>,
     pub(crate) upstream_duration: Option<Duration>,
+    /// What answered speaks HTTP/1.
+    pub(crate) upstream_http1: bool,
     /// When the request was sent that was answered.
     pub(crate) sent_at: Option<Instant>,
     /// Our end of the connection on which it was.
@@ -107,6 +109,7 @@ impl Record {
             response_body_bytes: 0,
             progress: None,
             upstream_duration: None,
+            upstream_http1: false,
             sent_at: None,
             upstream_local: None,
             upstream_failure: "",
@@ -283,6 +286,8 @@ impl Record {
         }
         match ending {
             Ending::Complete => {}
+            // HTTP/1 has no other word for a cut than that the message is not whole.
+            Ending::UpstreamCut if self.upstream_http1 => self.failed(&Failure::UpstreamBroken),
             Ending::UpstreamCut => self.failed(&Failure::UpstreamCut),
             Ending::FilterReset => self.failed(&Failure::FilterReset),
             Ending::TooLarge => self.failed(&Failure::ResponseTooLarge),

@@ -11,8 +11,9 @@ use crate::failure::grpc_status_of;
 pub(crate) const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 
-/// What gRPC's `grpc-message` escapes: all but printable ASCII, and the percent sign (gRPC `PROTOCOL-HTTP2.md`).
-const MESSAGE: &AsciiSet = &CONTROLS.add(b'%');
+/// What gRPC's `grpc-message` escapes: all but printable ASCII, and the percent sign (gRPC `PROTOCOL-HTTP2.md`); the tilde
+/// because Envoy does.
+const MESSAGE: &AsciiSet = &CONTROLS.add(b'%').add(b'~');
 
 /// The response for `reply`, and its gRPC status if that is what it carries.
 pub(crate) fn local_response(reply: LocalReply, grpc: bool) -> (ResponseHead, Bytes, Option<u8>) {
@@ -64,12 +65,12 @@ mod tests {
             ("anything else", 500, None, 2),
             ("what the filter says", 403, Some(8), 8),
         ] {
-            let mut reply = LocalReply::text(StatusCode::from_u16(status).unwrap(), "50% of é\n", "d");
+            let mut reply = LocalReply::text(StatusCode::from_u16(status).unwrap(), "50% of ~é\n", "d");
             reply.grpc_status = given;
             let (head, body, code) = local_response(reply, true);
             assert_eq!((head.status.as_u16(), body.len(), code), (200, 0, Some(expected)), "{name}");
             assert_eq!(head.headers["grpc-status"], expected.to_string().as_str(), "{name}");
-            assert_eq!(head.headers["grpc-message"], "50%25 of %C3%A9%0A", "{name}");
+            assert_eq!(head.headers["grpc-message"], "50%25 of %7E%C3%A9%0A", "{name}");
             assert_eq!(head.headers["content-type"], "application/grpc", "{name}");
         }
     }

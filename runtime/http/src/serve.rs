@@ -171,7 +171,8 @@ where
     let service = service_fn(move |request| exchange::run(Arc::clone(&of_service), request));
     let mut builder = http1::Builder::new();
     // A client may be silent for as long as it likes between requests; `downstream_idle` bounds that.
-    builder.header_read_timeout(None).pipeline_flush(true);
+    // Answers of pipelined requests are not gathered: hyper would also keep back, for ever, the 400 to bytes that are none.
+    builder.header_read_timeout(None);
     let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service).with_upgrades());
     let mut watch = Watch::new(&served);
     let mut ending = false;

@@ -6,6 +6,7 @@ use cairn_mesh::AlsLog;
 use cairn_proto::accesslog::{
     AccessLogCommon, Address, ConnectionProperties, HttpAccessLogEntry, HttpRequestProperties,
     HttpResponseProperties, ResponseFlags, SocketAddress, StreamAccessLogsMessage, TcpAccessLogEntry,
+    response_flags::Unauthorized,
     stream_access_logs_message::{HttpAccessLogEntries, Identifier, LogEntries, Node, TcpAccessLogEntries},
 };
 use cairn_telemetry::{Wants, legible};
@@ -15,6 +16,9 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 pub(crate) const PATH: &str = "/envoy.service.accesslog.v3.AccessLogService/StreamAccessLogs";
+
+/// Envoy's name for what denied a request that was not authorized: an external service.
+const EXTERNAL_SERVICE: i32 = 1;
 
 /// Methods in the order of Envoy's enumeration, from 1.
 const METHODS: [&str; 9] = ["GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"];
@@ -186,5 +190,8 @@ fn flags(flags: &str) -> ResponseFlags {
         no_route_found: has("NR"),
         downstream_connection_termination: has("DC"),
         no_cluster_found: has("NC"),
+        unauthorized_details: has("UAEX").then_some(Unauthorized { reason: EXTERNAL_SERVICE }),
+        upstream_retry_limit_exceeded: has("URX"),
+        upstream_protocol_error: has("UPE"),
     }
 }

@@ -109,13 +109,14 @@ const STATUSES: [(&str, &str); 17] = [
 ];
 
 /// The long names of the response flags that occur here.
-const FLAGS: [(&str, &str); 11] = [
+const FLAGS: [(&str, &str); 12] = [
     ("UH", "NoHealthyUpstream"),
     ("UF", "UpstreamConnectionFailure"),
     ("UO", "UpstreamOverflow"),
     ("NR", "NoRouteFound"),
     ("UR", "UpstreamRemoteReset"),
     ("UC", "UpstreamConnectionTermination"),
+    ("UPE", "UpstreamProtocolError"),
     ("DC", "DownstreamConnectionTermination"),
     ("NC", "NoClusterFound"),
     ("UT", "UpstreamRequestTimeout"),

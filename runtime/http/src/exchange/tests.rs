@@ -105,6 +105,21 @@ async fn request_ids_are_kept_and_hosts_are_required() {
 }
 
 #[tokio::test]
+async fn bytes_that_are_no_request_are_told_so_whatever_comes_behind_them() {
+    let mesh = Mesh::new(Plan::to(Upstream::telling().await.address));
+    for behind in ["", "content-length: 4\r\n\r\nbody", "\r\nGET / HTTP/1.1\r\n\r\n"] {
+        let mut client = mesh.connect();
+        client.write_all(format!("GET /< HTTP/1.1\r\nhost: cart\r\n{behind}").as_bytes()).await.unwrap();
+        if behind.is_empty() {
+            client.write_all(b"\r\n").await.unwrap();
+        }
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 400 "), "{behind:?}: {answer:?}");
+    }
+}
+
+#[tokio::test]
 async fn filters_see_requests_in_order_and_responses_in_reverse() {
     let upstream = Upstream::telling().await;
     let of = |name: &'static str| {
@@ -309,7 +324,7 @@ async fn an_answer_cut_short_is_recorded() {
     assert!(response.into_body().collect().await.is_err());
     assert_eq!(finished.recv().await, Some(200));
     let record = mesh.last();
-    assert_eq!((record.status, record.flags), (200, "UC"));
+    assert_eq!((record.status, record.flags), (200, "UPE"));
 }
 
 #[tokio::test]
