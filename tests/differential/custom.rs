@@ -31,6 +31,9 @@ const MESH_CONFIG: &str = r#"{ "extensionProviders": [
         "includeRequestBodyInCheck": { "maxRequestBytes": 8 } } }
 ] }"#;
 
+/// The most bytes of a body that they are told.
+pub const BODY_BYTES_MAX: usize = 8;
+
 /// What they are called; the last is not there.
 const NAMES: [&str; 5] = ["grpc", "grpc-body", "http", "open", "unknown"];
 

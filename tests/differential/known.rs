@@ -1,5 +1,6 @@
 //! The differences that are meant: each has a name, a reason in the README, and a test that says where it applies.
 
+use crate::custom::BODY_BYTES_MAX;
 use crate::ours::Ours;
 use crate::scenario::{Ask, Outcome, Scenario};
 use anyhow::{Context, Result};
@@ -14,9 +15,13 @@ use std::net::Ipv6Addr;
 /// A difference that is meant: its name, and whether it explains what became of a request.
 type Intended = (&'static str, fn(&Scenario, &Ask, &Outcome, &Outcome) -> bool);
 
-const INTENDED: [Intended; 10] = [
+const INTENDED: [Intended; 12] = [
     ("only-slashes", |scenario, ask, envoy, ours| {
         is_only_slashes(scenario, ask) && is_of_the_path(scenario, envoy, ours)
+    }),
+    ("encoded-dots", |scenario, ask, envoy, ours| {
+        let target = ask.target.to_ascii_lowercase();
+        target.contains("%2e") && target.contains(';') && is_of_the_path(scenario, envoy, ours)
     }),
     ("no-uri", |_, ask, _, ours| {
         *ours == Outcome::Malformed && (ask.target.contains(['<', '>', '`']) || !ask.target.is_ascii())
@@ -46,7 +51,11 @@ const INTENDED: [Intended; 10] = [
         ask.header("content-type").count() > 1 && same_but_for_form(envoy, ours)
     }),
     ("query-order", |scenario, _, envoy, ours| {
-        is_custom(scenario) && same_but_for(&[":path"], envoy, ours) && same_parameters(envoy, ours)
+        is_custom(scenario) && with_sorted_queries(envoy) == with_sorted_queries(ours)
+    }),
+    ("cut-body", |scenario, ask, _, ours| {
+        let is_too_large = matches!(ours, Outcome::Denied { status: 413, .. });
+        is_too_large && is_custom(scenario) && ask.body.len() > BODY_BYTES_MAX
     }),
 ];
 
@@ -232,17 +241,20 @@ fn is_custom(scenario: &Scenario) -> bool {
     scenario.objects.iter().any(|object| object["spec"]["action"] == "CUSTOM")
 }
 
-/// Whether the path that the upstream sees is the same but for the order of its parameters, and `=` after those without value.
-fn same_parameters(envoy: &Outcome, ours: &Outcome) -> bool {
-    let parts = |outcome: &Outcome| {
-        let Outcome::Allowed { seen, .. } = outcome else { return None };
-        let (_, path) = seen.iter().find(|(name, _)| *name == ":path")?;
-        let (path, query) = path.split_once('?')?;
-        let mut pairs: Vec<_> = query.split('&').map(|pair| pair.trim_end_matches('=').to_owned()).collect();
+/// The same with the parameters of every query in their order, and without `=` behind those that have no value: in the path that
+/// the upstream sees, and in what another provider is told of it.
+fn with_sorted_queries(outcome: &Outcome) -> String {
+    let text = format!("{outcome:?}");
+    let mut parts = text.split('?');
+    let mut sorted = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let end = part.find([' ', '"']).unwrap_or(part.len());
+        let (query, rest) = part.split_at(end);
+        let mut pairs: Vec<&str> = query.split('&').map(|pair| pair.trim_end_matches('=')).collect();
         pairs.sort_unstable();
-        Some((path.to_owned(), pairs))
-    };
-    parts(envoy).is_some() && parts(envoy) == parts(ours)
+        sorted += &format!("?{}{rest}", pairs.join("&"));
+    }
+    sorted
 }
 
 /// Whether a token says RS512, which no key here is for.

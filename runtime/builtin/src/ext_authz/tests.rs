@@ -278,7 +278,7 @@ async fn a_provider_over_http_is_told_what_its_lists_name() {
     let mut names: Vec<String> =
         request.headers().iter().map(|(n, v)| format!("{n}: {}", v.to_str().unwrap())).collect();
     names.sort();
-    assert_eq!(names, ["authorization: secret", "x-from: mesh", "x-team: fixed"]);
+    assert_eq!(names, ["authorization: secret", "content-length: 0", "x-from: mesh", "x-team: fixed"]);
 }
 
 #[tokio::test]
