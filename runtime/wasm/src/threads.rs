@@ -149,7 +149,10 @@ fn work(shared: &Shared) {
             if is_more {
                 shared.more.notify_one();
             }
-            work();
+            // Whatever becomes of one piece, its lane and the thread go on.
+            if std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err() {
+                tracing::error!("a call of a plugin on its own threads panicked; its exchange ends");
+            }
             lanes = shared.lanes.lock();
             lanes.done(lane);
         } else if lanes.ended {
@@ -190,6 +193,15 @@ mod tests {
         go.send(()).unwrap();
         assert_eq!(told.recv_timeout(SOON), Ok("first"));
         assert_eq!(told.recv_timeout(SOON), Ok("second"));
+    }
+
+    #[test]
+    fn a_panic_costs_neither_lane_nor_thread() {
+        let threads = OwnThreads::start(1, 1).unwrap();
+        let (tell, told) = mpsc::channel();
+        threads.push(0, Box::new(|| panic!("meant")));
+        threads.push(0, Box::new(move || tell.send("next").unwrap()));
+        assert_eq!(told.recv_timeout(SOON), Ok("next"));
     }
 
     #[test]
