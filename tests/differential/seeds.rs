@@ -6,13 +6,15 @@ use std::path::Path;
 
 type Target = fn(&[u8]);
 
-const TARGETS: [(&str, Target); 6] = [
+const TARGETS: [(&str, Target); 7] = [
     ("policy", fuzz::policy),
     ("path", fuzz::path),
     ("jwt", fuzz::jwt),
     ("format", fuzz::format),
     ("cel", fuzz::cel),
     ("calls", fuzz::calls),
+    // What the target `module` makes of its seeds; what makes it is not here.
+    ("modules", |module| fuzz::proxy::run(module, b"/items?a=b\nx-in: hello")),
 ];
 
 /// Seeds are cut at so many places, evenly.
