@@ -15,6 +15,7 @@ mod known;
 mod module;
 mod ours;
 mod run;
+mod statuses;
 mod upstream;
 
 use anyhow::{Result, ensure};
