@@ -159,6 +159,20 @@ fn what_is_held_is_shown_with_what_follows_and_let_go_by_what_resumes_it() {
 }
 
 #[test]
+fn whatever_is_no_action_holds() {
+    let line = Line::new(
+        r#"(func (export "proxy_on_downstream_data") (param i32 i32 i32) (result i32) (i32.const 7))
+           (func (export "proxy_on_upstream_data") (param i32 i32 i32) (result i32) (i32.const -1))"#,
+        FailStrategy::Close,
+    );
+    let mut open = line.open();
+    assert_eq!(
+        (open.data(Side::Request, "a"), open.data(Side::Response, "b")),
+        ("hold 1".into(), "hold 1".into())
+    );
+}
+
+#[test]
 fn closing_a_stream_ends_the_connection_whichever_it_is() {
     for stream in [2, 3] {
         let body = format!(
