@@ -368,6 +368,8 @@ impl PluginConnection {
         match self.plugin.fail_strategy {
             FailStrategy::Open => self.released(side),
             FailStrategy::Close | FailStrategy::Reload => {
+                // What it failed over goes nowhere.
+                self.data.side(side).take();
                 Passage::Close(format!("plugin {}: {why}", self.plugin.facts.name))
             }
         }

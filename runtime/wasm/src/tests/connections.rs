@@ -351,7 +351,7 @@ fn the_worker_goes_on_while_a_plugin_of_connections_spins() {
         ends.closed();
         drop(ends);
         assert!(!line.counts("cairn_wasm_traps_total{plugin=\"ns/test\"} 1\n"), "it spins on: {strategy:?}");
-        assert_eq!(spins.after(Side::Request), shown);
+        spins.until(Side::Request, shown);
         assert!(line.counts("cairn_wasm_traps_total{plugin=\"ns/test\"} 1\n"), "{strategy:?}");
         // Its turn came too late, or to an instance that knows it no more.
         let late = ["close: plugin ns/test: the plugin's own threads had no time for it", after];
@@ -397,14 +397,11 @@ fn a_connection_moves_to_threads_of_its_own_with_its_plugin() {
     assert_eq!(line.open().data(Side::Request, "x"), "pass x", "here, and too slow");
     assert!(line.counts("cairn_wasm_own_threads{plugin=\"ns/test\"} 1\n"));
     assert_eq!(open.data(Side::Response, "two"), "hold 3", "there");
-    assert_eq!(
-        open.after(Side::Response),
-        "pass two",
-        "without the guest, whose context went with its instance"
-    );
+    // Without the guest, whose context went with its instance.
+    open.until(Side::Response, "pass two");
     let mut next = line.open();
     assert_eq!(next.data(Side::Response, "three"), "hold 5");
-    assert_eq!(next.after(Side::Response), "pass three");
+    next.until(Side::Response, "pass three");
     next.closed();
 }
 
