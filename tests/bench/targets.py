@@ -76,6 +76,9 @@ def show_plugins():
     def plain(name):
         return statistics.median(row["start_ms"] for row in starts[name])
 
+    if not starts:
+        print("start-up and memory were not measured")
+        return
     start(starts, "cairn-waypoint-tag1-cold", "envoy-waypoint-rbac-tag1", 2)
     start(starts, "cairn-waypoint-tag1-warm", "envoy-waypoint-rbac-tag1", 0.1)
     for module in ("go1", "coraza1"):

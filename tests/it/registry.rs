@@ -109,5 +109,10 @@ async fn what_is_pushed_runs_as_the_manifest_says_that_is_printed() -> Result<()
     mesh.write("plugin.yaml", &touched)?;
     wait_for(&mesh, 'a').await?;
     mesh.write("plugin.yaml", text(&moved, "wasmPlugin")?)?;
-    wait_for(&mesh, 'b').await
+    wait_for(&mesh, 'b').await?;
+
+    // Nobody is asked for what is pinned and here.
+    drop(registry);
+    mesh.write("plugin.yaml", &touched)?;
+    wait_for(&mesh, 'a').await
 }

@@ -140,9 +140,10 @@ impl fmt::Display for Ask {
     }
 }
 
-/// What every module is asked, whatever it does. Paths say what the upstream does (see `upstream.rs`).
-pub fn of_all() -> Vec<Ask> {
-    let large = || "x".repeat(LARGE);
+/// What every module is asked, whatever it does, with a body of so many bytes among others. Paths say what the upstream does
+/// (see `upstream.rs`).
+pub fn of_all(large: usize) -> Vec<Ask> {
+    let large = || "x".repeat(large);
     let grpc = |ask: Ask| ask.http2().header("content-type", "application/grpc").header("te", "trailers");
     vec![
         Ask::get("/echo"),

@@ -83,7 +83,7 @@ const fn scenario(
     Scenario { name, script, server, client, differs: &[] }
 }
 
-const FAILURE: &str = "what a runtime says of a trap is its own";
+const FAILURE: &str = "how a backtrace is had is the guest's own to say, or not";
 const RESUMES: &str = "what a server sent can be resumed; Envoy says that it does not know how";
 const OF_OWN: &str = "told of the waypoint's own configuration";
 
@@ -160,20 +160,6 @@ const SCENARIOS: &[Scenario] = &[
         Server::Echo,
         &[Send("one"), Logged("CB upstream_data", 1), Send("two"), Read(10), End],
     ),
-    scenario(
-        "oddactions",
-        "down:odd,pass up:odd,pass",
-        Server::Echo,
-        &[
-            Send("one"),
-            Logged("CB downstream_data", 1),
-            Send("two"),
-            Logged("CB upstream_data", 1),
-            Send("three"),
-            Read(15),
-            End,
-        ],
-    ),
     scenario("replaces", "down:replace,x up:replace,x", Server::Echo, &[Send("one"), Read(8), End]),
     scenario("replacestheend", "down:x,replace", Server::Echo, &[Send("one"), Read(5), End]),
     scenario("edits", "down:edit,x up:edit,x", Server::Echo, &[Send("one"), Read(19), End]),
@@ -185,7 +171,7 @@ const SCENARIOS: &[Scenario] = &[
     scenario("closesnothing", "down:closeodd,x", Server::Echo, &[Send("one"), Read(5), End]),
     scenario("replies", "new:reply down:reply,x", Server::Echo, &[Send("one"), Read(5), End]),
     Scenario {
-        differs: &[("\n", FAILURE), ("note:", FAILURE), ("thread", FAILURE)],
+        differs: &[("note: run with `RUST_BACKTRACE", FAILURE)],
         ..scenario("crashes", "down:crash", Server::Echo, &[Send("one")])
     },
 ];
@@ -197,7 +183,6 @@ struct Came {
 }
 
 #[tokio::test]
-#[ignore = "statuses of header maps and of ranges past the end differ on connections, and pieces are cut by the network"]
 async fn connections_are_to_a_guest_what_they_are_in_envoy() -> Result<()> {
     let probe = built().join("../plugins/probe.wasm");
     let Some(program) = program() else {
@@ -250,7 +235,8 @@ fn comparable(line: &str) -> String {
     }
     match line.strip_prefix("CB ").and_then(|callback| callback.split_once('(')) {
         Some((name, rest)) => format!("CB {name}({}", rest.trim_start_matches(|c: char| c.is_ascii_digit())),
-        None => line.to_owned(),
+        // As our host writes it.
+        None => line.replace('\n', "\\n"),
     }
 }
 

@@ -142,14 +142,20 @@ pub fn cluster(name: &str, address: SocketAddr, version: Version) -> Value {
 }
 
 fn listener(version: Version, module: &Module) -> Value {
-    let name = format!("{version:?}");
-    let filters = [
-        extension("wasm", "filters.http.wasm.v3.Wasm", plugin(module)),
+    let filters = filters(version, module.known.root, &module.known.config, &module.file);
+    json!({ "name": format!("{version:?}"), "address": loopback(0), "filter_chains": [{ "filters": filters }] })
+}
+
+/// The filters of a listener for requests, which a module in `file` sees, and which go to the cluster with the version's name.
+pub fn filters(version: Version, root: &str, config: &str, file: &Path) -> Value {
+    let http_filters = [
+        extension("wasm", "filters.http.wasm.v3.Wasm", plugin(root, config, file)),
         extension("envoy.filters.http.router", "filters.http.router.v3.Router", json!({})),
     ];
     // Istio's routes have no timeout.
-    let route = json!({ "match": { "prefix": "/" }, "route": { "cluster": name, "timeout": "0s" } });
-    let manager = extension(
+    let cluster = format!("{version:?}");
+    let route = json!({ "match": { "prefix": "/" }, "route": { "cluster": cluster, "timeout": "0s" } });
+    json!([extension(
         "envoy.filters.network.http_connection_manager",
         "filters.network.http_connection_manager.v3.HttpConnectionManager",
         json!({
@@ -157,26 +163,25 @@ fn listener(version: Version, module: &Module) -> Value {
             "generate_request_id": false,
             "skip_xff_append": true,
             "delayed_close_timeout": "0s",
-            "http_filters": filters,
+            "http_filters": http_filters,
             "route_config": { "name": "all", "virtual_hosts": [
                 { "name": "all", "domains": ["*"], "routes": [route] },
             ] },
         }),
-    );
-    json!({ "name": name, "address": loopback(0), "filter_chains": [{ "filters": [manager] }] })
+    )])
 }
 
-fn plugin(module: &Module) -> Value {
+fn plugin(root: &str, config: &str, file: &Path) -> Value {
     let text =
         |text: &str| json!({ "@type": "type.googleapis.com/google.protobuf.StringValue", "value": text });
     json!({ "config": {
         "name": "m",
-        "root_id": module.known.root,
+        "root_id": root,
         "failure_policy": "FAIL_CLOSED",
-        "configuration": text(&module.known.config),
+        "configuration": text(config),
         "vm_config": {
             "runtime": "envoy.wasm.runtime.v8",
-            "code": { "local": { "filename": module.file } },
+            "code": { "local": { "filename": file } },
         },
     } })
 }

@@ -11,10 +11,12 @@ mod catalogue;
 mod client;
 mod connections;
 mod envoy;
+mod grpc;
 mod known;
 mod module;
 mod ours;
 mod run;
+mod statuses;
 mod upstream;
 
 use anyhow::{Result, ensure};
@@ -65,11 +67,15 @@ async fn compare(mut modules: Vec<Module>) -> Result<()> {
     };
     let only = std::env::var("CAIRN_MODULES_ONLY").unwrap_or_default();
     modules.retain(|module| module.name.contains(&only));
-    let (left, modules): (Vec<_>, Vec<_>) =
+    let (left, mut modules): (Vec<_>, Vec<_>) =
         modules.into_iter().partition(|module| module.known.skipped.is_some());
     for module in left {
         println!("skipped: {}: {}", module.name, module.known.skipped.unwrap_or_default());
     }
+    // The largest take longest, and go beside all others.
+    modules.sort_by_key(|module| {
+        std::cmp::Reverse(std::fs::metadata(&module.file).map_or(0, |file| file.len()))
+    });
     let program = &program;
     let run = |module: Module| async move {
         let start = Instant::now();

@@ -10,7 +10,8 @@ use cairn_filter::{Chain, Connection, Factory, Peer};
 use cairn_http::{MeshCallout, RouteTable, Site, SiteHandle, Worker, WorkerSettings, serve};
 use cairn_mesh::{
     AppProtocol, Change, FailStrategy, Identity, Isolation, MeshSettings, NetworkAddress, PluginKind,
-    PluginMode, PluginPhase, ResourceName, Service, ServicePort, Snapshot, Store, WasmPlugin, Workload,
+    PluginLimits, PluginMode, PluginPhase, ResourceName, Service, ServicePort, Snapshot, Store, WasmPlugin,
+    Workload,
 };
 use cairn_net::{Drain, DrainTrigger, drain};
 use cairn_telemetry::{Telemetry, TelemetrySettings};
@@ -124,7 +125,7 @@ fn factory(engine: &Engine, module: &Module) -> Result<Arc<dyn Factory>> {
         env: Vec::new(),
         host_env: Vec::new(),
         holds_heads: false,
-        limits: Default::default(),
+        limits: PluginLimits { deadline: module.known.deadline, ..PluginLimits::default() },
         isolation: Isolation::Shared,
         mode: PluginMode::Enforce,
     };

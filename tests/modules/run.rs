@@ -75,7 +75,7 @@ pub async fn compare(program: &Path, module: &Module) -> Result<Report> {
     let start = Observed { told: Told::Closed, seen: Vec::new(), lines: started(module, &envoy) };
     let start_ours = Observed { lines: started(module, &ours), ..start.clone() };
     report.add(module, None, &start, &start_ours, String::new);
-    let mut of_all = if module.known.serves { ask::of_all() } else { Vec::new() };
+    let mut of_all = if module.known.serves { ask::of_all(module.known.large) } else { Vec::new() };
     of_all.retain(|ask| ask.body.is_empty() || !module.known.promises_bodies);
     for ask in of_all.iter().chain(&module.known.asks) {
         let run = Run { module, upstream: &upstream, envoy: &envoy, ours: &ours };

@@ -27,7 +27,7 @@ pub use digest::Digest;
 pub use error::FetchError;
 pub use fetcher::{FetchSettings, Fetched, Fetcher, Wanted};
 pub use pack::ImageFormat;
-pub use puller::{Asking, PullCounts, Pulled, Puller};
+pub use puller::{Asking, PullCounts, Pulled, Puller, kept_as};
 pub use source::{Reference, Source, SourceError};
 pub use store::{Store, StoreSettings};
 

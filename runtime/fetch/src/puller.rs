@@ -43,6 +43,16 @@ pub struct PullCounts {
     pub failed: AtomicU64,
 }
 
+/// What a module is kept as. What is pinned has a place of its own, where only what was held against the pin comes: so it is
+/// neither replaced by what another pin, or none, brings from the same source, nor compared again.
+#[must_use]
+pub fn kept_as(name: &str, pinned: Option<Digest>) -> String {
+    match pinned {
+        Some(digest) => format!("{name} pinned to {}", digest.qualified()),
+        None => name.to_owned(),
+    }
+}
+
 /// Fetches what is not there, and keeps it.
 pub struct Puller {
     fetcher: Fetcher,
@@ -57,8 +67,9 @@ impl Puller {
         Self { fetcher, store, counts: PullCounts::default() }
     }
 
-    /// Makes a module available, asking at most once. `name` says what it is kept as: no two that differ in source or in who
-    /// may have them share one. `needless` says of which modules no bytes are needed. A file is read every time.
+    /// Makes a module available, asking at most once. `name` says what it is kept as, together with its pin ([`kept_as`]): no
+    /// two that differ in source or in who may have them share one. `needless` says of which modules no bytes are needed. A
+    /// file is read every time, and what is pinned is asked for once.
     ///
     /// # Errors
     /// When it is not there and cannot be fetched.
@@ -89,7 +100,8 @@ impl Puller {
         if let Source::File(_) = wanted.source {
             return self.fetcher.try_fetch(wanted).await.map(new);
         }
-        let known = self.store.known(name, SystemTime::now()).filter(|known| is_wanted(known, wanted));
+        let name = &kept_as(name, wanted.pinned);
+        let known = self.store.known(name, SystemTime::now());
         let known = known.filter(|known| needless(known.digest) || self.store.holds(known.digest));
         let Some(known) = known else { return self.fetch(name, wanted).await };
         let is_fixed = match &wanted.source {
@@ -132,13 +144,4 @@ fn new(fetched: Fetched) -> Pulled {
 
 fn before(known: Known, stale: Option<FetchError>) -> Pulled {
     Pulled { digest: known.digest, manifest: known.manifest, bytes: None, stale }
-}
-
-/// Whether what was had before is what the pin asks for.
-fn is_wanted(known: &Known, wanted: &Wanted) -> bool {
-    let Some(pinned) = wanted.pinned else { return true };
-    match &wanted.source {
-        Source::Oci(_) => known.manifest == Some(pinned) || known.resolved == Some(pinned),
-        Source::File(_) | Source::Http(_) => known.digest == pinned,
-    }
 }

@@ -141,7 +141,7 @@ impl Store {
         self.tidy(&BTreeSet::from([name]), now, Duration::MAX)
     }
 
-    /// Notes that these names are in use, and removes what was not for too long, or does not fit. Writes files.
+    /// Notes that these names ([`crate::kept_as`]) are in use, and removes what was not for too long, or does not fit. Writes files.
     ///
     /// # Errors
     /// When the index cannot be written.

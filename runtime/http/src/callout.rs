@@ -23,6 +23,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use tokio::time::{Instant, timeout};
 
 /// Asks services of the mesh on behalf of one connection, and addresses outside it over plain TCP.
 pub struct MeshCallout {
@@ -49,9 +50,14 @@ impl Callout for MeshCallout {
         let (worker, site) = (Arc::clone(&self.worker), Arc::clone(&self.site));
         let destination = self.destination;
         Box::pin(async move {
-            let wait = request.timeout;
-            let asked = ask(&worker, &site, destination, request);
-            tokio::time::timeout(wait, asked).await.unwrap_or(Err(CalloutError::Timeout(wait)))
+            let (wait, begun) = (request.timeout, Instant::now());
+            let place = Place::of(&request);
+            let asked = with_body(request.request.clone(), request.trailers.clone(), request.http2)?;
+            let sent = timeout(wait, send(&worker, &site, destination, &place, asked)).await;
+            let (response, lease) = sent.unwrap_or(Err(CalloutError::Timeout(wait)))?;
+            let left = wait.saturating_sub(begun.elapsed());
+            let answered = timeout(left, answer(response, lease, request.answer_bytes_max)).await;
+            answered.unwrap_or_else(|_| Err(CalloutError::BrokenOff(format!("not whole within {wait:?}"))))
         })
     }
 
@@ -87,18 +93,6 @@ impl Callout for MeshCallout {
 
 /// How often a request is sent, when nothing of it left the time before: a connection that was kept may be gone.
 const SENDS_MAX: usize = 2;
-
-async fn ask(
-    worker: &Worker,
-    site: &SiteHandle,
-    destination: SocketAddr,
-    asked: CalloutRequest,
-) -> Result<CalloutAnswer, CalloutError> {
-    let place = Place::of(&asked);
-    let request = with_body(asked.request.clone(), asked.trailers.clone(), asked.http2)?;
-    let (response, lease) = send(worker, site, destination, &place, request).await?;
-    answer(response, lease, asked.answer_bytes_max).await
-}
 
 /// Sends a request to an endpoint of the service, and another time if nothing of it left.
 async fn send(

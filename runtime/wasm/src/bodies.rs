@@ -1,14 +1,19 @@
-//! The bodies of one exchange as far as the guest looks at them or holds them. They belong to the exchange as well as to
+//! The bodies of one exchange, or what was sent on a connection, as far as the guest looks at them or holds them. They belong to the exchange as well as to
 //! the guest's context, so that a guest that crashes takes nothing of them along.
 
 use crate::abi::Status;
 use bytes::{Bytes, BytesMut};
 use cairn_filter::{Side, WhenFull};
 use parking_lot::{Mutex, MutexGuard};
+use std::sync::atomic::AtomicU64;
 
 /// Both bodies of one exchange.
 #[derive(Default)]
-pub(crate) struct Bodies([Mutex<Body>; 2]);
+pub(crate) struct Bodies {
+    sides: [Mutex<Body>; 2],
+    /// How often the guest, or its end, woke the stream: who learnt how it stood learns from this whether that is old.
+    pub(crate) wakes: AtomicU64,
+}
 
 /// What the guest is shown of a body, and may change.
 #[derive(Default)]
@@ -27,7 +32,7 @@ const BYTES_MAX: usize = 32 << 20;
 
 impl Bodies {
     pub(crate) fn side(&self, side: Side) -> MutexGuard<'_, Body> {
-        let [request, response] = &self.0;
+        let [request, response] = &self.sides;
         match side {
             Side::Request => request.lock(),
             Side::Response => response.lock(),

@@ -1,7 +1,7 @@
 //! What a callback outside of streams brings: the answer of another service, as maps and buffers that exist while the
 //! callback runs.
 
-use crate::grpc::Ended;
+use crate::grpc::{Ended, Metadata};
 use crate::pairs;
 use bytes::Bytes;
 use cairn_filter::{CalloutAnswer, CalloutError};
@@ -47,9 +47,10 @@ impl Delivery {
         [headers, self.body.as_ref().map_or(0, |body| body.len() as u32), trailers]
     }
 
-    /// Puts a map in its place.
-    pub(crate) fn set_map(&mut self, index: usize, headers: &HeaderMap) {
-        self.set_entries(index, headers.len(), entries(headers));
+    /// Puts what came of a gRPC call in its place.
+    pub(crate) fn set_metadata(&mut self, index: usize, metadata: &Metadata) {
+        let status = metadata.status.as_ref().map(status_entry);
+        self.set_entries(index, metadata.count(), status.into_iter().chain(entries(&metadata.headers)));
     }
 
     fn set_entries<'a>(
@@ -90,10 +91,9 @@ impl Delivery {
     fn of_answer(answer: CalloutAnswer) -> Self {
         let (parts, body) = answer.response.into_parts();
         let mut delivery = Self { body: Some(body), ..Self::default() };
-        let status = std::iter::once((&b":status"[..], parts.status.as_str().as_bytes()));
-        let headers = status.chain(entries(&parts.headers));
+        let headers = std::iter::once(status_entry(&parts.status)).chain(entries(&parts.headers));
         delivery.set_entries(Self::CALL_HEADERS, parts.headers.len() + 1, headers);
-        delivery.set_map(Self::CALL_TRAILERS, &answer.trailers);
+        delivery.set_entries(Self::CALL_TRAILERS, answer.trailers.len(), entries(&answer.trailers));
         delivery
     }
 }
@@ -103,6 +103,10 @@ const UNREACHABLE: &str =
     "upstream connect error or disconnect/reset before headers. reset reason: remote connection failure";
 const CLOSED: &str =
     "upstream connect error or disconnect/reset before headers. reset reason: connection termination";
+
+fn status_entry(status: &StatusCode) -> (&[u8], &[u8]) {
+    (b":status", status.as_str().as_bytes())
+}
 
 fn entries(headers: &HeaderMap) -> impl Iterator<Item = (&[u8], &[u8])> {
     headers.iter().map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()))

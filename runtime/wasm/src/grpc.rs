@@ -2,7 +2,8 @@
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use cairn_filter::{CalloutAnswer, CalloutError, CalloutFeed};
-use http::{HeaderMap, StatusCode};
+use http::StatusCode;
+use http::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
@@ -18,7 +19,9 @@ const PREFIX_BYTES: usize = 5;
 /// How a call ended: its status and message.
 pub(crate) type Ended = (u32, Arc<str>);
 
-/// Statuses of gRPC.
+/// Statuses of gRPC; the highest there is, and what Envoy makes of one that there is not.
+const STATUS_MAX: u32 = 16;
+const NONE: u32 = u32::MAX;
 const OK: u32 = 0;
 const UNKNOWN: u32 = 2;
 const INTERNAL: u32 = 13;
@@ -27,10 +30,35 @@ const UNAVAILABLE: u32 = 14;
 /// What happens in a call.
 #[derive(Debug, PartialEq)]
 pub(crate) enum GrpcEvent {
-    Initial(HeaderMap),
+    Initial(Metadata),
     Message(Bytes),
-    Trailing(HeaderMap),
+    Trailing(Metadata),
     Closed(Ended),
+}
+
+/// A head, whose status is shown with it, or trailers.
+#[derive(Debug, Default, PartialEq)]
+pub(crate) struct Metadata {
+    pub(crate) status: Option<StatusCode>,
+    pub(crate) headers: HeaderMap,
+}
+
+impl Metadata {
+    /// The number of entries.
+    pub(crate) fn count(&self) -> usize {
+        self.headers.len() + usize::from(self.status.is_some())
+    }
+
+    /// What Envoy's router would have answered in the place of somebody who did not.
+    pub(crate) fn of_end((code, text): &Ended) -> Self {
+        let mut headers = HeaderMap::new();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+        headers.insert("grpc-status", HeaderValue::from(*code));
+        if let Ok(text) = HeaderValue::from_str(text) {
+            headers.insert("grpc-message", text);
+        }
+        Self { status: Some(StatusCode::OK), headers }
+    }
 }
 
 /// A message with what stands before it.
@@ -91,17 +119,20 @@ pub(crate) fn of_answer(answer: Result<CalloutAnswer, CalloutError>) -> Result<B
     }
     let mut deframer = Deframer::default();
     deframer.push(answer.response.body());
-    match deframer.next()? {
-        Some(message) if deframer.is_empty() => Ok(message),
-        _ => Err((INTERNAL, "the answer is not one message".into())),
+    let mut last = None;
+    while let Some(message) = deframer.next()? {
+        last = Some(message);
     }
+    // Of several the last one counts, as in Envoy.
+    last.filter(|_| deframer.is_empty()).ok_or_else(|| (INTERNAL, "the answer is no whole message".into()))
 }
 
 /// How a call ended before it began.
 pub(crate) fn of_error(error: &CalloutError) -> Ended {
     match error {
         CalloutError::Timeout(_) => (UNAVAILABLE, "upstream request timeout".into()),
-        CalloutError::TooLong(_) => (INTERNAL, error.to_string().into()),
+        // It had begun to answer.
+        CalloutError::TooLong(_) | CalloutError::BrokenOff(_) => (INTERNAL, error.to_string().into()),
         _ => (UNAVAILABLE, error.to_string().into()),
     }
 }
@@ -127,7 +158,8 @@ pub(crate) fn of_head(status: StatusCode, headers: &HeaderMap) -> Option<Ended> 
 /// The status that trailers bring.
 pub(crate) fn of_trailers(trailers: &HeaderMap) -> Option<Ended> {
     let status = trailers.get("grpc-status")?;
-    let code = status.to_str().ok().and_then(|status| status.parse().ok()).unwrap_or(UNKNOWN);
+    let code = status.to_str().ok().and_then(|status| status.parse().ok());
+    let code = code.filter(|code| *code <= STATUS_MAX).unwrap_or(NONE);
     let message = trailers.get("grpc-message").map(|message| percent_decoded(message.as_bytes()));
     Some((code, message.unwrap_or_default().into()))
 }
@@ -205,7 +237,7 @@ impl CalloutFeed for Feed {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use http::{HeaderValue, Response};
+    use http::Response;
 
     #[test]
     fn messages_are_found_wherever_the_bytes_are_cut() {
@@ -250,6 +282,8 @@ mod tests {
     fn a_call_has_one_message_or_a_status() {
         let ok = &[("grpc-status", "0")][..];
         assert_eq!(answered(200, &[], ok, &frame(b"hi")), Ok(Bytes::from_static(b"hi")));
+        let both = [frame(b"one"), frame(b"two")].concat();
+        assert_eq!(answered(200, &[], ok, &both), Ok(Bytes::from_static(b"two")));
         for (name, result, code, text) in [
             (
                 "status",
@@ -259,19 +293,21 @@ mod tests {
             ),
             ("trailers only", answered(200, &[("grpc-status", "5")], &[], b""), 5, ""),
             ("no status", answered(200, &[], &[], &frame(b"hi")), 2, ""),
-            ("odd status", answered(200, &[], &[("grpc-status", "x")], b""), 2, ""),
+            ("odd status", answered(200, &[], &[("grpc-status", "x")], b""), u32::MAX, ""),
+            ("no status of gRPC's", answered(200, &[], &[("grpc-status", "17")], b""), u32::MAX, ""),
             ("other HTTP status", answered(503, &[], &[], b""), 14, "HTTP status 503 Service Unavailable"),
-            ("no message", answered(200, &[], ok, b""), 13, "the answer is not one message"),
+            ("no message", answered(200, &[], ok, b""), 13, "the answer is no whole message"),
             (
-                "two messages",
-                answered(200, &[], ok, &[frame(b"a"), frame(b"b")].concat()),
+                "half a message",
+                answered(200, &[], ok, &frame(b"hi")[..6]),
                 13,
-                "the answer is not one message",
+                "the answer is no whole message",
             ),
         ] {
             assert_eq!(result, Err((code, text.into())), "{name}");
         }
         assert_eq!(of_answer(Err(CalloutError::Closed)).unwrap_err().0, 14);
+        assert_eq!(of_answer(Err(CalloutError::BrokenOff("x".to_owned()))).unwrap_err().0, 13);
     }
 
     #[test]

@@ -336,11 +336,11 @@ impl Instance {
             let live = &mut self.store.data_mut().live;
             live.context = context;
             std::mem::swap(&mut live.exchange, exchange);
-            let ended = self.log_and_done(context, true);
+            let ended = self.log_and_done(context, true).and_then(|done| self.delete_unless(context, done));
             let live = &mut self.store.data_mut().live;
             std::mem::swap(&mut live.exchange, exchange);
             live.context = VM_CONTEXT;
-            self.delete_unless(context, ended?)?;
+            ended?;
         } else {
             let ended = self.log_and_done(context, false);
             self.delete_unless(context, ended?)?;

@@ -86,6 +86,9 @@ impl Stream {
 
     /// Wakes the exchange, which then looks for what changed.
     pub(crate) fn wake(&self) {
+        if let Some(data) = &self.data {
+            data.wakes.fetch_add(1, Ordering::Release);
+        }
         self.waiting.iter().flatten().for_each(|waiting| waiting.notify_one());
     }
 }

@@ -165,7 +165,7 @@ impl Plugins {
 
     /// Removes fetched modules that no plugin uses, in the background.
     pub fn purge(&self) {
-        let in_use = self.plugins.values().map(|plugin| loader::name(&plugin.wanted)).collect();
+        let in_use = self.plugins.values().map(|plugin| loader::place(&plugin.wanted)).collect();
         self.loader.purge(in_use);
     }
 

@@ -3,12 +3,13 @@
 use super::peer::Registry;
 use super::server::{Server, answer};
 use super::{digest, module, quick, wanted};
+use crate::pack::gzip;
 use crate::{
     Asking, Credentials, Digest, Fetcher, ImageFormat, Puller, Reference, Store, StoreSettings, Wanted,
 };
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, Ordering};
 
 fn puller(home: &Path) -> Puller {
     let settings = StoreSettings { directory: Some(home.join("modules")), ..StoreSettings::default() };
@@ -54,13 +55,54 @@ async fn a_tag_is_asked_for_again_as_the_policy_says() {
     // The registry goes away, and the process starts again.
     drop(registry);
     let again = puller(home.path());
-    assert_eq!(pull(&again, &wanted, Asking::IfNotPresent).await.unwrap(), (digest(1), false, false));
-    assert_eq!(pull(&again, &wanted, Asking::Always).await.unwrap(), (digest(1), false, true));
+    assert_eq!(pull(&again, &wanted, Asking::IfNotPresent).await.unwrap(), (digest(2), false, false));
+    assert_eq!(pull(&again, &wanted, Asking::Always).await.unwrap(), (digest(2), false, true));
+    assert_eq!(pull(&again, &pinned, Asking::Always).await.unwrap(), (digest(1), false, false));
     let other = tempfile::tempdir().unwrap();
     let elsewhere = puller(other.path());
     assert!(pull(&elsewhere, &wanted, Asking::IfNotPresent).await.unwrap_err().contains("cannot connect"));
-    assert_eq!(again.counts.present.load(Ordering::Relaxed), 1);
+    assert_eq!(again.counts.present.load(Ordering::Relaxed), 2);
     assert_eq!(again.counts.failed.load(Ordering::Relaxed), 1);
+}
+
+#[tokio::test]
+async fn what_is_pinned_is_asked_for_once() {
+    let home = tempfile::tempdir().unwrap();
+    let (mark, asked) = (Arc::new(AtomicU8::new(1)), Arc::new(AtomicU32::new(0)));
+    let server = Server::start(None, {
+        let (mark, asked) = (Arc::clone(&mark), Arc::clone(&asked));
+        move |_| {
+            asked.fetch_add(1, Ordering::Relaxed);
+            answer(200, gzip(&module(mark.load(Ordering::Relaxed))).unwrap())
+        }
+    })
+    .await;
+    let at = wanted(&format!("http://{}/x", server.address));
+    let packed = |mark| Digest::of(&gzip(&module(mark)).unwrap());
+    // A pin is of what is served, or of the module in it.
+    let pins = [(1, digest(1)), (1, packed(1)), (2, digest(2)), (2, packed(2))];
+    let here = puller(home.path());
+    for (number, (served, pin)) in (1..).zip(pins) {
+        mark.store(served, Ordering::Relaxed);
+        let pinned = Wanted { pinned: Some(pin), ..at.clone() };
+        assert_eq!(
+            pull(&here, &pinned, Asking::Always).await.unwrap(),
+            (digest(served), true, false),
+            "{pin}"
+        );
+        assert_eq!(asked.load(Ordering::Relaxed), number);
+    }
+    let wrong = Wanted { pinned: Some(digest(3)), ..at.clone() };
+    assert!(pull(&here, &wrong, Asking::Always).await.unwrap_err().contains("is wanted"));
+    drop(server);
+    for puller in [here, puller(home.path())] {
+        for (served, pin) in pins {
+            let pinned = Wanted { pinned: Some(pin), ..at.clone() };
+            let pulled = pull(&puller, &pinned, Asking::Always).await.unwrap();
+            assert_eq!(pulled, (digest(served), false, false), "{pin}");
+        }
+        assert!(pull(&puller, &wrong, Asking::Always).await.is_err(), "a pin that nothing was held against");
+    }
 }
 
 #[tokio::test]

@@ -105,6 +105,13 @@ async fn an_address_outside_the_mesh_is_asked_plainly() {
 async fn what_ends_without_an_answer_says_why() {
     let long = Upstream::start(|_| async { Response::new(full("long".repeat(500))) }.boxed()).await;
     let silent = Upstream::start(|_| futures_util::future::pending().boxed()).await;
+    let halting = Upstream::start(|_| {
+        let first = futures_util::stream::iter([Ok(Frame::data(Bytes::from_static(b"half")))]);
+        let body =
+            StreamBody::new(futures_util::StreamExt::chain(first, futures_util::stream::pending())).boxed();
+        async { Response::new(body) }.boxed()
+    })
+    .await;
     let (none, gone) = (Mesh::new(Plan::to_all(&[])), Mesh::new(Plan::to(closed_port().await)));
     let quick = CalloutRequest { timeout: Duration::from_millis(50), ..request(HOST, false) };
     let elsewhere = CalloutRequest { namespace: Some("other".into()), ..request(HOST, false) };
@@ -131,8 +138,14 @@ async fn what_ends_without_an_answer_says_why() {
         (
             "too late",
             &Mesh::new(Plan::to(silent.address)),
-            quick,
+            quick.clone(),
             CalloutError::Timeout(Duration::from_millis(50)),
+        ),
+        (
+            "half of it in time",
+            &Mesh::new(Plan::to(halting.address)),
+            quick,
+            CalloutError::BrokenOff("not whole within 50ms".to_owned()),
         ),
     ] {
         assert_eq!(ask_mesh(mesh, asked).await.unwrap_err(), expected, "{name}");

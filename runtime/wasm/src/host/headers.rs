@@ -80,7 +80,7 @@ enum Map<'a> {
     Trailers(&'a Trailers),
     /// Nothing, in a stream: it has no such headers, yet or at all.
     Absent,
-    /// Nothing, outside of streams.
+    /// Nothing, outside of streams and in connections that carry no HTTP.
     Nowhere,
 }
 
@@ -93,7 +93,7 @@ fn map_of(state: &State, kind: MapKind) -> Map<'_> {
         }
         _ => {}
     }
-    let Some(stream) = state.stream() else { return Map::Nowhere };
+    let Some(stream) = state.stream().filter(|stream| !stream.is_connection()) else { return Map::Nowhere };
     match kind {
         MapKind::RequestHeaders => kept(&stream.request),
         MapKind::ResponseHeaders => kept(&stream.response),

@@ -154,8 +154,8 @@ fn send_local_response(guest: &mut Guest<'_>, reply: &Reply) -> Done {
         details: details_word(details),
     };
     let logging = matches!(state.callback, Callback::Log | Callback::Done | Callback::Delete);
-    let stream = state.stream_mut().ok_or(Status::BadArgument)?;
-    if !logging {
+    // Where there is nobody to answer, Envoy says OK, too.
+    if let Some(stream) = state.stream_mut().filter(|_| !logging) {
         // The first answer counts, as in Envoy.
         stream.reply.get_or_insert_with(|| Box::new(reply));
         stream.wake();

@@ -229,11 +229,12 @@ fn fd_write(guest: &mut Guest<'_>, fd: u32, (buffers, count): (u32, u32), writte
         2 => Level::ERROR,
         _ => return Ok(Errno::BadFile),
     };
+    let (memory, state) = split(guest)?;
+    check(memory, written_at, 4)?;
+    check(memory, buffers, count.checked_mul(8).ok_or(Status::InvalidMemoryAccess)?)?;
     if count > BUFFERS_MAX {
         return Ok(Errno::Invalid);
     }
-    let (memory, state) = split(guest)?;
-    check(memory, written_at, 4)?;
     let mut written = 0u32;
     let mut line = std::mem::take(&mut state.scratch);
     line.clear();

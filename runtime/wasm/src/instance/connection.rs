@@ -120,7 +120,7 @@ impl Instance {
             Closer::Here => Peer::Local,
             Closer::Client => Peer::Remote,
         };
-        let done = self.about(context, exchange, |instance| {
+        self.about(context, exchange, |instance| {
             instance.call_closed(context, Side::Request, peer)?;
             let is_done = match &instance.callbacks.done {
                 Some(done) => call(&mut instance.store, done, context, Callback::Done, context)? != 0,
@@ -129,9 +129,8 @@ impl Instance {
             if let Some(log) = &instance.callbacks.log {
                 call(&mut instance.store, log, context, Callback::Log, context)?;
             }
-            Ok(is_done)
-        });
-        self.delete_unless(context, done?)?;
+            instance.delete_unless(context, is_done)
+        })?;
         self.settle()
     }
 

@@ -62,9 +62,9 @@ impl Instance {
     fn tell_grpc(&mut self, id: u32, event: GrpcEvent) -> Result<(), Crash> {
         let callbacks = &self.callbacks.outside(&mut self.store, &self.guest).grpc;
         let (function, callback, number) = match &event {
-            GrpcEvent::Initial(headers) => (&callbacks.initial, Callback::GrpcInitial, headers.len()),
+            GrpcEvent::Initial(head) => (&callbacks.initial, Callback::GrpcInitial, head.count()),
             GrpcEvent::Message(message) => (&callbacks.message, Callback::GrpcReceive, message.len()),
-            GrpcEvent::Trailing(headers) => (&callbacks.trailing, Callback::GrpcTrailing, headers.len()),
+            GrpcEvent::Trailing(tail) => (&callbacks.trailing, Callback::GrpcTrailing, tail.count()),
             GrpcEvent::Closed((code, _)) => (&callbacks.close, Callback::GrpcClose, *code as usize),
         };
         let Some(function) = function else { return Ok(()) };
@@ -78,9 +78,9 @@ impl Instance {
 fn delivery(event: GrpcEvent) -> Delivery {
     let mut delivery = Delivery::default();
     match event {
-        GrpcEvent::Initial(headers) => delivery.set_map(Delivery::GRPC_INITIAL, &headers),
+        GrpcEvent::Initial(head) => delivery.set_metadata(Delivery::GRPC_INITIAL, &head),
         GrpcEvent::Message(message) => delivery.message = message,
-        GrpcEvent::Trailing(headers) => delivery.set_map(Delivery::GRPC_TRAILING, &headers),
+        GrpcEvent::Trailing(tail) => delivery.set_metadata(Delivery::GRPC_TRAILING, &tail),
         GrpcEvent::Closed(ended) => delivery.status = ended,
     }
     delivery

@@ -1,9 +1,8 @@
-//! Calls of a guest for one exchange that run on the plugin's own threads, while the worker goes on with other exchanges.
+//! Calls of a guest for one exchange or connection that run on the plugin's own threads, while the worker goes on with others.
 //!
 //! What the guest may see goes there as a copy, and what it made of it comes back. So an exchange that ends meanwhile leaves
 //! nothing behind but a call whose result nobody takes, and one that waited too long goes on as it was.
 
-use super::context::Context;
 use crate::instance::{Outcome, Phase};
 use crate::state::copy_of;
 use crate::threads::OwnThreads;
@@ -13,10 +12,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
-/// The longest that a call waits for its turn.
+/// The longest that a call waits for its turn. One whose turn comes later does not begin.
 pub(super) const WAIT_MAX: Duration = Duration::from_secs(1);
 
-/// What one call of the guest came to.
+/// What one call of the guest for an exchange came to.
 pub(super) struct Answer {
     pub(super) outcome: Result<Outcome, &'static str>,
     /// What is to be noted of it.
@@ -27,58 +26,64 @@ pub(super) struct Answer {
     pub(super) chunk: Chunk,
 }
 
-/// Runs the guest.
-type Task = Box<dyn FnOnce(&mut Context) -> Answer + Send>;
+/// Runs the guest in a context of type `C`; the answer is an `A`.
+type Task<C, A> = Box<dyn FnOnce(&mut C) -> A + Send>;
 
 /// A call on its way.
-pub(super) struct Call {
-    progress: Mutex<Progress>,
+pub(super) struct Call<C, A> {
+    progress: Mutex<Progress<C, A>>,
+    sent: Instant,
     /// It is over, or will never begin.
-    over: Notify,
+    over: Arc<Notify>,
 }
 
-enum Progress {
-    Waits(Task),
+enum Progress<C, A> {
+    Waits(Task<C, A>),
     Runs,
-    Over(Box<Answer>),
+    Over(Box<A>),
     /// It will not run, or nobody takes what it came to.
     Withdrawn,
 }
 
 /// How a call stands.
-pub(super) enum Standing {
+pub(super) enum Standing<A> {
     /// It is over.
-    Over(Box<Answer>),
+    Over(Box<A>),
     /// It was withdrawn before it began.
     Withdrawn,
     /// It waits or runs.
     UnderWay,
 }
 
-impl Call {
-    /// Sends a call on its way; `None` when too many are waiting.
+impl<C: Send + 'static, A: Send + 'static> Call<C, A> {
+    /// Sends a call on its way; `None` when too many are waiting. `over` is notified when it is over, or will never begin.
     pub(super) fn send(
         threads: &OwnThreads,
-        lane: usize,
-        context: Arc<Mutex<Context>>,
-        task: impl FnOnce(&mut Context) -> Answer + Send + 'static,
+        (lane, context): (usize, Arc<Mutex<C>>),
+        over: Arc<Notify>,
+        task: impl FnOnce(&mut C) -> A + Send + 'static,
     ) -> Option<Arc<Self>> {
         let progress = Mutex::new(Progress::Waits(Box::new(task)));
-        let call = Arc::new(Self { progress, over: Notify::new() });
+        let call = Arc::new(Self { progress, sent: Instant::now(), over });
         let running = Arc::clone(&call);
         threads.offer(lane, Box::new(move || running.run(&context))).then_some(call)
     }
 
-    fn run(&self, context: &Mutex<Context>) {
-        let Some(task) = self.begin() else { return };
-        let answer = Box::new(task(&mut context.lock()));
-        *self.progress.lock() = Progress::Over(answer);
+    fn run(&self, context: &Mutex<C>) {
+        if let Some(task) = self.begin() {
+            let answer = Box::new(task(&mut context.lock()));
+            *self.progress.lock() = Progress::Over(answer);
+        }
         self.over.notify_one();
     }
 
-    fn begin(&self) -> Option<Task> {
+    fn begin(&self) -> Option<Task<C, A>> {
         let mut progress = self.progress.lock();
         match std::mem::replace(&mut *progress, Progress::Runs) {
+            Progress::Waits(_) if self.sent.elapsed() > WAIT_MAX => {
+                *progress = Progress::Withdrawn;
+                None
+            }
             Progress::Waits(task) => Some(task),
             other => {
                 *progress = other;
@@ -98,7 +103,7 @@ impl Call {
     }
 
     /// How it stands. What it came to is taken.
-    pub(super) fn standing(&self) -> Standing {
+    pub(super) fn standing(&self) -> Standing<A> {
         let mut progress = self.progress.lock();
         match std::mem::replace(&mut *progress, Progress::Withdrawn) {
             Progress::Over(answer) => Standing::Over(answer),
@@ -188,19 +193,14 @@ pub(super) fn copy_of_exchange(exchange: &Exchange) -> Exchange {
 mod tests {
     use super::*;
 
-    fn call() -> Arc<Call> {
-        let task = |_: &mut Context| Answer {
-            outcome: Ok(Outcome::Continue),
-            notes: Vec::new(),
-            head: None,
-            chunk: Chunk::default(),
-        };
-        Arc::new(Call { progress: Mutex::new(Progress::Waits(Box::new(task))), over: Notify::new() })
+    fn call(age: Duration) -> Arc<Call<(), ()>> {
+        let progress = Mutex::new(Progress::Waits(Box::new(|(): &mut ()| ()) as Task<(), ()>));
+        Arc::new(Call { progress, sent: Instant::now() - age, over: Arc::default() })
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_call_is_withdrawn_when_its_turn_does_not_come() {
-        let call = call();
+        let call = call(Duration::ZERO);
         let begun = tokio::time::Instant::now();
         assert!(matches!(call.standing(), Standing::UnderWay));
         call.over().await;
@@ -209,9 +209,17 @@ mod tests {
         assert!(call.begin().is_none(), "and never begins");
     }
 
+    #[tokio::test]
+    async fn a_call_whose_turn_comes_too_late_does_not_begin() {
+        let call = call(WAIT_MAX + Duration::from_millis(1));
+        call.run(&Mutex::new(()));
+        call.over.notified().await;
+        assert!(matches!(call.standing(), Standing::Withdrawn));
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_call_that_runs_is_waited_for() {
-        let call = call();
+        let call = call(Duration::ZERO);
         assert!(call.begin().is_some() && !call.withdraw());
         let mut over = call.over();
         assert!(tokio::time::timeout(WAIT_MAX * 3, &mut over).await.is_err());

@@ -85,7 +85,7 @@ struct PluginFilter {
     plugin: Arc<Plugin>,
     place: Place,
     /// Calls under way on the plugin's own threads, about the request and about the response.
-    calls: [Option<Arc<Call>>; 2],
+    calls: [Option<Arc<Call<Context, Answer>>>; 2],
     /// The guest holds the head of the request, or of the response.
     is_held: [bool; 2],
     /// The guest holds the request, or the response, and nothing more will come of it; until then at most.
@@ -135,11 +135,11 @@ const TOO_LONG: &str = "the plugin held the exchange for too long";
 const FAILED: &str = "wasm_fail_stream";
 
 /// Why an exchange failed that found the plugin's own threads busy.
-const FULL: &str = "too much waits for the plugin's own threads";
-const TOO_LATE: &str = "the plugin's own threads had no time for it";
+pub(super) const FULL: &str = "too much waits for the plugin's own threads";
+pub(super) const TOO_LATE: &str = "the plugin's own threads had no time for it";
 
 /// Why an exchange fails that has been told to the plugin as over.
-const GONE: &str = "the plugin knows it no more";
+pub(super) const GONE: &str = "the plugin knows it no more";
 
 /// What asking the guest came to.
 enum Asked {
@@ -273,7 +273,7 @@ impl PluginFilter {
     fn send(&mut self, side: Side, task: impl FnOnce(&mut Context) -> Answer + Send + 'static) -> Asked {
         let Some((context, lane)) = self.away() else { return Asked::Now(Err(GONE)) };
         let Some(threads) = self.plugin.own_threads.get() else { return Asked::Now(Err(GONE)) };
-        let Some(call) = Call::send(threads, lane, context, task) else {
+        let Some(call) = Call::send(threads, (lane, context), Arc::default(), task) else {
             self.plugin.facts.counters.hit(Limit::QueueFull);
             return Asked::Now(Err(FULL));
         };
@@ -296,7 +296,7 @@ impl PluginFilter {
         }
     }
 
-    fn take_call(&mut self, side: Side) -> Option<Standing> {
+    fn take_call(&mut self, side: Side) -> Option<Standing<Answer>> {
         let call = self.calls[number_of(side)].take()?;
         let standing = call.standing();
         if matches!(standing, Standing::UnderWay) {
@@ -306,7 +306,7 @@ impl PluginFilter {
     }
 
     /// A call was asked for that has not come to anything.
-    fn not_over(&mut self, side: Side, standing: Standing) -> Asked {
+    fn not_over(&mut self, side: Side, standing: Standing<Answer>) -> Asked {
         match (standing, &self.calls[number_of(side)]) {
             (Standing::UnderWay, Some(call)) => Asked::Later(call.over()),
             _ => {
@@ -434,7 +434,7 @@ fn take_up_part(
     answer.outcome
 }
 
-fn take_notes(exchange: &mut Exchange, notes: Vec<Note>) {
+pub(super) fn take_notes(exchange: &mut Exchange, notes: Vec<Note>) {
     for note in notes {
         exchange.note(&note.filter, note.text);
     }

@@ -2,9 +2,8 @@
 
 use super::Plugin;
 use super::outside::Seat;
-use crate::grpc::{self, Deframer, Ended, Feed, GrpcEvent};
-use cairn_filter::{Callout, CalloutPart, CalloutRequest};
-use http::HeaderMap;
+use crate::grpc::{self, Deframer, Ended, Feed, GrpcEvent, Metadata};
+use cairn_filter::{Callout, CalloutError, CalloutPart, CalloutRequest};
 use std::future::poll_fn;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -49,43 +48,54 @@ impl Teller {
         plugin.enter(&self.at, move |instance| instance.grpc_event(id, event)).await.unwrap_or(false)
     }
 
+    /// Tells of a stream, all but its end: a head, messages and trailers, the last two of which may be empty, as in Envoy.
     async fn follow(&self, opening: Opening) -> Option<Ended> {
         let Opening { callout, request, feed, .. } = opening;
         let answer = match callout.open(request, Box::new(feed)).await {
             Ok(answer) => answer,
-            Err(error) => return Some(grpc::of_error(&error)),
+            Err(error) => {
+                let ended = grpc::of_error(&error);
+                return self.tell_whole(Metadata::of_end(&ended), ended).await;
+            }
         };
         let (head, mut parts) = answer.into_parts();
-        let trailers_only = head.headers.contains_key("grpc-status");
-        let initial = if trailers_only { HeaderMap::new() } else { head.headers.clone() };
-        if !self.tell(GrpcEvent::Initial(initial)).await {
+        let ended = grpc::of_head(head.status, &head.headers);
+        let is_of_grpc = ended.is_none() || head.headers.contains_key("grpc-status");
+        let head = Metadata { status: Some(head.status), headers: head.headers };
+        if let Some(ended) = ended {
+            return self.tell_whole(if is_of_grpc { head } else { Metadata::default() }, ended).await;
+        }
+        if !self.tell(GrpcEvent::Initial(head)).await {
             return None;
         }
-        if let Some(ended) = grpc::of_head(head.status, &head.headers) {
-            if trailers_only && !self.tell(GrpcEvent::Trailing(head.headers)).await {
-                return None;
-            }
-            return Some(ended);
-        }
         let mut messages = Deframer::default();
-        loop {
+        let ended = loop {
             let part = tokio::time::timeout(SILENCE_MAX, poll_fn(|cx| parts.poll_next(cx))).await;
             match part {
                 Ok(Some(Ok(CalloutPart::Data(data)))) => match self.tell_messages(&mut messages, &data).await
                 {
                     Ok(true) => {}
                     Ok(false) => return None,
-                    Err(ended) => return Some(ended),
+                    Err(ended) => break ended,
                 },
-                Ok(Some(Ok(CalloutPart::Trailers(trailers)))) => {
-                    let ended = grpc::of_trailers(&trailers).unwrap_or_else(grpc::without_status);
+                Ok(Some(Ok(CalloutPart::Trailers(headers)))) => {
+                    let ended = grpc::of_trailers(&headers).unwrap_or_else(grpc::without_status);
+                    let trailers = Metadata { status: None, headers };
                     return self.tell(GrpcEvent::Trailing(trailers)).await.then_some(ended);
                 }
-                Ok(Some(Err(error))) => return Some(grpc::of_error(&error)),
-                Ok(None) => return Some(grpc::without_status()),
-                Err(_) => return Some(grpc::of_error(&cairn_filter::CalloutError::Timeout(SILENCE_MAX))),
+                Ok(Some(Err(error))) => break grpc::of_error(&error),
+                Ok(None) => break grpc::without_status(),
+                Err(_) => break grpc::of_error(&CalloutError::Timeout(SILENCE_MAX)),
             }
-        }
+        };
+        self.tell(GrpcEvent::Trailing(Metadata::default())).await.then_some(ended)
+    }
+
+    /// Tells of an answer that is trailers only, or none.
+    async fn tell_whole(&self, trailers: Metadata, ended: Ended) -> Option<Ended> {
+        let goes_on = self.tell(GrpcEvent::Initial(Metadata::default())).await
+            && self.tell(GrpcEvent::Trailing(trailers)).await;
+        goes_on.then_some(ended)
     }
 
     /// False when the guest does not want to know any more.

@@ -225,14 +225,14 @@ fn a_stream_tells_of_everything_and_can_be_answered() {
     opened.part(CalloutPart::Trailers(trailers));
     block_on(verdict);
     assert_eq!(word(&run.request()), "continue");
-    assert_eq!(run.header("x-got"), "i1m3m0t1c5");
+    assert_eq!(run.header("x-got"), "i2m3m0t1c5");
 }
 
 #[test]
 fn a_stream_may_fail_or_be_given_up() {
     for (name, head, expected) in [
-        ("trailers only", &[("grpc-status", "3")][..], "I0t1c3"),
-        ("not gRPC", &[("x-auth", "who"), (":status", "403")][..], "i1c7"),
+        ("trailers only", &[("grpc-status", "3")][..], "I0t2c3"),
+        ("not gRPC", &[("x-auth", "who"), (":status", "403")][..], "I0t0c7"),
     ] {
         let asking = Asking::new(&with(NAME, &stream(NAME, &[]), STREAMED));
         let mut run = asking.start();
@@ -250,7 +250,7 @@ fn a_stream_may_fail_or_be_given_up() {
     drop(asking.mesh.streams.lock().pop());
     block_on(verdict);
     assert_eq!(word(&run.request()), "continue");
-    assert_eq!(run.header("x-got"), "c>", "14, unavailable");
+    assert_eq!(run.header("x-got"), "I0t4c>", "14, unavailable");
 
     let cancel = format!(
         "(block (result i32) (drop {}) (call $grpc_cancel (i32.load (i32.const 3000))))",

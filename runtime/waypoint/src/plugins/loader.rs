@@ -4,7 +4,8 @@
 use super::Running;
 use crate::chain;
 use cairn_fetch::{
-    Asking, Backoff, Credentials, CredentialsError, Digest, FetchError, Pulled, Puller, Source, Store, Wanted,
+    Asking, Backoff, Credentials, CredentialsError, Digest, FetchError, Pulled, Puller, Source, Store,
+    Wanted, kept_as,
 };
 use cairn_filter::Factory;
 use cairn_mesh::{Isolation, PullPolicy, PullSecret, WasmPlugin};
@@ -172,7 +173,7 @@ impl Loader {
 
     fn wanted(&self, spec: &WasmPlugin, secret: Option<&PullSecret>) -> Result<Wanted, LoadError> {
         let source = Source::parse(&spec.url).map_err(FetchError::Source)?;
-        let pinned = spec.sha256.as_deref().and_then(Digest::parse);
+        let pinned = pinned(spec);
         let credentials = match (&spec.pull_secret, secret) {
             (Some(_), Some(secret)) => {
                 Credentials::parse(secret.config.as_bytes()).map_err(LoadError::Secret)?
@@ -211,8 +212,17 @@ impl Loader {
     }
 }
 
-/// What a plugin's module is kept as: what a secret opened is not for those who do not have it.
-pub(super) fn name(spec: &WasmPlugin) -> String {
+/// What a plugin's module is kept as.
+pub(super) fn place(spec: &WasmPlugin) -> String {
+    kept_as(&name(spec), pinned(spec))
+}
+
+fn pinned(spec: &WasmPlugin) -> Option<Digest> {
+    spec.sha256.as_deref().and_then(Digest::parse)
+}
+
+/// Where a plugin's module is from: what a secret opened is not for those who do not have it.
+fn name(spec: &WasmPlugin) -> String {
     match &spec.pull_secret {
         Some(secret) => format!("{} for {}/{secret}", spec.url, spec.name.namespace),
         None => spec.url.to_string(),
