@@ -17,7 +17,7 @@ type Intended = (&'static str, fn(&Scenario, &Ask, &Outcome, &Outcome) -> bool);
 
 const INTENDED: [Intended; 12] = [
     ("only-slashes", |scenario, ask, envoy, ours| {
-        is_only_slashes(scenario, ask) && is_of_the_path(scenario, envoy, ours)
+        is_only_slashes(scenario, ask) && (is_of_the_path(scenario, envoy, ours) || is_custom(scenario))
     }),
     ("encoded-dots", |scenario, ask, envoy, ours| {
         let target = ask.target.to_ascii_lowercase();
@@ -54,8 +54,8 @@ const INTENDED: [Intended; 12] = [
         is_custom(scenario) && with_sorted_queries(envoy) == with_sorted_queries(ours)
     }),
     ("cut-body", |scenario, ask, _, ours| {
-        let is_too_large = matches!(ours, Outcome::Denied { status: 413, .. });
-        is_too_large && is_custom(scenario) && ask.body.len() > BODY_BYTES_MAX
+        let Outcome::Denied { details, .. } = ours else { return false };
+        details == "request_payload_too_large" && is_custom(scenario) && ask.body.len() > BODY_BYTES_MAX
     }),
 ];
 
