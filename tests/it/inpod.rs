@@ -8,7 +8,7 @@ mod cni;
 mod names;
 mod nodes;
 
-use crate::harness::cairn;
+use crate::harness::{cairn, is_established_to};
 use crate::netns::{connect_in, exchange, skipped, within};
 use anyhow::{Context, Result, ensure};
 use cni::{Connection, Listener, Named};
@@ -220,10 +220,15 @@ fn a_pod_joins_and_leaves_while_others_go_on() {
         for talk in [&mut out, &mut inbound] {
             talk.echo("a question").unwrap();
         }
+        assert!(cluster.tunnels_from("late") > 0, "{round}");
         assert_eq!(cluster.cni(1).delete(&uid("late")).unwrap(), "", "{round}");
         for talk in [&mut out, &mut inbound] {
             assert!(talk.is_ended(), "{round}: a connection outlives its pod");
         }
+        assert!(
+            within(SOON, || cluster.tunnels_from("late") == 0),
+            "{round}: its tunnels hold its namespace"
+        );
         // Its redirection is still there, and leads nowhere.
         assert!(cluster.talk("late", cluster.application("far")).is_err(), "{round}");
         assert!(cluster.talk("outside-near", cluster.application("late")).is_err(), "{round}");
@@ -586,6 +591,15 @@ impl Cluster {
         // Whether it is reset or ended makes no difference.
         let _ended = stream.write_all(b"hello\r\n\r\n").and_then(|()| stream.read_to_end(&mut answer));
         String::from_utf8_lossy(&answer).lines().next()?.trim().parse().ok()
+    }
+
+    /// How many connections to HBONE ports of others are open in a pod's namespace.
+    fn tunnels_from(&self, pod: &str) -> usize {
+        let namespace = self.network.open(pod).unwrap();
+        let read = |name: &str| std::fs::read_to_string(format!("/proc/thread-self/net/{name}"));
+        let (v4, v6) = namespace.within(|| (read("tcp"), read("tcp6"))).unwrap();
+        let text = v4.unwrap() + &v6.unwrap_or_default();
+        text.lines().filter(|line| is_established_to(line, 15008)).count()
     }
 
     /// Fetches from a port of a node's ztunnel for operators, as a program in its pod would.

@@ -234,10 +234,17 @@ impl Manager {
     }
 
     fn stop(&mut self, uid: &str) {
-        if self.served.remove(uid).is_some() {
-            tracing::info!(%uid, "pod left");
-            self.counts.stopped.inc();
+        let Some(served) = self.served.remove(uid) else { return };
+        let namespace = served.namespace().cloned();
+        drop(served);
+        // Its own tunnels ended with it; they would hold its namespace as long as nobody else closes them.
+        if let Some(namespace) = namespace {
+            let given_up: usize =
+                self.proxy.ways.pools.iter().map(|pool| pool.forget_from(&namespace)).sum();
+            tracing::debug!(%uid, given_up, "connections of a pod that left were given up");
         }
+        tracing::info!(%uid, "pod left");
+        self.counts.stopped.inc();
     }
 
     fn retry(&mut self) {

@@ -21,6 +21,7 @@ mod outbound;
 mod plaintext;
 mod pods;
 mod proxy_protocol;
+mod revoked;
 mod settings;
 mod socks;
 mod trial;
@@ -33,7 +34,7 @@ pub use settings::{
 
 use anyhow::{Context, bail};
 use cairn_hbone::{Pool, PoolSettings};
-use cairn_identity::{CaClient, CaSettings, CertificateSettings, Certificates};
+use cairn_identity::{CaClient, CaSettings, CertificateSettings, Certificates, Revocations, Trust};
 use cairn_net::{ConnectOptions, Drain};
 use cairn_process::{Liveness, LogControl, LogFormat, Operators, Pending, Readiness, Workers};
 use cairn_telemetry::{Counter, Telemetry, TelemetrySettings};
@@ -152,12 +153,16 @@ async fn serve(settings: Settings, workers: Workers, log: LogControl) -> anyhow:
         impersonate: true,
     });
     let certificate_settings = CertificateSettings { ttl: settings.certificate_ttl, ..Default::default() };
-    let certificates = Certificates::new(Arc::new(issuer), certificate_settings);
+    // Without knowing who is revoked nobody is served: a successor that does not start leaves its predecessor at work.
+    let revocations = settings.revoked.clone().map(Revocations::open).transpose()?;
+    let trust = Arc::new(Trust::new(revocations.clone()));
+    trust.set_aliases(settings.mesh.trust_domain_aliases.iter().cloned());
+    let certificates = Certificates::with_trust(Arc::new(issuer), certificate_settings, trust);
 
     let (trigger, drain) = cairn_net::drain();
     let limits = PoolSettings { spread_max: SPREAD_MAX, ..settings.tunnels.pool() };
     let pool = |_| Pool::new(limits.clone());
-    let mesh = Mesh::new();
+    let mesh = Mesh::with_settings(settings.mesh.clone());
     let ways = Ways {
         mesh: Arc::clone(&mesh),
         certificates: Arc::clone(&certificates),
@@ -191,6 +196,9 @@ async fn serve(settings: Settings, workers: Workers, log: LogControl) -> anyhow:
     tasks.spawn(Arc::clone(&proxy.certificates).renew());
     tasks.spawn(follow(Arc::clone(&proxy)));
     tasks.spawn(recheck(Arc::clone(&proxy)));
+    if let Some(revocations) = revocations {
+        tasks.spawn(revocations.follow());
+    }
     tasks.spawn({
         let proxy = Arc::clone(&proxy);
         async move {
@@ -255,6 +263,11 @@ fn start_operators(proxy: &Arc<Proxy>, readiness: Readiness) -> anyhow::Result<(
         metrics: Arc::new(move || {
             counted.telemetry.metrics.encode()
                 + &counted.trials.encode_metrics()
+                + &counted
+                    .certificates
+                    .trust()
+                    .revocations()
+                    .map_or_else(String::new, |known| revoked::encode_metrics(&known.counts()))
                 + &cairn_process::encode_file_metrics()
         }),
         admin: admin::router(Arc::clone(proxy)),

@@ -275,7 +275,9 @@ fn failure(error: &ConnectError) -> Failure {
         ConnectError::Tcp(_) | ConnectError::Timeout => {
             Failure::of_endpoint("CONNECT", Reply::Refused, reason)
         }
-        ConnectError::Tls { .. } => Failure::of_endpoint("TLS_FAILURE", Reply::Refused, reason),
+        ConnectError::Tls(_) | ConnectError::Revoked => {
+            Failure::of_endpoint("TLS_FAILURE", Reply::Refused, reason)
+        }
         ConnectError::Http2 { .. } => Failure::of_endpoint("H2_HANDSHAKE_FAILURE", Reply::Refused, reason),
         _ => Failure::new("CONNECT", Reply::Refused, reason),
     }

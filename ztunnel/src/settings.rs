@@ -4,6 +4,7 @@ use crate::inpod::PodName;
 use anyhow::Context;
 use cairn_hbone::{PoolSettings, ServerSettings};
 use cairn_identity::{Roots, Token};
+use cairn_mesh::MeshSettings;
 use cairn_process::LogFormat;
 use serde::Deserialize;
 use serde_json::Value;
@@ -40,6 +41,14 @@ pub struct Options {
     /// A file with the bearer token for xDS and CA; read again for each call.
     #[arg(long, env = "CAIRN_TOKEN")]
     pub token: Option<PathBuf>,
+    /// A file of lists of revoked certificates (CRL), PEM or DER; read again when it changes. One that is not there
+    /// revokes nothing.
+    #[arg(long, env = "CRL_PATH")]
+    pub revoked: Option<PathBuf>,
+    /// Further names of the mesh's trust domain, with commas between them: peers and policies that use one are taken as
+    /// if they used the mesh's own.
+    #[arg(long, env = "TRUST_DOMAIN_ALIASES", value_delimiter = ',')]
+    pub trust_domain_aliases: Vec<String>,
     /// The node whose pods this ztunnel serves [default: node].
     #[arg(long, env = "NODE_NAME")]
     pub node: Option<String>,
@@ -267,6 +276,10 @@ pub struct Settings {
     pub ca: ControlPlane,
     /// The bearer token for both.
     pub token: Option<Token>,
+    /// The lists of revoked certificates.
+    pub revoked: Option<PathBuf>,
+    /// What is known of the mesh before the control plane says anything, and for as long as it does not.
+    pub mesh: MeshSettings,
     /// The node served.
     pub node: String,
     /// The cluster's name.
@@ -341,6 +354,15 @@ impl Options {
             xds: Some(xds),
             ca,
             token: self.token.or(file.token).map(Token::File),
+            revoked: self.revoked.or(file.revoked),
+            mesh: MeshSettings {
+                trust_domain_aliases: if self.trust_domain_aliases.is_empty() {
+                    file.trust_domain_aliases.into_iter().map(Into::into).collect()
+                } else {
+                    self.trust_domain_aliases.into_iter().map(Into::into).collect()
+                },
+                ..MeshSettings::default()
+            },
             node: self.node.or(file.node).unwrap_or_else(|| "node".to_owned()),
             metadata: vec![("CLUSTER_ID".to_owned(), cluster_id.as_str().into())],
             cluster_id,

@@ -95,13 +95,15 @@ impl Scene {
     ) -> mpsc::UnboundedReceiver<Seen> {
         let at = SocketAddr::new(address, 15008);
         let listener = cairn_net::listen(at, &ListenOptions::default()).unwrap();
-        let certificate = WorkloadCertificate::request(&*self.ca, who, LONG * 100).await.unwrap();
+        let certificate = WorkloadCertificate::request(&*self.ca, who, LONG * 100).await;
+        let certificate = Arc::new(certificate.unwrap());
         let (seen_sender, seen) = mpsc::unbounded_channel();
         tokio::spawn(async move {
             loop {
                 let (tcp, _) = listener.accept().await.unwrap();
                 let (_, never) = drain();
-                let (answer, seen, tls) = (answer.clone(), seen_sender.clone(), certificate.server_config());
+                let (answer, seen, certificate) =
+                    (answer.clone(), seen_sender.clone(), Arc::clone(&certificate));
                 tokio::spawn(async move {
                     let handler = |connect: Connect| {
                         let (authority, headers) =
@@ -112,7 +114,8 @@ impl Scene {
                         answer(connect);
                     };
                     // How it ends is the client's business.
-                    let _ = cairn_hbone::serve(tcp, tls, &ServerSettings::default(), never, handler).await;
+                    let _ = cairn_hbone::serve(tcp, certificate, &ServerSettings::default(), never, handler)
+                        .await;
                 });
             }
         });
