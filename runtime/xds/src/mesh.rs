@@ -1,5 +1,6 @@
 //! The mesh as one process knows it: the current snapshot for readers, and the one writer behind it.
 
+use crate::counts::Counts;
 use crate::gate::{Gate, Publish};
 use crate::session::{Problem, Received};
 use arc_swap::ArcSwap;
@@ -23,6 +24,7 @@ pub struct Mesh {
     ready: watch::Sender<bool>,
     problems: Mutex<BTreeMap<(Arc<str>, String), Problem>>,
     settings: MeshSettings,
+    counts: Counts,
 }
 
 impl Mesh {
@@ -39,6 +41,7 @@ impl Mesh {
             ready: watch::Sender::new(false),
             problems: Mutex::new(BTreeMap::new()),
             settings,
+            counts: Counts::default(),
         })
     }
 
@@ -66,6 +69,15 @@ impl Mesh {
     /// What is wrong with resources now, for the operator: at most a thousand.
     pub fn problems(&self) -> Vec<Problem> {
         self.problems.lock().values().cloned().collect()
+    }
+
+    /// What happened on the way to the control plane, in the Prometheus text format.
+    pub fn encode_metrics(&self) -> String {
+        self.counts.encode()
+    }
+
+    pub(crate) fn counts(&self) -> &Counts {
+        &self.counts
     }
 
     /// Publishes a state and declares the mesh ready: for one who has another source of it than [`crate::follow`].
