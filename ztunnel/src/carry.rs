@@ -120,7 +120,7 @@ impl Account {
             Direction::Outbound => (to_server, to_client),
             Direction::Inbound => (to_client, to_server),
         };
-        proxy.telemetry.record_tcp(&TcpRecord {
+        let record = TcpRecord {
             started: self.started_at,
             duration: self.started.elapsed(),
             direction: self.direction,
@@ -138,7 +138,14 @@ impl Account {
             plan: self.way,
             decision: self.decision,
             policy: &self.policy,
-        });
+        };
+        if proxy.settings.access.wants(&record, fastrand::f64) {
+            proxy.telemetry.log_tcp(&record);
+            if let Some(collector) = &proxy.collector {
+                collector.push(&record);
+            }
+        }
+        proxy.telemetry.keep_tcp(&record);
     }
 
     fn open(&self) -> Open {
@@ -168,6 +175,14 @@ impl Account {
         C: Future<Output = Cut>,
     {
         let counts = ByteCounts::default();
+        tracing::debug!(
+            target: "access",
+            source = %self.source,
+            destination = %self.destination,
+            authority = %self.authority,
+            direction = self.direction.as_str(),
+            "connection opened"
+        );
         let _listed = proxy.open.add(self.open());
         let mut metrics = TcpConnection::open(&proxy.telemetry.metrics, self.labels("-"));
         let copy = cairn_net::copy(client, server, &counts);

@@ -6,7 +6,7 @@
 use crate::inpod::PodName;
 use crate::settings::{
     ADMIN_PORT, ControlPlane, InPod, METRICS_PORT, OriginalSource, OwnPod, PodSource, Settings, TunnelLimits,
-    workers_of,
+    access, workers_of,
 };
 use anyhow::{Context, Result, bail};
 use cairn_identity::{Roots, Token};
@@ -30,7 +30,8 @@ pub enum Use {
 }
 use Use::{Followed, Without};
 
-/// Every variable of Istio's ztunnel, and `TRUST_DOMAIN_ALIASES`, which is ours; any other is ignored, as there. A name that ends in `*` stands for all that begin so.
+/// Every variable of Istio's ztunnel, and some of ours (`TRUST_DOMAIN_ALIASES`, `CAIRN_*`); any other is ignored, as there,
+/// but for those by which OpenTelemetry names a collector. A name that ends in `*` stands for all that begin so.
 pub const VARIABLES: &[(&str, Use)] = &[
     ("ENABLE_PROXY", Followed),
     ("PROXY_MODE", Followed),
@@ -78,6 +79,8 @@ pub const VARIABLES: &[(&str, Use)] = &[
     ("CONNECTION_TERMINATION_DEADLINE", Followed),
     ("TERMINATION_GRACE_PERIOD_SECONDS", Followed),
     ("UNSTABLE_ENABLE_SOCKS5", Followed),
+    ("CAIRN_ACCESS_LOG_FILTER", Followed),
+    ("CAIRN_ACCESS_LOG_SHARE", Followed),
     ("RUST_LOG", Followed),
     ("LOG_FORMAT", Followed),
     ("INPOD_ENABLED", Without("Istio's ztunnel does not read it either")),
@@ -178,6 +181,8 @@ pub fn settings(environment: &Environment) -> Result<Settings> {
         },
         drain: drain(&read)?,
         access_log: true,
+        access: access(read.text("CAIRN_ACCESS_LOG_FILTER"), read.text("CAIRN_ACCESS_LOG_SHARE"))?,
+        collector: None,
         log: read.text("RUST_LOG").unwrap_or("info").to_owned(),
         log_format: match read.text("LOG_FORMAT") {
             Some("json") => LogFormat::Json,

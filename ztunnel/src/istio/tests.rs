@@ -60,6 +60,8 @@ const EXAMPLES: &[Example] = &[
     ("CONNECTION_TERMINATION_DEADLINE", "1m", &[]),
     ("TERMINATION_GRACE_PERIOD_SECONDS", "30", &[]),
     ("UNSTABLE_ENABLE_SOCKS5", "true", &[]),
+    ("CAIRN_ACCESS_LOG_FILTER", "direction=inbound", &[]),
+    ("CAIRN_ACCESS_LOG_SHARE", "10%", &[]),
     ("RUST_LOG", "debug", &[]),
     ("LOG_FORMAT", "json", &[]),
 ];
