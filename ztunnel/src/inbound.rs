@@ -8,8 +8,8 @@ use crate::pods::Pod;
 use crate::proxy_protocol;
 use cairn_hbone::{Authority, Connect, ServeError};
 use cairn_mesh::{
-    Arrival, ArrivalTarget, Decision, DenyReason, Identity, L4Peer, NetworkAddress, Service, Snapshot,
-    Unwelcome, Workload, arrive, decide,
+    Arrival, ArrivalTarget, Decision, DenyReason, HBONE_PORT, Identity, L4Peer, NetworkAddress, Service,
+    Snapshot, Unwelcome, Workload, arrive, decide,
 };
 use cairn_net::ConnectOptions;
 use cairn_telemetry::Direction;
@@ -32,7 +32,8 @@ pub async fn connection(proxy: Arc<Proxy>, pod: Arc<Pod>, _worker: usize, tcp: T
     let certificate = match proxy.certificates.get(&workload.identity).await {
         Ok(certificate) => certificate,
         Err(error) => {
-            let mut account = Account::new(Direction::Inbound, peer, SocketAddr::new(pod.address, 15008));
+            let mut account =
+                Account::new(Direction::Inbound, peer, SocketAddr::new(pod.address, HBONE_PORT));
             account.destination_workload = Some(workload);
             return account.refused(&proxy, "IDENTITY_ERROR", &chain(&error));
         }
@@ -54,7 +55,7 @@ pub async fn connection(proxy: Arc<Proxy>, pod: Arc<Pod>, _worker: usize, tcp: T
             | ServeError::NotBelieved
     );
     if is_handshake {
-        let mut account = Account::new(Direction::Inbound, peer, SocketAddr::new(pod.address, 15008));
+        let mut account = Account::new(Direction::Inbound, peer, SocketAddr::new(pod.address, HBONE_PORT));
         account.destination_workload = Some(workload);
         account.refused(&proxy, "TLS_FAILURE", &chain(&error));
     } else {

@@ -2,7 +2,10 @@
 
 use crate::settings::Capture;
 use crate::{Proxy, inbound, outbound, plaintext};
-use cairn_mesh::{Identity, Snapshot, TunnelProtocol, Workload};
+use cairn_mesh::{
+    HBONE_PORT, Identity, OUTBOUND_PORT, OWN_PORTS, PLAINTEXT_PORT, SOCKS_PORT, Snapshot, TunnelProtocol,
+    Workload,
+};
 use cairn_net::{Drain, DrainTrigger, ListenOptions, Namespace};
 use cairn_process::{Pending, Workers};
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -11,18 +14,6 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
-
-/// Where redirected outbound connections arrive.
-pub const OUTBOUND_PORT: u16 = 15001;
-/// Where redirected plaintext inbound connections arrive.
-pub const PLAINTEXT_PORT: u16 = 15006;
-/// Where HBONE arrives.
-pub const HBONE_PORT: u16 = cairn_mesh::HBONE_PORT;
-/// Where programs without redirection ask for a way out.
-pub const SOCKS_PORT: u16 = 15080;
-
-/// Ports that belong to the ztunnel in a pod: never a destination behind it.
-pub const OWN_PORTS: [u16; 4] = [OUTBOUND_PORT, PLAINTEXT_PORT, HBONE_PORT, SOCKS_PORT];
 
 /// How long a pod whose listeners cannot be had waits before the next try.
 const RETRY: Duration = Duration::from_millis(500);

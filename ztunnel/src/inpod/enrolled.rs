@@ -4,9 +4,9 @@
 use super::message::PodName;
 use crate::Proxy;
 use crate::dns::{self, DNS_PORT, Forwarder, servers_of};
-use crate::pods::{self, HBONE_PORT, OUTBOUND_PORT, PLAINTEXT_PORT, Pod, SOCKS_PORT, Spoofing, Way};
+use crate::pods::{self, Pod, Spoofing, Way};
 use crate::settings::{InPod, OriginalSource};
-use cairn_mesh::{Snapshot, Workload};
+use cairn_mesh::{HBONE_PORT, OUTBOUND_PORT, PLAINTEXT_PORT, SOCKS_PORT, Snapshot, Workload};
 use cairn_net::{Drain, DrainTrigger, ListenOptions, Namespace, NetError};
 use parking_lot::Mutex;
 use std::io::ErrorKind;
