@@ -2,7 +2,7 @@
 //! author's opens or closes anything.
 
 use crate::client::{Client, Who, connect, record, wait_for_text};
-use crate::harness::{Mesh, SOON};
+use crate::harness::{Mesh, SOON, is_established_to};
 use crate::servers::TcpEcho;
 use anyhow::{Context, Result, ensure};
 use std::time::{Duration, Instant};
@@ -78,7 +78,8 @@ async fn an_edit_is_in_effect_within_a_second_on_open_connections() -> Result<()
     Ok(())
 }
 
-async fn echoes(stream: &mut TcpStream) -> Result<bool> {
+/// Whether the other end sends back what it gets.
+pub async fn echoes(stream: &mut TcpStream) -> Result<bool> {
     let exchange = async {
         stream.write_all(b"ping").await?;
         let mut back = [0; 4];
@@ -157,5 +158,41 @@ async fn a_broken_manifest_keeps_the_last_good_state_and_says_what_is_wrong() ->
 
     mesh.write("policy.yaml", &only("GET"))?;
     wait_for_status(&mut client, 200).await?;
+    Ok(())
+}
+
+/// The connections of tunnels to this address, as the kernel has them.
+fn tunnels_to(address: std::net::IpAddr) -> Result<usize> {
+    let std::net::IpAddr::V4(address) = address else { anyhow::bail!("only IPv4 here") };
+    // As the kernel prints it: the bytes in the order of memory.
+    let written = format!("{:08X}:", u32::from_ne_bytes(address.octets()));
+    let text = std::fs::read_to_string("/proc/net/tcp")?;
+    let is_to = |line: &&str| {
+        is_established_to(line, 15008)
+            && line.split_whitespace().nth(2).is_some_and(|to| to.starts_with(&written))
+    };
+    Ok(text.lines().filter(is_to).count())
+}
+
+#[tokio::test]
+async fn a_tunnel_to_a_pod_that_leaves_is_not_kept_for_the_next_one() -> Result<()> {
+    let others: Vec<&str> =
+        SMALL.1.split("\n---\n").filter(|one| !one.contains("kind: Pod\nmetadata: { name: own,")).collect();
+    ensure!(others.len() + 1 == SMALL.1.split("\n---\n").count(), "the pod is not where it was");
+    let mesh = Mesh::start(&[SMALL], &[])?;
+    let own = mesh.pod("shop/own")?;
+    let application = TcpEcho::start(mesh.twin("shop/own", 9000)?).await?;
+    let web = Who::Pod(mesh.pod("shop/web")?);
+    let mut stream = connect(web, mesh.service("shop/direct", 8000)?).await?;
+    assert!(echoes(&mut stream).await?);
+    drop((stream, application));
+    assert!(tunnels_to(own)? > 0, "a connection is kept for the next tunnel");
+    mesh.write(SMALL.0, &others.join("\n---\n"))?;
+    // It would be kept for minutes, and longer than a minute were its end only to be noticed.
+    let deadline = Instant::now() + SOON;
+    while tunnels_to(own)? > 0 {
+        ensure!(Instant::now() < deadline, "still kept");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
     Ok(())
 }

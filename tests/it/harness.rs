@@ -250,6 +250,14 @@ impl Stopping {
     }
 }
 
+/// Whether a line of `/proc/net/tcp` is a connection to this port that stands.
+pub fn is_established_to(line: &str, port: u16) -> bool {
+    let mut words = line.split_whitespace().skip(2);
+    let is_to = |remote: &str| remote.ends_with(&format!(":{port:04X}"));
+    // 1 is TCP_ESTABLISHED.
+    words.next().is_some_and(is_to) && words.next() == Some("01")
+}
+
 /// Looks at `is_so` until it is, or for as long as `limit`; returns whether it was.
 pub fn until(limit: Duration, mut is_so: impl FnMut() -> Result<bool>) -> Result<bool> {
     let deadline = Instant::now() + limit;

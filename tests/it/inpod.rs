@@ -8,7 +8,7 @@ mod cni;
 mod names;
 mod nodes;
 
-use crate::harness::cairn;
+use crate::harness::{cairn, is_established_to};
 use crate::netns::{connect_in, exchange, skipped, within};
 use anyhow::{Context, Result, ensure};
 use cni::{Connection, Listener, Named};
@@ -17,7 +17,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -27,7 +27,7 @@ use std::time::Duration;
 const SOON: Duration = Duration::from_secs(60);
 
 /// The pods: name, node, last octet of the address, whether istio-cni has taken it into the mesh.
-const PODS: [(&str, u8, u8, bool); 9] = [
+const PODS: [(&str, u8, u8, bool); 10] = [
     ("client", 1, 21, true),
     ("near", 1, 22, true),
     ("far", 2, 23, true),
@@ -37,10 +37,17 @@ const PODS: [(&str, u8, u8, bool); 9] = [
     ("waypoint", 2, 27, false),
     ("late", 1, 28, false),
     ("passing", 2, 29, false),
+    ("sandwich", 2, 30, true),
 ];
 
 /// The service of `far`, which has a waypoint.
 const SERVICE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 97, 0, 1)), 80);
+
+/// A service whose waypoint stands behind a ztunnel of its own.
+const SANDWICHED: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 97, 0, 2)), 81);
+
+/// Where that waypoint takes its tunnels.
+const HANDOVER_PORT: u16 = 15088;
 
 /// What the node's DNS servers say of every other name.
 const ELSEWHERE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
@@ -61,6 +68,22 @@ apiVersion: v1
 kind: Service
 metadata: { name: far, namespace: shop, labels: { istio.io/use-waypoint: waypoint } }
 spec: { clusterIP: 10.97.0.1, selector: { app: far }, ports: [{ name: tcp, port: 80, targetPort: 8080 }] }
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata:
+  name: sandwich
+  namespace: shop
+  labels: { istio.io/waypoint-for: service }
+  annotations: { ambient.istio.io/waypoint-inbound-binding: PROXY/15088 }
+spec:
+  gatewayClassName: istio-waypoint
+  listeners: [{ name: mesh, port: 15008, protocol: HBONE }]
+---
+apiVersion: v1
+kind: Service
+metadata: { name: near, namespace: shop, labels: { istio.io/use-waypoint: sandwich } }
+spec: { clusterIP: 10.97.0.2, selector: { app: near }, ports: [{ name: tcp, port: 81, targetPort: 8080 }] }
 ---
 # The pod `guarded` takes traffic from `near` only.
 apiVersion: security.istio.io/v1
@@ -147,6 +170,56 @@ fn a_service_with_a_waypoint_is_reached_through_it() {
     assert_eq!((&record["way"], &record["authority"]), (&"waypoint".into(), &SERVICE.to_string().into()));
 }
 
+/// The waypoint learns by a header who calls and where to, on the pod's loopback, where nobody else can tell it such things.
+#[test]
+fn a_waypoint_behind_a_ztunnel_is_told_who_calls_and_where_to() {
+    let Some(cluster) = shared() else { return };
+    let namespace = cluster.network.open("sandwich").unwrap();
+    let loopback = (Ipv4Addr::LOCALHOST, HANDOVER_PORT);
+    let listener = namespace.within(|| TcpListener::bind(loopback)).unwrap().unwrap();
+    let waypoint = std::thread::spawn(move || {
+        let (mut stream, peer) = listener.accept()?;
+        stream.set_read_timeout(Some(SOON))?;
+        let mut fixed = [0; 16];
+        stream.read_exact(&mut fixed)?;
+        let mut rest = vec![0; u16::from_be_bytes([fixed[14], fixed[15]]).into()];
+        stream.read_exact(&mut rest)?;
+        let mut word = [0; 5];
+        stream.read_exact(&mut word)?;
+        stream.write_all(b"heard")?;
+        std::io::Result::Ok((peer, fixed, rest, word))
+    });
+    let mut stream = connect_in(&cluster.network.file("client"), SANDWICHED).unwrap();
+    stream.write_all(b"hello").unwrap();
+    let mut answer = [0; 5];
+    stream.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"heard", "what follows the header is the tunnel's, both ways");
+    let source = stream.local_addr().unwrap();
+    let (peer, fixed, rest, word) = waypoint.join().unwrap().unwrap();
+    assert!(peer.ip().is_loopback(), "{peer}");
+    assert_eq!(fixed[..14], *b"\r\n\r\n\0\r\nQUIT\n\x21\x11", "PROXY protocol 2, TCP over IPv4");
+    let SocketAddr::V4(to) = SANDWICHED else { panic!() };
+    let IpAddr::V4(client) = cluster.address("client") else { panic!() };
+    assert_eq!((&rest[..4], &rest[4..8]), (&client.octets()[..], &to.ip().octets()[..]), "{rest:?}");
+    assert_ne!(u16::from_be_bytes([rest[8], rest[9]]), 0, "the tunnel's own port");
+    assert_eq!(u16::from_be_bytes([rest[10], rest[11]]), to.port());
+    let identity = b"spiffe://cluster.local/ns/shop/sa/client";
+    assert_eq!((rest[12], usize::from(rest[14])), (0xd0, identity.len()), "{rest:?}");
+    assert_eq!(&rest[15..], identity);
+    assert_eq!(&word, b"hello");
+    drop(stream);
+    let record = cluster.record(1, source, "outbound");
+    assert_eq!((&record["way"], &record["authority"]), (&"waypoint".into(), &SANDWICHED.to_string().into()));
+    // From the network there is no way to it.
+    let listener = namespace.within(|| TcpListener::bind(loopback)).unwrap().unwrap();
+    listener.set_nonblocking(true).unwrap();
+    for stranger in ["client", "outside-far"] {
+        let to = SocketAddr::new(cluster.address("sandwich"), HANDOVER_PORT);
+        assert!(cluster.call(stranger, to).is_none(), "{stranger}");
+    }
+    assert!(listener.accept().is_err(), "somebody got round the ztunnel");
+}
+
 #[test]
 fn a_policy_decides_by_identity_across_nodes() {
     let Some(cluster) = shared() else { return };
@@ -220,10 +293,15 @@ fn a_pod_joins_and_leaves_while_others_go_on() {
         for talk in [&mut out, &mut inbound] {
             talk.echo("a question").unwrap();
         }
+        assert!(cluster.tunnels_from("late") > 0, "{round}");
         assert_eq!(cluster.cni(1).delete(&uid("late")).unwrap(), "", "{round}");
         for talk in [&mut out, &mut inbound] {
             assert!(talk.is_ended(), "{round}: a connection outlives its pod");
         }
+        assert!(
+            within(SOON, || cluster.tunnels_from("late") == 0),
+            "{round}: its tunnels hold its namespace"
+        );
         // Its redirection is still there, and leads nowhere.
         assert!(cluster.talk("late", cluster.application("far")).is_err(), "{round}");
         assert!(cluster.talk("outside-near", cluster.application("late")).is_err(), "{round}");
@@ -438,6 +516,7 @@ impl Cluster {
         for (name, node, number, is_captured) in PODS {
             let labels = match (name, is_captured) {
                 ("waypoint", _) => "gateway.networking.k8s.io/gateway-name: waypoint",
+                ("sandwich", _) => "gateway.networking.k8s.io/gateway-name: sandwich",
                 ("outside-near" | "outside-far", _) => "istio.io/dataplane-mode: none",
                 _ => "",
             };
@@ -586,6 +665,15 @@ impl Cluster {
         // Whether it is reset or ended makes no difference.
         let _ended = stream.write_all(b"hello\r\n\r\n").and_then(|()| stream.read_to_end(&mut answer));
         String::from_utf8_lossy(&answer).lines().next()?.trim().parse().ok()
+    }
+
+    /// How many connections to HBONE ports of others are open in a pod's namespace.
+    fn tunnels_from(&self, pod: &str) -> usize {
+        let namespace = self.network.open(pod).unwrap();
+        let read = |name: &str| std::fs::read_to_string(format!("/proc/thread-self/net/{name}"));
+        let (v4, v6) = namespace.within(|| (read("tcp"), read("tcp6"))).unwrap();
+        let text = v4.unwrap() + &v6.unwrap_or_default();
+        text.lines().filter(|line| is_established_to(line, 15008)).count()
     }
 
     /// Fetches from a port of a node's ztunnel for operators, as a program in its pod would.

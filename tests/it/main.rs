@@ -25,6 +25,7 @@ mod plugin;
 mod plugins;
 mod policy;
 mod registry;
+mod revoked;
 mod rotation;
 mod servers;
 mod shop;

@@ -123,3 +123,55 @@ fn the_ten_steps_name_functions_that_exist() -> Result<()> {
     ensure!(count == 10, "{count} steps");
     Ok(())
 }
+
+/// Where the tests of a crate are, by the name that the ztunnel's table gives it.
+fn tests_of(name: &str) -> PathBuf {
+    match name {
+        "ztunnel" => root().join("ztunnel"),
+        "it" => root().join("tests/it"),
+        other => root().join("runtime").join(other),
+    }
+}
+
+/// Whether a test stands in a file of this module: `module.rs`, or one in a folder `module`.
+fn has_test(folder: &Path, module: &str, test: &str) -> Result<bool> {
+    let mut files = Vec::new();
+    rust_files(folder, &mut files)?;
+    for file in files {
+        let parts = file.strip_prefix(folder)?.with_extension("");
+        if !parts.iter().any(|part| part == module) {
+            continue;
+        }
+        let text = std::fs::read_to_string(&file)?;
+        let found = text.split_once(&format!("fn {test}(")).is_some_and(|(before, _)| {
+            let attributes = before.rsplit("\n\n").next().unwrap_or_default();
+            attributes.contains("#[test]") || attributes.contains("#[tokio::test")
+        });
+        if found {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+#[test]
+fn each_row_of_the_ztunnels_table_names_tests_that_exist_or_says_that_it_is_not_done() -> Result<()> {
+    let text = std::fs::read_to_string(root().join("ztunnel/README.md"))?;
+    let mut rows = BTreeSet::new();
+    for line in text.lines() {
+        let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
+        let [row, _behaviour, shown] = cells[..] else { continue };
+        let Some(number) = row.split(' ').next().and_then(|word| word.parse::<u8>().ok()) else { continue };
+        ensure!(rows.insert(number), "row {number} is there twice");
+        let named: Vec<&str> =
+            shown.split('`').skip(1).step_by(2).filter(|name| name.contains("::")).collect();
+        ensure!(!named.is_empty() || shown.starts_with("not done"), "row {number} shows nothing: {shown}");
+        for name in named {
+            let (of, path) = name.split_once(": ").with_context(|| format!("row {number}: {name}"))?;
+            let (module, test) = path.split_once("::").with_context(|| format!("row {number}: {name}"))?;
+            ensure!(has_test(&tests_of(of), module, test)?, "row {number}: there is no test {name}");
+        }
+    }
+    ensure!(rows == (1..=54).collect::<BTreeSet<u8>>(), "rows {rows:?}");
+    Ok(())
+}

@@ -16,6 +16,25 @@ use tokio::io::{AsyncRead, AsyncWrite};
 /// Long connections report their bytes this often (Istio's TCP reporting interval).
 const REPORT_INTERVAL: Duration = Duration::from_secs(5);
 
+/// Why a connection is ended that both sides would go on with.
+pub struct Cut {
+    /// For the metrics (facts: ztunnel's response flags).
+    flag: &'static str,
+    reason: String,
+}
+
+impl Cut {
+    /// Policies have changed, and no longer allow it.
+    pub fn denied(reason: String) -> Self {
+        Self { flag: "DENY", reason }
+    }
+
+    /// The certificate of the tunnel's other end was revoked.
+    pub fn revoked() -> Self {
+        Self { flag: "CERT_REVOKED", reason: "the peer's certificate is revoked".to_owned() }
+    }
+}
+
 /// What is known of one connection, filled in as it proceeds. It is recorded once: by [`Account::refused`] when it
 /// never stood, else at the end of [`Account::carry`].
 pub struct Account {
@@ -101,7 +120,7 @@ impl Account {
             Direction::Outbound => (to_server, to_client),
             Direction::Inbound => (to_client, to_server),
         };
-        proxy.telemetry.record_tcp(&TcpRecord {
+        let record = TcpRecord {
             started: self.started_at,
             duration: self.started.elapsed(),
             direction: self.direction,
@@ -119,7 +138,14 @@ impl Account {
             plan: self.way,
             decision: self.decision,
             policy: &self.policy,
-        });
+        };
+        if proxy.settings.access.wants(&record, fastrand::f64) {
+            proxy.telemetry.log_tcp(&record);
+            if let Some(collector) = &proxy.collector {
+                collector.push(&record);
+            }
+        }
+        proxy.telemetry.keep_tcp(&record);
     }
 
     fn open(&self) -> Open {
@@ -141,14 +167,22 @@ impl Account {
         self.record(proxy, &ByteCounts::default(), error);
     }
 
-    /// Copies bytes until both sides have ended or `cut` resolves with the reason to end it, then records.
+    /// Copies bytes until both sides have ended or `cut` resolves with why to end it, then records.
     pub async fn carry<A, B, C>(self, proxy: &Proxy, client: &mut A, server: &mut B, cut: C)
     where
         A: AsyncRead + AsyncWrite + Unpin,
         B: AsyncRead + AsyncWrite + Unpin,
-        C: Future<Output = String>,
+        C: Future<Output = Cut>,
     {
         let counts = ByteCounts::default();
+        tracing::debug!(
+            target: "access",
+            source = %self.source,
+            destination = %self.destination,
+            authority = %self.authority,
+            direction = self.direction.as_str(),
+            "connection opened"
+        );
         let _listed = proxy.open.add(self.open());
         let mut metrics = TcpConnection::open(&proxy.telemetry.metrics, self.labels("-"));
         let copy = cairn_net::copy(client, server, &counts);
@@ -157,11 +191,13 @@ impl Account {
             tokio::time::interval_at(tokio::time::Instant::now() + REPORT_INTERVAL, REPORT_INTERVAL);
         let (flag, error) = loop {
             tokio::select! {
+                // A cut breaks streams too; it says more than they do.
+                biased;
+                Cut { flag, reason } = &mut cut => break (flag, reason),
                 ended = &mut copy => break match ended {
                     Ok(()) => ("-", String::new()),
                     Err(error) => ("-", error.to_string()),
                 },
-                reason = &mut cut => break ("DENY", reason),
                 _ = tick.tick() => metrics.report(counts.received.load(Relaxed), counts.sent.load(Relaxed)),
             }
         };

@@ -1,15 +1,15 @@
 //! Into a pod over HBONE: who is it, is it for us, is it allowed, and then to the application.
 
 use crate::Proxy;
-use crate::carry::Account;
+use crate::carry::{Account, Cut};
 use crate::live::Connected;
 use crate::onward::chain;
 use crate::pods::Pod;
 use crate::proxy_protocol;
-use cairn_hbone::{Authority, Connect, Downstream, ServeError};
+use cairn_hbone::{Authority, Connect, ServeError};
 use cairn_mesh::{
-    Arrival, ArrivalTarget, Decision, DenyReason, Identity, L4Peer, NetworkAddress, Service, Snapshot,
-    Unwelcome, Workload, arrive, decide,
+    Arrival, ArrivalTarget, Decision, DenyReason, HBONE_PORT, Identity, L4Peer, NetworkAddress, Service,
+    Snapshot, Unwelcome, Workload, arrive, decide,
 };
 use cairn_net::ConnectOptions;
 use cairn_telemetry::Direction;
@@ -32,7 +32,8 @@ pub async fn connection(proxy: Arc<Proxy>, pod: Arc<Pod>, _worker: usize, tcp: T
     let certificate = match proxy.certificates.get(&workload.identity).await {
         Ok(certificate) => certificate,
         Err(error) => {
-            let mut account = Account::new(Direction::Inbound, peer, SocketAddr::new(pod.address, 15008));
+            let mut account =
+                Account::new(Direction::Inbound, peer, SocketAddr::new(pod.address, HBONE_PORT));
             account.destination_workload = Some(workload);
             return account.refused(&proxy, "IDENTITY_ERROR", &chain(&error));
         }
@@ -44,13 +45,17 @@ pub async fn connection(proxy: Arc<Proxy>, pod: Arc<Pod>, _worker: usize, tcp: T
         }
     };
     let settings = proxy.settings.tunnels.server();
-    let served =
-        cairn_hbone::serve(tcp, certificate.server_config(), &settings, proxy.drain.clone(), handler).await;
+    let served = cairn_hbone::serve(tcp, certificate, &settings, pod.drain.clone(), handler).await;
     let Err(error) = served else { return };
-    let is_handshake =
-        matches!(error, ServeError::Tls(_) | ServeError::HandshakeTimeout(_) | ServeError::NoIdentity);
+    let is_handshake = matches!(
+        error,
+        ServeError::Tls(_)
+            | ServeError::HandshakeTimeout(_)
+            | ServeError::NoIdentity
+            | ServeError::NotBelieved
+    );
     if is_handshake {
-        let mut account = Account::new(Direction::Inbound, peer, SocketAddr::new(pod.address, 15008));
+        let mut account = Account::new(Direction::Inbound, peer, SocketAddr::new(pod.address, HBONE_PORT));
         account.destination_workload = Some(workload);
         account.refused(&proxy, "TLS_FAILURE", &chain(&error));
     } else {
@@ -112,7 +117,14 @@ async fn tunnel(proxy: Arc<Proxy>, pod: Arc<Pod>, connect: Connect) {
                     );
                 }
             }
-            account.carry(&proxy, &mut stream, &mut application, live.cut_reason()).await;
+            let revocation = stream.revocation().clone();
+            let cut = async {
+                tokio::select! {
+                    () = revocation.revoked() => Cut::revoked(),
+                    reason = live.cut_reason() => Cut::denied(reason),
+                }
+            };
+            account.carry(&proxy, &mut stream, &mut application, cut).await;
         }
         Err(refused) => {
             connect.refuse(refused.status);
@@ -142,7 +154,7 @@ async fn admit(
         .ok_or_else(|| Refused::new(StatusCode::SERVICE_UNAVAILABLE, "CONNECT", "pod is no longer known"))?;
     account.destination_workload = Some(Arc::clone(&workload));
     account.destination_identity = Some(workload.identity.clone());
-    account.source_workload = source_workload(&snapshot, connect.headers(), downstream, &workload);
+    account.source_workload = source_workload(proxy, &snapshot, connect, &workload);
     let target = match connect.authority() {
         Authority::Address(address) => ArrivalTarget::Address(*address),
         Authority::Host { name, port } => ArrivalTarget::Host(name, *port),
@@ -199,11 +211,12 @@ fn to_application(
 /// The client's workload: by the address that its connection kept, or, when it has come through another network's
 /// gateway, as it describes itself.
 fn source_workload(
+    proxy: &Proxy,
     snapshot: &Snapshot,
-    headers: &HeaderMap,
-    downstream: &Downstream,
+    connect: &Connect,
     local: &Workload,
 ) -> Option<Arc<Workload>> {
+    let (headers, downstream) = (connect.headers(), connect.downstream());
     if has_crossed(headers, &local.network) {
         let identity: &Identity = &downstream.identity;
         return headers
@@ -211,8 +224,9 @@ fn source_workload(
             .and_then(|baggage| cairn_hbone::described(baggage, identity))
             .map(Arc::new);
     }
+    let (trust, own) = (proxy.certificates.trust(), local.identity.trust_domain());
     let source = peer_workload(snapshot, downstream.address, local);
-    source.filter(|source| source.identity == downstream.identity)
+    source.filter(|source| trust.is_same(own, &source.identity, &downstream.identity))
 }
 
 /// Whether the request says that it is from another network.

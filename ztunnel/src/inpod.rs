@@ -12,8 +12,9 @@ mod roster;
 pub use message::PodName;
 
 use crate::Proxy;
-use crate::pods::{HBONE_PORT, SOCKS_PORT, Way};
+use crate::pods::Way;
 use crate::settings::{InPod, OriginalSource, OwnPod};
+use cairn_mesh::{HBONE_PORT, SOCKS_PORT};
 use cairn_net::{Namespace, NamespaceId, PacketError, PacketSocket};
 use cairn_process::{Pending, Readiness};
 use cairn_telemetry::{Counter, Gauge, Metrics};
@@ -234,10 +235,16 @@ impl Manager {
     }
 
     fn stop(&mut self, uid: &str) {
-        if self.served.remove(uid).is_some() {
-            tracing::info!(%uid, "pod left");
-            self.counts.stopped.inc();
+        let Some(served) = self.served.remove(uid) else { return };
+        let namespace = served.namespace().cloned();
+        drop(served);
+        // Its own tunnels ended with it; they would hold its namespace as long as nobody else closes them.
+        if let Some(namespace) = namespace {
+            let given_up: usize = self.proxy.ways.pools.iter().map(|pool| pool.forget_from(&namespace)).sum();
+            tracing::debug!(%uid, given_up, "connections of a pod that left were given up");
         }
+        tracing::info!(%uid, "pod left");
+        self.counts.stopped.inc();
     }
 
     fn retry(&mut self) {

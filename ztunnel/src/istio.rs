@@ -6,10 +6,11 @@
 use crate::inpod::PodName;
 use crate::settings::{
     ADMIN_PORT, ControlPlane, InPod, METRICS_PORT, OriginalSource, OwnPod, PodSource, Settings, TunnelLimits,
-    workers_of,
+    access, workers_of,
 };
 use anyhow::{Context, Result, bail};
 use cairn_identity::{Roots, Token};
+use cairn_mesh::MeshSettings;
 use cairn_process::LogFormat;
 use serde::Deserialize;
 use serde_json::Value;
@@ -17,6 +18,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// What becomes of a variable.
@@ -29,7 +31,8 @@ pub enum Use {
 }
 use Use::{Followed, Without};
 
-/// Every variable of Istio's ztunnel; any other is ignored, as there. A name that ends in `*` stands for all that begin so.
+/// Every variable of Istio's ztunnel, and some of ours (`TRUST_DOMAIN_ALIASES`, `CAIRN_*`); any other is ignored, as there,
+/// but for those by which OpenTelemetry names a collector. A name that ends in `*` stands for all that begin so.
 pub const VARIABLES: &[(&str, Use)] = &[
     ("ENABLE_PROXY", Followed),
     ("PROXY_MODE", Followed),
@@ -51,6 +54,10 @@ pub const VARIABLES: &[(&str, Use)] = &[
     ("XDS_HEADER_*", Followed),
     ("CA_HEADER_*", Followed),
     ("SECRET_TTL", Followed),
+    ("TRUST_DOMAIN", Followed),
+    ("TRUST_DOMAIN_ALIASES", Followed),
+    ("CLUSTER_DOMAIN", Followed),
+    ("CRL_PATH", Followed),
     ("ISTIO_META_DNS_CAPTURE", Followed),
     ("ISTIO_META_DNS_PROXY_ADDR", Without("pods' questions are redirected to 127.0.0.1:15053")),
     ("ISTIO_META_*", Followed),
@@ -73,12 +80,12 @@ pub const VARIABLES: &[(&str, Use)] = &[
     ("CONNECTION_TERMINATION_DEADLINE", Followed),
     ("TERMINATION_GRACE_PERIOD_SECONDS", Followed),
     ("UNSTABLE_ENABLE_SOCKS5", Followed),
+    ("CAIRN_ACCESS_LOG_FILTER", Followed),
+    ("CAIRN_ACCESS_LOG_SHARE", Followed),
     ("RUST_LOG", Followed),
     ("LOG_FORMAT", Followed),
     ("INPOD_ENABLED", Without("Istio's ztunnel does not read it either")),
     ("NETWORK", Without("the control plane says of each workload, our own included, in which network it is")),
-    ("CLUSTER_DOMAIN", Without("the control plane's settings say it")),
-    ("TRUST_DOMAIN", Without("the control plane says of each workload, our own included, whose it is")),
     ("FAKE_CA", Without("there is no false CA in what is shipped")),
     ("LOCAL_XDS_PATH", Without("`cairn xds` serves files")),
     ("LOCAL_XDS", Without("`cairn xds` serves files")),
@@ -91,7 +98,6 @@ pub const VARIABLES: &[(&str, Use)] = &[
     ("USER_TIMEOUT_ENABLED", Without("keepalive notices a vanished peer")),
     ("LOCALHOST_APP_TUNNEL", Without("tunnels are always announced to applications on loopback")),
     ("ENABLE_RESPONSE_BAGGAGE", Without("it is always sent")),
-    ("CRL_PATH", Without("certificates are not revoked")),
     ("TLS12_ENABLED", Without("tunnels are TLS 1.3 only")),
     ("COMPLIANCE_POLICY", Without("key exchange is what the provider prefers")),
     ("AUTHZ_POLICY_INFO_LOGGING", Without("/connections says which policy decided")),
@@ -124,6 +130,8 @@ struct ProxyConfig {
 #[serde(default, rename_all = "camelCase")]
 struct MeshConfig {
     default_config: ProxyConfig,
+    trust_domain: Option<String>,
+    trust_domain_aliases: Vec<String>,
 }
 
 /// The settings that an environment means.
@@ -131,7 +139,8 @@ struct MeshConfig {
 /// # Errors
 /// When a variable that is followed cannot be understood.
 pub fn settings(environment: &Environment) -> Result<Settings> {
-    let config = proxy_config(environment)?;
+    let mesh = mesh_config()?;
+    let config = proxy_config(environment, &mesh.default_config)?;
     let mut merged = config.proxy_metadata.clone();
     merged.extend(environment.clone());
     let read = Reader(&merged);
@@ -150,6 +159,8 @@ pub fn settings(environment: &Environment) -> Result<Settings> {
             headers: read.headers("CA_HEADER_"),
         },
         token: Some(token(read.text("AUTH_TOKEN"))),
+        revoked: read.text("CRL_PATH").map(Into::into),
+        mesh: mesh_settings(&read, &mesh),
         node: read.text("NODE_NAME").unwrap_or_default().to_owned(),
         cluster_id: cluster_id.to_owned(),
         metadata: metadata(&read, own_pod.as_ref(), cluster_id)?,
@@ -171,6 +182,8 @@ pub fn settings(environment: &Environment) -> Result<Settings> {
         },
         drain: drain(&read)?,
         access_log: true,
+        access: access(read.text("CAIRN_ACCESS_LOG_FILTER"), read.text("CAIRN_ACCESS_LOG_SHARE"))?,
+        collector: None,
         log: read.text("RUST_LOG").unwrap_or("info").to_owned(),
         log_format: match read.text("LOG_FORMAT") {
             Some("json") => LogFormat::Json,
@@ -204,20 +217,41 @@ pub fn tell_what_is_without_effect(environment: &Environment) {
     }
 }
 
-fn proxy_config(environment: &Environment) -> Result<ProxyConfig> {
-    let mesh: MeshConfig = match std::fs::read_to_string(MESH_CONFIG) {
-        Ok(text) => serde_saphyr::from_str(&text).with_context(|| format!("{MESH_CONFIG} is not valid"))?,
-        Err(_) => MeshConfig::default(),
+fn mesh_config() -> Result<MeshConfig> {
+    match std::fs::read_to_string(MESH_CONFIG) {
+        Ok(text) => serde_saphyr::from_str(&text).with_context(|| format!("{MESH_CONFIG} is not valid")),
+        Err(_) => Ok(MeshConfig::default()),
+    }
+}
+
+/// What the control plane does not tell: the names of the trust domain, and that of the cluster in DNS. The mesh's own
+/// file says the former, unless the environment does.
+fn mesh_settings(read: &Reader<'_>, mesh: &MeshConfig) -> MeshSettings {
+    let default = MeshSettings::default();
+    let aliases: Vec<&str> = match read.text("TRUST_DOMAIN_ALIASES") {
+        Some(text) => text.split(',').map(str::trim).filter(|alias| !alias.is_empty()).collect(),
+        None => mesh.trust_domain_aliases.iter().map(String::as_str).collect(),
     };
-    let default = mesh.default_config;
+    MeshSettings {
+        trust_domain: read
+            .text("TRUST_DOMAIN")
+            .or(mesh.trust_domain.as_deref())
+            .map_or(default.trust_domain, Arc::from),
+        trust_domain_aliases: aliases.into_iter().map(Arc::from).collect(),
+        cluster_domain: read.text("CLUSTER_DOMAIN").map_or(default.cluster_domain, Arc::from),
+        ..MeshSettings::default()
+    }
+}
+
+fn proxy_config(environment: &Environment, default: &ProxyConfig) -> Result<ProxyConfig> {
     let own: ProxyConfig = match environment.get("PROXY_CONFIG").filter(|text| !text.trim().is_empty()) {
         Some(text) => serde_saphyr::from_str(text).context("PROXY_CONFIG is not valid")?,
         None => ProxyConfig::default(),
     };
-    let mut proxy_metadata = default.proxy_metadata;
+    let mut proxy_metadata = default.proxy_metadata.clone();
     proxy_metadata.extend(own.proxy_metadata);
     Ok(ProxyConfig {
-        discovery_address: own.discovery_address.or(default.discovery_address),
+        discovery_address: own.discovery_address.or(default.discovery_address.clone()),
         proxy_admin_port: own.proxy_admin_port.or(default.proxy_admin_port),
         stats_port: own.stats_port.or(default.stats_port),
         concurrency: own.concurrency.or(default.concurrency),

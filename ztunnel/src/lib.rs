@@ -5,9 +5,12 @@
 //! (`inbound.rs`); plaintext likewise, without an identity (`plaintext.rs`). Pods come and go in `pods.rs` as the mesh
 //! says, or in `inpod.rs` as istio-cni does; open connections are decided again in `live.rs`.
 
+mod access;
 mod admin;
+mod asked;
 mod carry;
 mod choice;
+mod collector;
 mod dns;
 mod dump;
 mod explain;
@@ -21,6 +24,7 @@ mod outbound;
 mod plaintext;
 mod pods;
 mod proxy_protocol;
+mod revoked;
 mod settings;
 mod socks;
 mod trial;
@@ -32,23 +36,30 @@ pub use settings::{
 };
 
 use anyhow::{Context, bail};
+use asked::OnDemandDns;
 use cairn_hbone::{Pool, PoolSettings};
-use cairn_identity::{CaClient, CaSettings, CertificateSettings, Certificates};
+use cairn_identity::{CaClient, CaSettings, CertificateSettings, Certificates, Revocations, Trust};
 use cairn_net::{ConnectOptions, Drain};
 use cairn_process::{Liveness, LogControl, LogFormat, Operators, Pending, Readiness, Workers};
 use cairn_telemetry::{Counter, Telemetry, TelemetrySettings};
 use cairn_xds::{FollowSettings, Mesh};
 use choice::Names;
+use collector::Collector;
 use live::Live;
 use onward::Ways;
 use open::OpenConnections;
 use pods::{Pod, Spoofing};
 use std::ffi::OsString;
+use std::fmt::Write;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use trial::Trials;
+
+/// How long the process stays for its last log lines, and for the last records of its collector.
+const LAST_WORDS_MAX: Duration = Duration::from_secs(2);
 
 /// How many connections to a peer are made so that tunnels that carry much do not hold up others.
 const SPREAD_MAX: usize = 4;
@@ -59,6 +70,8 @@ struct Proxy {
     mesh: Arc<Mesh>,
     certificates: Arc<Certificates>,
     telemetry: Arc<Telemetry>,
+    /// Where connections are told of beside the log.
+    collector: Option<Collector>,
     workers: Workers,
     ways: Ways,
     live: Arc<Live>,
@@ -89,6 +102,29 @@ impl Proxy {
         }
     }
 
+    /// All metrics in the Prometheus text format.
+    fn encode_metrics(&self) -> String {
+        let mut text = self.telemetry.metrics.encode();
+        text += &self.mesh.encode_metrics();
+        text += &self.ways.asked.encode_metrics();
+        text += &self.trials.encode_metrics();
+        if let Some(revocations) = self.certificates.trust().revocations() {
+            text += &revoked::encode_metrics(&revocations.counts());
+        }
+        let (outbound, inbound) = self.open.counts();
+        let dropped = self.log.dropped();
+        // Writing to a text cannot fail.
+        let _written = write!(
+            text,
+            "# HELP istio_tcp_sockets_open Connections that are carried\n# TYPE istio_tcp_sockets_open gauge\n\
+             istio_tcp_sockets_open{{reporter=\"source\"}} {outbound}\n\
+             istio_tcp_sockets_open{{reporter=\"destination\"}} {inbound}\n\
+             # HELP cairn_log_dropped_total Log lines dropped, because the reader was too slow\n\
+             # TYPE cairn_log_dropped_total counter\ncairn_log_dropped_total {dropped}\n"
+        );
+        text + &cairn_process::encode_file_metrics()
+    }
+
     /// How the application of a pod is connected to: from the client's address, so that it sees who calls.
     fn options_to_application(&self, pod: &Pod, client: IpAddr) -> ConnectOptions {
         let spoof =
@@ -112,6 +148,9 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
     let environment: istio::Environment = std::env::vars_os().filter_map(text).collect();
     let is_istios = options.command.first().is_some_and(|command| command == "proxy");
+    let collector = collector::settings(|name| {
+        environment.get(name).map(|text| text.trim()).filter(|text| !text.is_empty())
+    })?;
     let settings = match options.command.first().map(String::as_str) {
         None => options.resolve()?,
         Some("proxy") => istio::settings(&environment)?,
@@ -121,15 +160,22 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         }
         Some(other) => bail!("`{other}` is neither `proxy` nor `version`"),
     };
-    let log = cairn_process::init_logging(&settings.log, settings.log_format)?;
+    let settings = Settings { collector, ..settings };
+    let log = cairn_process::init_queued_logging(&settings.log, settings.log_format)?;
     if is_istios {
         istio::tell_what_is_without_effect(&environment);
     }
     cairn_process::raise_file_limit();
+    let result = run_with(settings, log.clone());
+    log.flush(LAST_WORDS_MAX);
+    result
+}
+
+fn run_with(settings: Settings, log: LogControl) -> anyhow::Result<()> {
     let workers = Workers::start(settings.workers)?;
     let runtime = cairn_process::control_runtime()?;
     let result = runtime.block_on(serve(settings, workers, log));
-    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    runtime.shutdown_timeout(Duration::from_secs(1));
     result
 }
 
@@ -152,12 +198,16 @@ async fn serve(settings: Settings, workers: Workers, log: LogControl) -> anyhow:
         impersonate: true,
     });
     let certificate_settings = CertificateSettings { ttl: settings.certificate_ttl, ..Default::default() };
-    let certificates = Certificates::new(Arc::new(issuer), certificate_settings);
+    // Without knowing who is revoked nobody is served: a successor that does not start leaves its predecessor at work.
+    let revocations = settings.revoked.clone().map(Revocations::open).transpose()?;
+    let trust = Arc::new(Trust::new(revocations.clone()));
+    trust.set_aliases(settings.mesh.trust_domain_aliases.iter().cloned());
+    let certificates = Certificates::with_trust(Arc::new(issuer), certificate_settings, trust);
 
     let (trigger, drain) = cairn_net::drain();
     let limits = PoolSettings { spread_max: SPREAD_MAX, ..settings.tunnels.pool() };
     let pool = |_| Pool::new(limits.clone());
-    let mesh = Mesh::new();
+    let mesh = Mesh::with_settings(settings.mesh.clone());
     let ways = Ways {
         mesh: Arc::clone(&mesh),
         certificates: Arc::clone(&certificates),
@@ -165,12 +215,16 @@ async fn serve(settings: Settings, workers: Workers, log: LogControl) -> anyhow:
         tunnels: limits.clone(),
         loads: Arc::default(),
         names: Names::default(),
+        asked: OnDemandDns::default(),
     };
+    let collector = settings.collector.as_ref();
+    let collector = collector.map(|settings| Collector::start(settings, &telemetry.metrics)).transpose()?;
     let proxy = Arc::new(Proxy {
         mesh,
         ways,
         certificates,
         telemetry,
+        collector,
         workers,
         live: Arc::default(),
         open: Arc::default(),
@@ -191,6 +245,9 @@ async fn serve(settings: Settings, workers: Workers, log: LogControl) -> anyhow:
     tasks.spawn(Arc::clone(&proxy.certificates).renew());
     tasks.spawn(follow(Arc::clone(&proxy)));
     tasks.spawn(recheck(Arc::clone(&proxy)));
+    if let Some(revocations) = revocations {
+        tasks.spawn(revocations.follow());
+    }
     tasks.spawn({
         let proxy = Arc::clone(&proxy);
         async move {
@@ -210,6 +267,9 @@ async fn serve(settings: Settings, workers: Workers, log: LogControl) -> anyhow:
     tracing::info!(signal, "draining");
     trigger.start();
     let all_ended = trigger.finished(proxy.settings.drain).await;
+    if let Some(collector) = &proxy.collector {
+        collector.flush(LAST_WORDS_MAX).await;
+    }
     tracing::info!(all_ended, "stopped");
     Ok(())
 }
@@ -252,11 +312,7 @@ fn start_operators(proxy: &Arc<Proxy>, readiness: Readiness) -> anyhow::Result<(
         admin_address: SocketAddr::new(proxy.settings.admin_address, proxy.settings.admin_port),
         readiness,
         liveness: Liveness::watch(&proxy.workers.runtimes()),
-        metrics: Arc::new(move || {
-            counted.telemetry.metrics.encode()
-                + &counted.trials.encode_metrics()
-                + &cairn_process::encode_file_metrics()
-        }),
+        metrics: Arc::new(move || counted.encode_metrics()),
         admin: admin::router(Arc::clone(proxy)),
     }
     .start()?;

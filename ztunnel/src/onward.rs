@@ -1,6 +1,7 @@
 //! The way onwards of an outbound connection: opened as planned, and if an endpoint fails before a byte of the client's
 //! has been taken, by another one.
 
+use crate::asked::OnDemandDns;
 use crate::carry::Account;
 use crate::choice::{Choice, Load, Loads, Names};
 use crate::socks::Reply;
@@ -68,6 +69,8 @@ pub struct Ways {
     pub tunnels: PoolSettings,
     pub loads: Arc<Loads>,
     pub names: Names,
+    /// What DNS was asked for.
+    pub asked: OnDemandDns,
 }
 
 /// On whose behalf.
@@ -112,6 +115,7 @@ pub async fn open(
             if names > NAMES_MAX {
                 return Err(Failure::new("CONNECT", Reply::HostUnreachable, "too many names to ask DNS for"));
             }
+            ways.asked.count(&source, &workload.hostname);
             let addresses = ways.names.resolve(&workload.hostname).await;
             choice.learn(&workload.hostname, addresses);
             continue;
@@ -279,7 +283,9 @@ fn failure(error: &ConnectError) -> Failure {
         ConnectError::Tcp(_) | ConnectError::Timeout => {
             Failure::of_endpoint("CONNECT", Reply::Refused, reason)
         }
-        ConnectError::Tls { .. } => Failure::of_endpoint("TLS_FAILURE", Reply::Refused, reason),
+        ConnectError::Tls(_) | ConnectError::Revoked => {
+            Failure::of_endpoint("TLS_FAILURE", Reply::Refused, reason)
+        }
         ConnectError::Http2 { .. } => Failure::of_endpoint("H2_HANDSHAKE_FAILURE", Reply::Refused, reason),
         _ => Failure::new("CONNECT", Reply::Refused, reason),
     }

@@ -58,6 +58,13 @@ impl OpenConnections {
         Listed { connections: Arc::clone(self), id }
     }
 
+    /// How many there are out of pods, and into them.
+    pub fn counts(&self) -> (usize, usize) {
+        let open = self.open.lock();
+        let inbound = open.values().filter(|open| open.is_inbound).count();
+        (open.len() - inbound, inbound)
+    }
+
     /// All of them, the oldest first.
     pub fn list(&self) -> Vec<Open> {
         let mut open: Vec<(u64, Open)> =
@@ -86,6 +93,7 @@ mod tests {
         let (first, second) = (connections.add(open(1)), connections.add(open(2)));
         let ports = || connections.list().iter().map(|open| open.source.port()).collect::<Vec<_>>();
         assert_eq!(ports(), [1, 2]);
+        assert_eq!(connections.counts(), (0, 2));
         drop(first);
         assert_eq!(ports(), [2]);
         drop(second);

@@ -1,7 +1,7 @@
 //! Out of a pod: where was it going, where does it go next, and there it goes.
 
 use crate::Proxy;
-use crate::carry::Account;
+use crate::carry::{Account, Cut};
 use crate::onward::{self, Client, Failure, Onward, OnwardStream};
 use crate::pods::Pod;
 use crate::socks::{self, Reply, Target};
@@ -84,9 +84,17 @@ async fn open(
 }
 
 async fn carry(mut onward: Onward, proxy: &Proxy, account: Account, client: &mut TcpStream) {
-    let never = std::future::pending();
     match onward.stream {
-        OnwardStream::Tcp(ref mut server) => account.carry(proxy, client, server, never).await,
-        OnwardStream::Tunnel(ref mut server) => account.carry(proxy, client, &mut **server, never).await,
+        OnwardStream::Tcp(ref mut server) => {
+            account.carry(proxy, client, server, std::future::pending()).await
+        }
+        OnwardStream::Tunnel(ref mut server) => {
+            let revocation = server.revocation().clone();
+            let cut = async {
+                revocation.revoked().await;
+                Cut::revoked()
+            };
+            account.carry(proxy, client, &mut **server, cut).await
+        }
     }
 }

@@ -1,12 +1,12 @@
 //! Into a pod without a tunnel: nobody proves who they are, and policies decide on that.
 
 use crate::Proxy;
-use crate::carry::Account;
+use crate::carry::{Account, Cut};
 use crate::inbound::{decide_now, decide_when_known, note_decision, peer_workload};
 use crate::live::Connected;
 use crate::onward::chain;
-use crate::pods::{OWN_PORTS, Pod};
-use cairn_mesh::L4Peer;
+use crate::pods::Pod;
+use cairn_mesh::{L4Peer, OWN_PORTS};
 use cairn_telemetry::Direction;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -64,5 +64,6 @@ async fn serve(proxy: &Proxy, pod: &Pod, mut client: TcpStream, peer: SocketAddr
     if let Err(reason) = note_decision(&mut account, decide_now(proxy, pod, &asked)) {
         return account.refused(proxy, "DENY", &reason);
     }
-    account.carry(proxy, &mut client, &mut application, live.cut_reason()).await;
+    let cut = async { Cut::denied(live.cut_reason().await) };
+    account.carry(proxy, &mut client, &mut application, cut).await;
 }

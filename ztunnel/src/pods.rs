@@ -2,8 +2,11 @@
 
 use crate::settings::Capture;
 use crate::{Proxy, inbound, outbound, plaintext};
-use cairn_mesh::{Identity, Snapshot, TunnelProtocol, Workload};
-use cairn_net::{ListenOptions, Namespace};
+use cairn_mesh::{
+    HBONE_PORT, Identity, OUTBOUND_PORT, OWN_PORTS, PLAINTEXT_PORT, SOCKS_PORT, Snapshot, TunnelProtocol,
+    Workload,
+};
+use cairn_net::{Drain, DrainTrigger, ListenOptions, Namespace};
 use cairn_process::{Pending, Workers};
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -11,18 +14,6 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
-
-/// Where redirected outbound connections arrive.
-pub const OUTBOUND_PORT: u16 = 15001;
-/// Where redirected plaintext inbound connections arrive.
-pub const PLAINTEXT_PORT: u16 = 15006;
-/// Where HBONE arrives.
-pub const HBONE_PORT: u16 = cairn_mesh::HBONE_PORT;
-/// Where programs without redirection ask for a way out.
-pub const SOCKS_PORT: u16 = 15080;
-
-/// Ports that belong to the ztunnel in a pod: never a destination behind it.
-pub const OWN_PORTS: [u16; 4] = [OUTBOUND_PORT, PLAINTEXT_PORT, HBONE_PORT, SOCKS_PORT];
 
 /// How long a pod whose listeners cannot be had waits before the next try.
 const RETRY: Duration = Duration::from_millis(500);
@@ -48,6 +39,8 @@ pub struct Pod {
     pub mark: Option<u32>,
     /// Loopback, where sockets are opened for it, is the pod's alone: nobody else can connect to what listens there.
     pub is_alone: bool,
+    /// Starts when the pod leaves: peers are told to open no more tunnels to it.
+    pub drain: Drain,
 }
 
 /// Whose addresses sockets towards an application may take, so that it sees who calls.
@@ -115,6 +108,7 @@ pub fn namespace_file(namespace: &str, pod: &str) -> String {
 
 struct Running {
     pod: Arc<Pod>,
+    drain: DrainTrigger,
     listeners: Vec<JoinHandle<()>>,
     /// Ports on which plaintext is taken in place of the application.
     plain: BTreeSet<u16>,
@@ -122,6 +116,8 @@ struct Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
+        // What is open goes on as long as its sockets do.
+        self.drain.start();
         for listener in &self.listeners {
             listener.abort();
         }
@@ -244,6 +240,7 @@ fn reconcile(
 fn start(proxy: &Arc<Proxy>, capture: &Capture, workload: &Workload) -> Result<Running, cairn_net::NetError> {
     let address = workload.addresses.first().copied().unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
     let options = ListenOptions::default();
+    let (drain, drained) = proxy.drain.part();
     Ok(match capture {
         Capture::Addresses { twins } => {
             let application = if *twins { twin(address) } else { address };
@@ -257,6 +254,7 @@ fn start(proxy: &Arc<Proxy>, capture: &Capture, workload: &Workload) -> Result<R
                 spoofing,
                 mark: None,
                 is_alone: false,
+                drain: drained,
             });
             let hbone = cairn_net::listen(SocketAddr::new(address, HBONE_PORT), &options)?;
             let mut listeners = vec![accept(proxy, &pod, hbone, Way::Hbone)];
@@ -265,7 +263,7 @@ fn start(proxy: &Arc<Proxy>, capture: &Capture, workload: &Workload) -> Result<R
                 let socks = cairn_net::listen(SocketAddr::new(address, SOCKS_PORT), &options)?;
                 listeners.push(accept(proxy, &pod, socks, Way::Socks));
             }
-            Running { pod, listeners, plain: BTreeSet::new() }
+            Running { pod, drain, listeners, plain: BTreeSet::new() }
         }
         Capture::Namespaces(directory) => {
             let file = directory.join(namespace_file(&workload.namespace, &workload.name));
@@ -290,9 +288,10 @@ fn start(proxy: &Arc<Proxy>, capture: &Capture, workload: &Workload) -> Result<R
                 spoofing: Spoofing::Any,
                 mark: Some(cairn_net::ZTUNNEL_MARK),
                 is_alone: true,
+                drain: drained,
             });
             let listeners = bound.into_iter().map(|(at, way)| accept(proxy, &pod, at, way)).collect();
-            Running { pod, listeners, plain: BTreeSet::new() }
+            Running { pod, drain, listeners, plain: BTreeSet::new() }
         }
     })
 }

@@ -1,9 +1,12 @@
 //! What a ztunnel is told: flags and environment first, then the settings file, then defaults.
 
+use crate::access::{AccessFilter, Share};
+use crate::collector::CollectorSettings;
 use crate::inpod::PodName;
 use anyhow::Context;
 use cairn_hbone::{PoolSettings, ServerSettings};
 use cairn_identity::{Roots, Token};
+use cairn_mesh::MeshSettings;
 use cairn_process::LogFormat;
 use serde::Deserialize;
 use serde_json::Value;
@@ -40,6 +43,14 @@ pub struct Options {
     /// A file with the bearer token for xDS and CA; read again for each call.
     #[arg(long, env = "CAIRN_TOKEN")]
     pub token: Option<PathBuf>,
+    /// A file of lists of revoked certificates (CRL), PEM or DER; read again when it changes. One that is not there
+    /// revokes nothing.
+    #[arg(long, env = "CRL_PATH")]
+    pub revoked: Option<PathBuf>,
+    /// Further names of the mesh's trust domain, with commas between them: peers and policies that use one are taken as
+    /// if they used the mesh's own.
+    #[arg(long, env = "TRUST_DOMAIN_ALIASES", value_delimiter = ',')]
+    pub trust_domain_aliases: Vec<String>,
     /// The node whose pods this ztunnel serves [default: node].
     #[arg(long, env = "NODE_NAME")]
     pub node: Option<String>,
@@ -79,12 +90,30 @@ pub struct Options {
     /// One line per connection on standard output [default: true].
     #[arg(long, env = "CAIRN_ACCESS_LOG")]
     pub access_log: Option<bool>,
+    /// Of which connections: conditions with commas between them, such as `direction=inbound,src.namespace!=shop`. The
+    /// names are those of the line's fields; a value may begin or end with `*`, and `*` alone means any [default: all].
+    #[arg(long, env = "CAIRN_ACCESS_LOG_FILTER")]
+    pub access_log_filter: Option<String>,
+    /// Of which share of those that ended well, `0.1` or `10%`; those that did not are all told of [default: all].
+    #[arg(long, env = "CAIRN_ACCESS_LOG_SHARE")]
+    pub access_log_share: Option<String>,
     /// Which log events are printed [default: info].
     #[arg(long, env = "RUST_LOG")]
     pub log: Option<String>,
     /// The form of log lines [default: text].
     #[arg(long, env = "CAIRN_LOG_FORMAT")]
     pub log_format: Option<LogFormat>,
+}
+
+/// Of which connections the access log tells.
+///
+/// # Errors
+/// When one of the two cannot be understood.
+pub fn access(filter: Option<&str>, share: Option<&str>) -> anyhow::Result<AccessFilter> {
+    let filter: AccessFilter =
+        filter.unwrap_or_default().parse().context("the filter of the access log cannot be understood")?;
+    let share = share.map(str::parse::<Share>).transpose();
+    Ok(filter.with_share(share.context("the access log's share cannot be understood")?))
 }
 
 /// Reads a number of worker threads, or a share of the cores.
@@ -267,6 +296,10 @@ pub struct Settings {
     pub ca: ControlPlane,
     /// The bearer token for both.
     pub token: Option<Token>,
+    /// The lists of revoked certificates.
+    pub revoked: Option<PathBuf>,
+    /// What is known of the mesh before the control plane says anything, and for as long as it does not.
+    pub mesh: MeshSettings,
     /// The node served.
     pub node: String,
     /// The cluster's name.
@@ -297,6 +330,10 @@ pub struct Settings {
     pub drain: Duration,
     /// Whether a line is written per connection.
     pub access_log: bool,
+    /// Of which connections.
+    pub access: AccessFilter,
+    /// Where they are told of as well.
+    pub collector: Option<CollectorSettings>,
     /// Log filter.
     pub log: String,
     /// Log form.
@@ -341,6 +378,15 @@ impl Options {
             xds: Some(xds),
             ca,
             token: self.token.or(file.token).map(Token::File),
+            revoked: self.revoked.or(file.revoked),
+            mesh: MeshSettings {
+                trust_domain_aliases: if self.trust_domain_aliases.is_empty() {
+                    file.trust_domain_aliases.into_iter().map(Into::into).collect()
+                } else {
+                    self.trust_domain_aliases.into_iter().map(Into::into).collect()
+                },
+                ..MeshSettings::default()
+            },
             node: self.node.or(file.node).unwrap_or_else(|| "node".to_owned()),
             metadata: vec![("CLUSTER_ID".to_owned(), cluster_id.as_str().into())],
             cluster_id,
@@ -358,6 +404,12 @@ impl Options {
             tunnels: TunnelLimits::default(),
             drain: Duration::from_secs(self.drain_seconds.or(file.drain_seconds).unwrap_or(5)),
             access_log: self.access_log.or(file.access_log).unwrap_or(true),
+            access: access(
+                self.access_log_filter.or(file.access_log_filter).as_deref(),
+                self.access_log_share.or(file.access_log_share).as_deref(),
+            )?,
+            // It is found by OpenTelemetry's own variables.
+            collector: None,
             log: self.log.or(file.log).unwrap_or_else(|| "info".to_owned()),
             log_format: self.log_format.or(file.log_format).unwrap_or_default(),
         })

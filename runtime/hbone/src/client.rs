@@ -2,11 +2,12 @@
 
 use crate::ahead::ReadAhead;
 use crate::keepalive::{Keepalive, KeepaliveSettings};
+use crate::revocation::Guard;
 use crate::transport::Transport;
 use crate::wire::Wire;
-use crate::{ConnectError, PoolSettings, PoolTarget, TunnelStream};
+use crate::{ConnectError, PoolSettings, PoolTarget, Revocation, TunnelStream};
 use bytes::Bytes;
-use cairn_identity::peer_identity;
+use cairn_identity::{WorkloadCertificate, peer_identity};
 use cairn_mesh::Identity;
 use h2::client::SendRequest;
 use h2::{Ping, PingPong};
@@ -43,6 +44,7 @@ pub(crate) struct Client {
     peer: Option<Identity>,
     /// Tells the driver that the peer may be gone.
     suspect: Mutex<Option<oneshot::Sender<()>>>,
+    revocation: Revocation,
 }
 
 /// How long a peer that may be gone has for saying that it is not.
@@ -64,26 +66,27 @@ impl Client {
     ) -> Result<(Arc<Self>, Driver), ConnectError> {
         let tcp = cairn_net::connect(target.connect, &target.options).await;
         let tcp = tcp.map_err(|error| ConnectError::Tcp(Arc::new(error)))?;
-        let config = target.certificate.client_config(&target.identities);
-        let not_before = target.certificate.not_before;
         let transport = Transport::Tcp(ReadAhead::new(tcp));
-        let begun = Self::begin(transport, config, target.connect.ip(), not_before, settings);
+        let PoolTarget { certificate, identities, connect, .. } = target;
+        let begun = Self::begin(transport, certificate, identities, connect.ip(), settings);
         tokio::time::timeout(settings.handshake_timeout, begun).await.unwrap_or(Err(ConnectError::Timeout))
     }
 
     /// Begins TLS and HTTP/2. Sessions are resumed by `name`, which is not sent. The task returned must be spawned.
     pub(crate) async fn begin(
         transport: Transport,
-        config: Arc<rustls::ClientConfig>,
+        certificate: &WorkloadCertificate,
+        identities: &[Identity],
         name: IpAddr,
-        not_before: SystemTime,
         settings: &PoolSettings,
     ) -> Result<(Arc<Self>, Driver), ConnectError> {
-        let begun = handshake(transport, config, name, settings).await?;
+        let begun = handshake(transport, certificate.client_config(identities), name, settings).await?;
+        let guard = Guard::new(&begun.wire, certificate.watch_server());
+        let guard = guard.map_err(|_| ConnectError::Revoked)?;
         let (suspect, suspected) = oneshot::channel();
         let client = Arc::new(Self {
             requests: begun.requests,
-            not_before,
+            not_before: certificate.not_before,
             streams: AtomicUsize::new(0),
             streams_max: settings.streams_per_connection,
             bulky: AtomicUsize::new(0),
@@ -91,9 +94,10 @@ impl Client {
             idle_since: Mutex::new(Instant::now()),
             peer: begun.wire.with_peer(peer_identity),
             suspect: Mutex::new(Some(suspect)),
+            revocation: guard.revocation().clone(),
         });
         let Begun { connection, wire, keepalive, .. } = begun;
-        Ok((client, Driver { connection, wire, keepalive, suspected: Some(suspected) }))
+        Ok((client, Driver { connection, wire, keepalive, suspected: Some(suspected), guard }))
     }
 
     /// Whether new tunnels can be opened: neither broken nor told to go away.
@@ -185,7 +189,8 @@ impl Place {
         if head.status != StatusCode::OK {
             return Err(OpenError::Failed(ConnectError::Refused(head.status)));
         }
-        Ok(TunnelStream::new(outgoing, incoming, head.headers, Some(self)))
+        let revocation = self.client.revocation.clone();
+        Ok(TunnelStream::new(outgoing, incoming, head.headers, Some(self), revocation))
     }
 }
 
@@ -283,12 +288,16 @@ pub(crate) struct Driver {
     keepalive: Keepalive,
     /// Resolves when the peer may be gone.
     suspected: Option<oneshot::Receiver<()>>,
+    guard: Guard,
 }
 
 impl Driver {
     /// Runs until the connection is over. Calls `tick` about every ping interval.
     pub(crate) async fn run(mut self, mut tick: impl FnMut()) -> Result<(), DriveError> {
         poll_fn(|cx| {
+            if self.guard.poll_revoked(cx).is_ready() {
+                return Poll::Ready(Err(DriveError::Revoked));
+            }
             if let Some(suspected) = &mut self.suspected
                 && let Poll::Ready(told) = Pin::new(suspected).poll(cx)
             {
@@ -318,4 +327,6 @@ pub(crate) enum DriveError {
     Http2(#[source] h2::Error),
     #[error("the peer did not answer a PING")]
     NoAnswer,
+    #[error("the peer's certificate is revoked")]
+    Revoked,
 }

@@ -10,6 +10,7 @@ mod headers;
 mod keepalive;
 mod nested;
 mod pool;
+mod revocation;
 mod server;
 mod transport;
 mod tunnel;
@@ -19,6 +20,7 @@ pub use authority::{Authority, AuthorityError};
 pub use headers::{baggage, described, forwarded, forwarded_host, traceparent};
 pub use nested::{NestedTarget, connect_nested};
 pub use pool::{ConnectError, Pool, PoolSettings, PoolTarget};
+pub use revocation::Revocation;
 pub use server::{Connect, Downstream, ServeError, ServerSettings, serve};
 pub use tunnel::{TunnelError, TunnelStream};
 

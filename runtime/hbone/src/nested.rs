@@ -33,11 +33,10 @@ pub async fn connect_nested(
 ) -> Result<TunnelStream, ConnectError> {
     let authority = target.authority.parse();
     let authority = authority.map_err(|_| ConnectError::Authority(target.authority.clone()))?;
-    let config = target.certificate.client_config(&target.identities);
     // Who is at the end is not known by any address; sessions are kept by that of nobody.
     let name = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
-    let not_before = target.certificate.not_before;
-    let begun = Client::begin(Transport::Tunnel(Box::new(outer)), config, name, not_before, settings);
+    let NestedTarget { certificate, identities, .. } = target;
+    let begun = Client::begin(Transport::Tunnel(Box::new(outer)), certificate, identities, name, settings);
     let (client, driver) = tokio::time::timeout(settings.handshake_timeout, begun)
         .await
         .unwrap_or(Err(ConnectError::Timeout))?;

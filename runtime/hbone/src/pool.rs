@@ -4,7 +4,7 @@ use crate::TunnelStream;
 use crate::client::{Client, Driver, OpenError, Place};
 use cairn_identity::WorkloadCertificate;
 use cairn_mesh::Identity;
-use cairn_net::{ConnectOptions, NetError};
+use cairn_net::{ConnectOptions, Namespace, NetError};
 use http::{HeaderMap, StatusCode};
 use parking_lot::Mutex;
 use std::collections::{HashMap, VecDeque};
@@ -97,6 +97,9 @@ pub enum ConnectError {
     /// TLS failed: the peer is someone else, or does not trust us.
     #[error("TLS handshake failed")]
     Tls(#[source] Arc<io::Error>),
+    /// The peer resumed a session that its certificate, revoked since, had begun.
+    #[error("the peer's certificate is revoked")]
+    Revoked,
     /// HTTP/2 failed.
     #[error("HTTP/2 failed")]
     Http2(#[source] Arc<h2::Error>),
@@ -250,6 +253,19 @@ impl Pool {
             if let Some(peer) = state.peers.get(key) {
                 peer.clients.iter().for_each(|client| client.suspect());
             }
+            state.retire(key, |_| true);
+        }
+        before - state.connections
+    }
+
+    /// Gives up the connections that were made in a namespace: the pod there is gone. They get no new tunnels and close
+    /// with their last one. Returns how many.
+    pub fn forget_from(&self, namespace: &Namespace) -> usize {
+        let mut state = self.shared.state.lock();
+        let is_from = |key: &&Key| key.options.namespace.as_ref() == Some(namespace);
+        let keys: Vec<Key> = state.peers.keys().filter(is_from).cloned().collect();
+        let before = state.connections;
+        for key in &keys {
             state.retire(key, |_| true);
         }
         before - state.connections

@@ -2,15 +2,16 @@
 
 use crate::ahead::ReadAhead;
 use crate::keepalive::{Keepalive, KeepaliveSettings};
+use crate::revocation::Guard;
 use crate::transport::Transport;
 use crate::wire::Wire;
-use crate::{Authority, TunnelError, TunnelStream};
+use crate::{Authority, Revocation, TunnelError, TunnelStream};
 use bytes::Bytes;
-use cairn_identity::peer_identity;
+use cairn_identity::{WorkloadCertificate, peer_identity};
 use cairn_mesh::Identity;
 use cairn_net::Drain;
-use h2::RecvStream;
 use h2::server::{Connection, SendResponse};
+use h2::{Reason, RecvStream};
 use http::{HeaderMap, Method, Request, Response, StatusCode};
 use std::future::{Future, poll_fn};
 use std::io;
@@ -78,6 +79,12 @@ pub enum ServeError {
     /// The certificate has no identity in it.
     #[error("the peer has no identity")]
     NoIdentity,
+    /// The peer resumed a session from when its certificate was not revoked and its trust domain ours.
+    #[error("the peer is not believed any more")]
+    NotBelieved,
+    /// The peer's certificate was revoked while the connection was open.
+    #[error("the peer's certificate is revoked")]
+    Revoked,
     /// HTTP/2 failed.
     #[error("HTTP/2 failed")]
     Http2(#[source] h2::Error),
@@ -100,38 +107,50 @@ pub struct Downstream {
     pub identity: Identity,
 }
 
-/// Serves one connection until it is over: TLS, HTTP/2, and `handler` for each CONNECT. `handler` must not block; it
-/// spawns. When the drain starts, the peer is told to send no more (GOAWAY), and the tunnels that are open go on. The
-/// drain is held until the connection is over.
+/// Serves one connection until it is over: TLS with `certificate`, HTTP/2, and `handler` for each CONNECT. `handler` must
+/// not block; it spawns. When the drain starts, the peer is told to send no more (GOAWAY), and the tunnels that are open
+/// go on; when it is cut, the peer is told and they end. The drain is held until the connection is over.
 ///
 /// # Errors
 /// When the handshake fails or the connection ends out of order.
 pub async fn serve(
     tcp: TcpStream,
-    tls: Arc<rustls::ServerConfig>,
+    certificate: Arc<WorkloadCertificate>,
     settings: &ServerSettings,
     drain: Drain,
     handler: impl FnMut(Connect) + Send,
 ) -> Result<(), ServeError> {
     let _held = drain.hold();
     let timeout = settings.handshake_timeout;
-    let handshake = tokio::time::timeout(timeout, handshake(tcp, tls, settings)).await;
-    let (connection, wire, downstream) = handshake.map_err(|_| ServeError::HandshakeTimeout(timeout))??;
-    drive(connection, wire, downstream, settings, &drain, handler).await
+    let handshake = tokio::time::timeout(timeout, handshake(tcp, certificate, settings)).await;
+    let begun = handshake.map_err(|_| ServeError::HandshakeTimeout(timeout))??;
+    drive(begun, settings, &drain, handler).await
+}
+
+/// A connection that has begun.
+struct Begun {
+    connection: Connection<Wire, Bytes>,
+    wire: Wire,
+    guard: Guard,
+    downstream: Arc<Downstream>,
 }
 
 async fn handshake(
     tcp: TcpStream,
-    tls: Arc<rustls::ServerConfig>,
+    certificate: Arc<WorkloadCertificate>,
     settings: &ServerSettings,
-) -> Result<(Connection<Wire, Bytes>, Wire, Arc<Downstream>), ServeError> {
+) -> Result<Begun, ServeError> {
     cairn_net::prepare(&tcp).map_err(ServeError::Socket)?;
     let address = canonical(tcp.peer_addr().map_err(ServeError::Socket)?);
     let local = canonical(tcp.local_addr().map_err(ServeError::Socket)?);
-    let wire = Wire::new(
-        TlsAcceptor::from(tls).accept(Transport::Tcp(ReadAhead::new(tcp))).await.map_err(ServeError::Tls)?,
-    );
+    let accepting =
+        TlsAcceptor::from(certificate.server_config()).accept(Transport::Tcp(ReadAhead::new(tcp)));
+    let wire = Wire::new(accepting.await.map_err(ServeError::Tls)?);
     let identity = wire.with_peer(peer_identity).ok_or(ServeError::NoIdentity)?;
+    if !certificate.welcomes(&identity) {
+        return Err(ServeError::NotBelieved);
+    }
+    let guard = Guard::new(&wire, certificate.watch_client()).map_err(|_| ServeError::NotBelieved)?;
     let mut beginning = pin!(
         h2::server::Builder::new()
             .initial_window_size(settings.stream_window)
@@ -144,30 +163,50 @@ async fn handshake(
     );
     let connection = poll_fn(|cx| wire.drive(cx, |cx| beginning.as_mut().poll(cx))).await;
     let connection = connection.map_err(ServeError::Send)?.map_err(ServeError::Http2)?;
-    Ok((connection, wire, Arc::new(Downstream { address, local, identity })))
+    Ok(Begun { connection, wire, guard, downstream: Arc::new(Downstream { address, local, identity }) })
 }
 
 async fn drive(
-    mut connection: Connection<Wire, Bytes>,
-    wire: Wire,
-    downstream: Arc<Downstream>,
+    begun: Begun,
     settings: &ServerSettings,
     drain: &Drain,
     mut handler: impl FnMut(Connect) + Send,
 ) -> Result<(), ServeError> {
+    let Begun { mut connection, wire, mut guard, downstream } = begun;
+    let revocation = guard.revocation().clone();
     let ping = KeepaliveSettings { interval: settings.ping_interval, timeout: settings.ping_timeout };
     let mut keepalive = Keepalive::new(connection.ping_pong(), ping);
-    let mut drain_started = pin!(drain.started());
+    let (mut drain_started, mut drain_cut) = (pin!(drain.started()), pin!(drain.cut()));
     let mut draining = false;
     poll_fn(|cx| {
         if !draining && drain_started.as_mut().poll(cx).is_ready() {
             draining = true;
             connection.graceful_shutdown();
         }
+        let end = if guard.poll_revoked(cx).is_ready() {
+            tracing::info!(
+                peer = %downstream.address,
+                identity = %downstream.identity,
+                "connection cut: the certificate is revoked"
+            );
+            Some((Reason::INADEQUATE_SECURITY, Err(ServeError::Revoked)))
+        } else {
+            // Tunnels that the peer has not heard of yet may take another way.
+            drain_cut.as_mut().poll(cx).is_ready().then_some((Reason::NO_ERROR, Ok(())))
+        };
+        if let Some((reason, ended)) = end {
+            // Said once, to whoever reads it; nobody is waited for.
+            connection.abrupt_shutdown(reason);
+            let mut refuse = |connect: Connect| drop(connect);
+            let _said =
+                wire.drive(cx, |cx| poll_accept(&mut connection, cx, &downstream, &revocation, &mut refuse));
+            return Poll::Ready(ended);
+        }
         while let Poll::Ready(tick) = keepalive.poll_tick(cx) {
             tick.map_err(|_| ServeError::NoAnswer(settings.ping_timeout))?;
         }
-        let driven = wire.drive(cx, |cx| poll_accept(&mut connection, cx, &downstream, &mut handler));
+        let driven =
+            wire.drive(cx, |cx| poll_accept(&mut connection, cx, &downstream, &revocation, &mut handler));
         driven.map(|result| result.map_err(ServeError::Send)?.map_err(ServeError::Http2))
     })
     .await
@@ -178,6 +217,7 @@ fn poll_accept(
     connection: &mut Connection<Wire, Bytes>,
     cx: &mut Context<'_>,
     downstream: &Arc<Downstream>,
+    revocation: &Revocation,
     handler: &mut impl FnMut(Connect),
 ) -> Poll<Result<(), h2::Error>> {
     loop {
@@ -190,7 +230,7 @@ fn poll_accept(
             }
             Poll::Ready(Some(Err(error))) => return Poll::Ready(Err(error)),
             Poll::Ready(Some(Ok((request, answer)))) => {
-                if let Some(connect) = Connect::new(request, answer, downstream) {
+                if let Some(connect) = Connect::new(request, answer, downstream, revocation) {
                     handler(connect);
                 }
             }
@@ -210,6 +250,7 @@ pub struct Connect {
     headers: HeaderMap,
     incoming: RecvStream,
     answer: SendResponse<Bytes>,
+    revocation: Revocation,
 }
 
 impl Connect {
@@ -218,6 +259,7 @@ impl Connect {
         request: Request<RecvStream>,
         mut answer: SendResponse<Bytes>,
         downstream: &Arc<Downstream>,
+        revocation: &Revocation,
     ) -> Option<Self> {
         let (head, incoming) = request.into_parts();
         let authority = head.uri.authority().and_then(|authority| authority.as_str().parse().ok());
@@ -228,6 +270,7 @@ impl Connect {
                 headers: head.headers,
                 incoming,
                 answer,
+                revocation: revocation.clone(),
             }),
             _ => {
                 tracing::debug!(peer = %downstream.address, method = %head.method, "not a tunnel");
@@ -260,7 +303,7 @@ impl Connect {
         let mut response = Response::new(());
         *response.headers_mut() = headers;
         let outgoing = self.answer.send_response(response, false).map_err(TunnelError::Gone)?;
-        Ok(TunnelStream::new(outgoing, self.incoming, HeaderMap::new(), None))
+        Ok(TunnelStream::new(outgoing, self.incoming, HeaderMap::new(), None, self.revocation))
     }
 
     /// Answers `status`, which is not 200, and ends the stream.

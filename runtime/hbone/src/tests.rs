@@ -18,6 +18,8 @@ use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_rustls::TlsConnector;
 
+mod revoked;
+
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// What no test should ever take.
@@ -70,11 +72,12 @@ impl Server {
                 let (tcp, _) = listener.accept().await.unwrap();
                 accepted_sender.send(()).unwrap();
                 let (settings, drain) = (settings.clone(), drain_of(number));
-                let (tls, handler) = (certificate.server_config(), Arc::clone(&handler));
+                let (certificate, handler) = (Arc::clone(&certificate), Arc::clone(&handler));
                 let ended = ended_sender.clone();
                 tokio::spawn(async move {
                     // The test may be over already.
-                    let _ = ended.send(serve(tcp, tls, &settings, drain, |connect| handler(connect)).await);
+                    let _ = ended
+                        .send(serve(tcp, certificate, &settings, drain, |connect| handler(connect)).await);
                 });
             }
         });
@@ -386,6 +389,37 @@ async fn drain_sends_new_tunnels_elsewhere_and_lets_open_ones_finish() {
     drop(open);
     assert!(trigger.finished(LONG).await);
     assert!(server.ended.recv().await.unwrap().is_ok());
+}
+
+#[tokio::test]
+async fn a_cut_ends_tunnels_at_once_and_says_so_first() {
+    let pair = Pair::new().await;
+    let (whole, all) = drain();
+    let (trigger, part) = all.part();
+    let mut server =
+        Server::start(&pair.server, ServerSettings::default(), move |_| part.clone(), spawn_echo);
+    let tcp = TcpStream::connect(server.address).await.unwrap();
+    let config = pair.client.client_config(&[pair.server.identity.clone()]);
+    let name = ServerName::try_from("127.0.0.1").unwrap();
+    let tls = TlsConnector::from(config).connect(name, tcp).await.unwrap();
+    let (requests, connection) = h2::client::handshake(tls).await.unwrap();
+    let connection = tokio::spawn(connection);
+    let mut requests = requests.ready().await.unwrap();
+    let request = Request::builder().method(Method::CONNECT).uri("10.0.0.7:8080").body(()).unwrap();
+    let (answer, mut outgoing) = requests.send_request(request, false).unwrap();
+    let mut incoming = answer.await.unwrap().into_body();
+    outgoing.send_data("before".into(), false).unwrap();
+    assert_eq!(incoming.data().await.unwrap().unwrap(), "before");
+    trigger.cut();
+    let cut = tokio::time::timeout(LONG, incoming.data()).await.unwrap();
+    assert!(cut.is_none_or(|data| data.is_err()), "the tunnel goes on");
+    let said = requests.ready().await.err().unwrap();
+    assert!(said.is_go_away() && said.is_remote(), "{said:?}");
+    assert_eq!(said.reason(), Some(h2::Reason::NO_ERROR));
+    assert!(tokio::time::timeout(LONG, server.ended.recv()).await.unwrap().unwrap().is_ok());
+    // How the client's side ends is its own affair.
+    drop(connection.await);
+    assert!(whole.finished(LONG).await, "nothing is held any more");
 }
 
 #[tokio::test]

@@ -1,5 +1,6 @@
 //! A byte stream through a tunnel: DATA frames both ways, END_STREAM as half close.
 
+use crate::Revocation;
 use crate::client::Place;
 use bytes::{Buf, Bytes};
 use cairn_mesh::Identity;
@@ -44,6 +45,7 @@ pub struct TunnelStream {
     carried: u64,
     /// What the stream keeps alive: its place in a pool.
     held: Option<Place>,
+    revocation: Revocation,
 }
 
 impl TunnelStream {
@@ -52,9 +54,10 @@ impl TunnelStream {
         incoming: RecvStream,
         headers: HeaderMap,
         held: Option<Place>,
+        revocation: Revocation,
     ) -> Self {
         let chunk = Bytes::new();
-        Self { outgoing, incoming, chunk, unreleased: 0, shut: false, headers, carried: 0, held }
+        Self { outgoing, incoming, chunk, unreleased: 0, shut: false, headers, carried: 0, held, revocation }
     }
 
     /// The headers of the peer's answer, such as its `baggage`; of a tunnel we accepted, none.
@@ -65,6 +68,11 @@ impl TunnelStream {
     /// Who has proven to be at the other end; of a tunnel we accepted, nobody: its [`crate::Downstream`] says.
     pub fn peer(&self) -> Option<&Identity> {
         self.held.as_ref().and_then(Place::peer)
+    }
+
+    /// Tells when the tunnel ends because the peer's certificate is revoked.
+    pub fn revocation(&self) -> &Revocation {
+        &self.revocation
     }
 
     fn carry(&mut self, count: usize) {

@@ -2,16 +2,16 @@
 
 use crate::pem;
 use crate::sessions::Sessions;
-use crate::verify::{Accept, PeerVerifier, identities};
-use crate::{IssueError, Issuer};
+use crate::verify::{Accept, Peer, PeerVerifier, Verification, identities};
+use crate::{IssueError, Issuer, PeerWatch, Trust};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use cairn_mesh::Identity;
 use parking_lot::Mutex;
 use rcgen::{CertificateParams, DistinguishedName, KeyPair, SanType};
 use rustls::client::Resumption;
+use rustls::crypto::CryptoProvider;
 use rustls::crypto::aws_lc_rs::{self, cipher_suite};
-use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::version::TLS13;
 use rustls::{ClientConfig, ServerConfig};
@@ -90,8 +90,8 @@ pub struct WorkloadCertificate {
     /// Accepts no server until given whom to expect.
     client: ClientConfig,
     clients: Mutex<HashMap<Box<[Identity]>, Arc<ClientConfig>>>,
-    roots: Arc<[TrustAnchor<'static>]>,
-    algorithms: WebPkiSupportedAlgorithms,
+    verification: Verification,
+    trust: Arc<Trust>,
 }
 
 /// What operators are shown of one certificate of a chain.
@@ -121,7 +121,7 @@ impl CertificateView {
 }
 
 impl WorkloadCertificate {
-    /// Makes a key and has `issuer` sign it for `identity`.
+    /// Makes a key and has `issuer` sign it for `identity`. Peers are believed as its roots say.
     ///
     /// # Errors
     /// When the issuer does not sign, or signs something else.
@@ -130,13 +130,31 @@ impl WorkloadCertificate {
         identity: &Identity,
         ttl: Duration,
     ) -> Result<Self, IssueError> {
+        Self::request_with(issuer, identity, ttl, Arc::default()).await
+    }
+
+    /// The same; peers are believed as its roots and `trust` say.
+    ///
+    /// # Errors
+    /// As of [`WorkloadCertificate::request`].
+    pub async fn request_with(
+        issuer: &dyn Issuer,
+        identity: &Identity,
+        ttl: Duration,
+        trust: Arc<Trust>,
+    ) -> Result<Self, IssueError> {
         let (key, csr_pem) = request(identity).map_err(IssueError::Request)?;
         let chain = issuer.issue(identity.clone(), csr_pem, ttl).await?;
-        Self::new(identity, &key, &chain).map_err(IssueError::Chain)
+        Self::new(identity, &key, &chain, trust).map_err(IssueError::Chain)
     }
 
     /// Joins a key and the chain issued for it. The last text of `chain` holds the root or roots.
-    fn new(identity: &Identity, key: &KeyPair, chain: &[String]) -> Result<Self, ChainError> {
+    fn new(
+        identity: &Identity,
+        key: &KeyPair,
+        chain: &[String],
+        trust: Arc<Trust>,
+    ) -> Result<Self, ChainError> {
         let [sent @ .., roots] = chain else { return Err(ChainError::Missing("root")) };
         let sent = pem::certificates(&sent.concat()).map_err(ChainError::Pem)?;
         let leaf = sent.first().ok_or(ChainError::Missing("leaf"))?;
@@ -149,11 +167,16 @@ impl WorkloadCertificate {
         let (not_before, not_after) = (validity.not_before.timestamp(), validity.not_after.timestamp());
         let serial = parsed.raw_serial().iter().map(|byte| format!("{byte:02x}")).collect();
 
-        let roots = trust_anchors(roots)?;
         let algorithms = PROVIDER.signature_verification_algorithms;
+        let verification = Verification { roots: trust_anchors(roots)?, algorithms };
         let own = certified_key(sent.clone(), key).map_err(ChainError::Tls)?;
-        let server = server_config(&own, &roots, algorithms, identity).map_err(ChainError::Tls)?;
-        let client = client_config(&own, &roots, algorithms).map_err(ChainError::Tls)?;
+        let verifier = |accept| {
+            let (verification, trust) = (verification.clone(), Arc::clone(&trust));
+            Arc::new(PeerVerifier { verification, accept, own: identity.trust_domain().into(), trust })
+        };
+        let server = server_config(&own, verifier(Accept::TrustDomain)).map_err(ChainError::Tls)?;
+        let nobody = Accept::OneOf(Box::default());
+        let client = client_config(&own, verifier(nobody)).map_err(ChainError::Tls)?;
         Ok(Self {
             identity: identity.clone(),
             not_before: system_time(not_before),
@@ -164,8 +187,8 @@ impl WorkloadCertificate {
             server: Arc::new(server),
             client,
             clients: Mutex::default(),
-            roots,
-            algorithms,
+            verification,
+            trust,
         })
     }
 
@@ -183,11 +206,7 @@ impl WorkloadCertificate {
         if clients.len() >= CLIENT_CONFIGS_MAX {
             clients.clear();
         }
-        let verifier = PeerVerifier {
-            roots: Arc::clone(&self.roots),
-            algorithms: self.algorithms,
-            accept: Accept::OneOf(expected.into()),
-        };
+        let verifier = self.verifier(expected);
         let mut config = self.client.clone();
         config.dangerous().set_certificate_verifier(Arc::new(verifier));
         // Sessions are kept with this configuration only: they end with this certificate, and no other expectation of
@@ -196,6 +215,49 @@ impl WorkloadCertificate {
         let config = Arc::new(config);
         clients.insert(expected.into(), Arc::clone(&config));
         config
+    }
+
+    /// Verifies servers, which must be one of `expected`.
+    fn verifier(&self, expected: &[Identity]) -> PeerVerifier {
+        PeerVerifier {
+            verification: self.verification.clone(),
+            accept: Accept::OneOf(expected.into()),
+            own: self.identity.trust_domain().into(),
+            trust: Arc::clone(&self.trust),
+        }
+    }
+
+    /// Whether a client of this identity is welcome now: one of our trust domain. A handshake asks that itself, but for
+    /// a session that is resumed.
+    pub fn welcomes(&self, client: &Identity) -> bool {
+        self.trust.is_own(self.identity.trust_domain(), client.trust_domain())
+    }
+
+    /// Watches over a client that has just connected with [`WorkloadCertificate::server_config`]; `None` when nobody
+    /// says what is revoked.
+    pub fn watch_client(&self) -> Option<PeerWatch> {
+        self.watch(Peer::Client)
+    }
+
+    /// Watches over a server that was just connected to with [`WorkloadCertificate::client_config`].
+    pub fn watch_server(&self) -> Option<PeerWatch> {
+        self.watch(Peer::Server)
+    }
+
+    fn watch(&self, peer: Peer) -> Option<PeerWatch> {
+        let revocations = self.trust.revocations()?;
+        Some(PeerWatch::new(revocations, self.verification.clone(), peer))
+    }
+
+    /// Verifies the first certificate of `chain_pem` as a server of our own identity.
+    #[cfg(test)]
+    pub(crate) fn check_server(&self, chain_pem: &str) -> Result<(), rustls::Error> {
+        use rustls::client::danger::ServerCertVerifier;
+        let verifier = self.verifier(std::slice::from_ref(&self.identity));
+        let chain = pem::certificates(chain_pem).unwrap();
+        let name = rustls_pki_types::ServerName::try_from("127.0.0.1").unwrap();
+        let now = rustls_pki_types::UnixTime::now();
+        verifier.verify_server_cert(&chain[0], &[], &name, &[], now).map(drop)
     }
 
     /// What operators are shown of the leaf and its intermediates.
@@ -261,15 +323,11 @@ fn trust_anchors(pem_text: &str) -> Result<Arc<[TrustAnchor<'static>]>, ChainErr
 
 fn server_config(
     own: &Arc<CertifiedKey>,
-    roots: &Arc<[TrustAnchor<'static>]>,
-    algorithms: WebPkiSupportedAlgorithms,
-    identity: &Identity,
+    verifier: Arc<PeerVerifier>,
 ) -> Result<ServerConfig, rustls::Error> {
-    let accept = Accept::TrustDomain(identity.trust_domain().into());
-    let verifier = PeerVerifier { roots: Arc::clone(roots), algorithms, accept };
     let mut config = ServerConfig::builder_with_provider(Arc::clone(&PROVIDER))
         .with_protocol_versions(&[&TLS13])?
-        .with_client_cert_verifier(Arc::new(verifier))
+        .with_client_cert_verifier(verifier)
         .with_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(own))));
     config.alpn_protocols = vec![ALPN_H2.to_vec()];
     // Sessions are kept with this certificate and end with it. Each holds the chain that the client proved itself by, and
@@ -281,15 +339,12 @@ fn server_config(
 
 fn client_config(
     own: &Arc<CertifiedKey>,
-    roots: &Arc<[TrustAnchor<'static>]>,
-    algorithms: WebPkiSupportedAlgorithms,
+    verifier: Arc<PeerVerifier>,
 ) -> Result<ClientConfig, rustls::Error> {
-    let verifier =
-        PeerVerifier { roots: Arc::clone(roots), algorithms, accept: Accept::OneOf(Box::default()) };
     let mut config = ClientConfig::builder_with_provider(Arc::clone(&PROVIDER))
         .with_protocol_versions(&[&TLS13])?
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(verifier))
+        .with_custom_certificate_verifier(verifier)
         .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(own))));
     config.alpn_protocols = vec![ALPN_H2.to_vec()];
     config.enable_sni = false;

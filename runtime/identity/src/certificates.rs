@@ -1,6 +1,6 @@
 //! All certificates of a proxy: fetched when first wanted, renewed at half their life, one fetch at a time for each.
 
-use crate::{ChainError, IssueError, Issuer, WorkloadCertificate};
+use crate::{ChainError, IssueError, Issuer, Trust, WorkloadCertificate};
 use cairn_mesh::Identity;
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -93,6 +93,7 @@ pub enum CertificateState {
 pub struct Certificates {
     issuer: Arc<dyn Issuer>,
     settings: CertificateSettings,
+    trust: Arc<Trust>,
     entries: Mutex<HashMap<Identity, Entry>>,
     /// Something became due earlier than `renew` knows.
     wake: Notify,
@@ -126,9 +127,23 @@ impl Entry {
 }
 
 impl Certificates {
-    /// None yet.
+    /// None yet. Peers will be believed as the roots that come with each certificate say.
     pub fn new(issuer: Arc<dyn Issuer>, settings: CertificateSettings) -> Arc<Self> {
-        Arc::new(Self { issuer, settings, entries: Mutex::default(), wake: Notify::new() })
+        Self::with_trust(issuer, settings, Arc::default())
+    }
+
+    /// None yet. Peers will be believed as those roots and `trust` say.
+    pub fn with_trust(
+        issuer: Arc<dyn Issuer>,
+        settings: CertificateSettings,
+        trust: Arc<Trust>,
+    ) -> Arc<Self> {
+        Arc::new(Self { issuer, settings, trust, entries: Mutex::default(), wake: Notify::new() })
+    }
+
+    /// What peers are believed by beside roots.
+    pub fn trust(&self) -> &Arc<Trust> {
+        &self.trust
     }
 
     /// The valid certificate of `identity`, if there is one. Never waits and fetches nothing.
@@ -264,8 +279,8 @@ impl Certificates {
             for identity in due {
                 let this = Arc::clone(&self);
                 fetches.spawn(async move {
-                    let result =
-                        WorkloadCertificate::request(&*this.issuer, &identity, this.settings.ttl).await;
+                    let (issuer, ttl, trust) = (&*this.issuer, this.settings.ttl, Arc::clone(&this.trust));
+                    let result = WorkloadCertificate::request_with(issuer, &identity, ttl, trust).await;
                     this.fetched(&identity, result);
                 });
             }

@@ -10,7 +10,9 @@ mod certificates;
 mod issuer;
 mod material;
 mod pem;
+mod revocation;
 mod sessions;
+mod trust;
 mod verify;
 
 pub use authority::{Authority, AuthorityError, SignError};
@@ -19,6 +21,8 @@ pub use certificate::{CertificateView, ChainError, WorkloadCertificate};
 pub use certificates::{CertificateError, CertificateSettings, CertificateState, Certificates};
 pub use issuer::{IssueError, Issuer};
 pub use material::{Roots, Token};
+pub use revocation::{PeerWatch, RevocationCounts, RevocationError, Revocations};
+pub use trust::Trust;
 pub use verify::peer_identity;
 
 #[cfg(test)]

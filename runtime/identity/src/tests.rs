@@ -1,7 +1,7 @@
 //! Handshakes between certificates, and the embedded CA behind its gRPC service.
 
 use crate::{
-    Authority, AuthorityError, CaClient, CaSettings, ChainError, IssueError, Issuer, SignError,
+    Authority, AuthorityError, CaClient, CaSettings, ChainError, IssueError, Issuer, SignError, Trust,
     WorkloadCertificate, peer_identity,
 };
 use cairn_mesh::Identity;
@@ -435,4 +435,34 @@ async fn serve(authority: &Authority, service: Service) -> std::net::SocketAddr 
     let server = tonic::transport::Server::builder().add_service(IstioCertificateServiceServer::new(service));
     tokio::spawn(server.serve_with_incoming(incoming));
     address
+}
+
+#[tokio::test]
+async fn an_alias_of_our_trust_domain_is_our_trust_domain() {
+    let ca = Ca::new();
+    let trust = Arc::new(Trust::default());
+    let certificate = |identity: &'static str, trust: Arc<Trust>| {
+        let authority = Arc::clone(&ca.authority);
+        async move {
+            let identity = id(identity);
+            WorkloadCertificate::request_with(&*authority, &identity, HOUR, trust).await.unwrap()
+        }
+    };
+    let own = certificate(SERVER, Arc::clone(&trust)).await;
+    let old = certificate("spiffe://old/ns/a/sa/client", Arc::default()).await;
+    let old_server = certificate("spiffe://old/ns/b/sa/server", Arc::default()).await;
+    let client = certificate(CLIENT, Arc::clone(&trust)).await;
+    // Whoever has the old name thinks nothing of the new one; it is asked for by its own here.
+    let connect = async || handshake(old.client_config(&[id(SERVER)]), own.server_config()).await.1.is_ok();
+    let reach = async || {
+        // The server takes any client of its own trust domain.
+        let (connected, _) = handshake(client.client_config(&[id(SERVER)]), old_server.server_config()).await;
+        format!("{connected:?}")
+    };
+    assert!(!connect().await && !own.welcomes(&old.identity));
+    assert!(reach().await.contains("WrongPeer"), "{}", reach().await);
+    trust.set_aliases(["old".into()]);
+    assert!(connect().await && own.welcomes(&old.identity));
+    // The server is believed; it does not believe us.
+    assert!(!reach().await.contains("WrongPeer"), "{}", reach().await);
 }

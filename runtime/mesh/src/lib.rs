@@ -40,7 +40,9 @@ pub use identity::{Identity, IdentityError};
 pub use joined::is_joined_header;
 pub use name::{Kind, ResourceKey, ResourceName};
 pub use path::normalize_path;
-pub use plan::{Crossing, HBONE_PORT, OWN_PORTS, Plan, Refusal, Tunnel, plan};
+pub use plan::{
+    Crossing, HBONE_PORT, OUTBOUND_PORT, OWN_PORTS, PLAINTEXT_PORT, Plan, Refusal, SOCKS_PORT, Tunnel, plan,
+};
 pub use plugin::{
     FailStrategy, Isolation, PluginKind, PluginLimits, PluginMode, PluginPhase, PullPolicy, PullSecret,
     WasmPlugin,

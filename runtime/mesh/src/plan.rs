@@ -9,11 +9,17 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+/// The port on which a ztunnel takes redirected connections out of a pod.
+pub const OUTBOUND_PORT: u16 = 15001;
+/// The port on which it takes redirected plaintext into a pod.
+pub const PLAINTEXT_PORT: u16 = 15006;
 /// The port on which a meshed workload's ztunnel accepts HBONE.
 pub const HBONE_PORT: u16 = 15008;
+/// The port on which it listens for programs without redirection (SOCKS5).
+pub const SOCKS_PORT: u16 = 15080;
 
 /// Ports that belong to the ztunnel in a pod, never to an application: outbound, plaintext, HBONE, SOCKS5.
-pub const OWN_PORTS: [u16; 4] = [15001, 15006, HBONE_PORT, 15080];
+pub const OWN_PORTS: [u16; 4] = [OUTBOUND_PORT, PLAINTEXT_PORT, HBONE_PORT, SOCKS_PORT];
 
 /// A tunnel to be opened.
 #[derive(Clone, Debug, PartialEq, Eq)]

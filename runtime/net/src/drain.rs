@@ -7,28 +7,58 @@ use tokio::sync::{Notify, watch};
 
 /// A drain that has not started, and the side that watches it.
 pub fn drain() -> (DrainTrigger, Drain) {
-    let (start, started) = watch::channel(false);
-    let work = Arc::new(Work { held: AtomicUsize::new(0), finished: Notify::new() });
-    (DrainTrigger { start, work: Arc::clone(&work) }, Drain { started, work })
+    of_part(None)
+}
+
+fn of_part(whole: Option<Arc<Drain>>) -> (DrainTrigger, Drain) {
+    let (stage, seen) = watch::channel(Stage::Running);
+    let held_too = whole.as_ref().map(|whole| Arc::clone(&whole.work));
+    let work = Arc::new(Work { held: AtomicUsize::new(0), finished: Notify::new(), whole: held_too });
+    (DrainTrigger { stage, work: Arc::clone(&work) }, Drain { stage: seen, work, whole })
+}
+
+/// How far a drain has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Stage {
+    Running,
+    /// Nothing new begins, and what goes on may end by itself.
+    Draining,
+    /// What goes on is cut.
+    Cut,
 }
 
 #[derive(Debug)]
 struct Work {
     held: AtomicUsize,
     finished: Notify,
+    /// The work of which this is a part.
+    whole: Option<Arc<Work>>,
 }
 
 /// Starts the drain and waits for its end.
 #[derive(Debug)]
 pub struct DrainTrigger {
-    start: watch::Sender<bool>,
+    stage: watch::Sender<Stage>,
     work: Arc<Work>,
 }
 
 impl DrainTrigger {
     /// Starts the drain. Starting it again does nothing.
     pub fn start(&self) {
-        self.start.send_replace(true);
+        self.advance(Stage::Draining);
+    }
+
+    /// Starts the drain if need be, and has what goes on end at once.
+    pub fn cut(&self) {
+        self.advance(Stage::Cut);
+    }
+
+    fn advance(&self, to: Stage) {
+        self.stage.send_if_modified(|stage| {
+            let is_further = *stage < to;
+            *stage = to.max(*stage);
+            is_further
+        });
     }
 
     /// Waits until no work is held. Returns whether that was so before `deadline` had passed.
@@ -50,26 +80,55 @@ impl DrainTrigger {
 /// Sees a drain start. Clones see the same drain.
 #[derive(Clone, Debug)]
 pub struct Drain {
-    started: watch::Receiver<bool>,
+    stage: watch::Receiver<Stage>,
     work: Arc<Work>,
+    /// What this is a part of.
+    whole: Option<Arc<Drain>>,
 }
 
 impl Drain {
+    /// A drain of a part of the work, such as that of one pod: it starts by its own trigger, or with the whole. What is
+    /// held of the part is held of the whole.
+    pub fn part(&self) -> (DrainTrigger, Drain) {
+        of_part(Some(Arc::new(self.clone())))
+    }
+
     /// Waits for the drain to start. If its trigger is dropped, it never does.
     pub async fn started(&self) {
-        if self.started.clone().wait_for(|started| *started).await.is_err() {
+        self.reached(Stage::Draining).await;
+    }
+
+    /// Waits until what goes on is to end at once. If its trigger is dropped, it never is.
+    pub async fn cut(&self) {
+        self.reached(Stage::Cut).await;
+    }
+
+    async fn reached(&self, wanted: Stage) {
+        let Some(whole) = &self.whole else { return self.own_reached(wanted).await };
+        tokio::select! {
+            () = self.own_reached(wanted) => {}
+            () = Box::pin(whole.reached(wanted)) => {}
+        }
+    }
+
+    async fn own_reached(&self, wanted: Stage) {
+        if self.stage.clone().wait_for(|stage| *stage >= wanted).await.is_err() {
             std::future::pending::<()>().await;
         }
     }
 
     /// Whether the drain has started.
     pub fn is_started(&self) -> bool {
-        *self.started.borrow()
+        *self.stage.borrow() >= Stage::Draining || self.whole.as_ref().is_some_and(|whole| whole.is_started())
     }
 
     /// Marks work in progress: the drain is not finished while the guard lives.
     pub fn hold(&self) -> DrainGuard {
-        self.work.held.fetch_add(1, Ordering::AcqRel);
+        let mut work = Some(&self.work);
+        while let Some(one) = work {
+            one.held.fetch_add(1, Ordering::AcqRel);
+            work = one.whole.as_ref();
+        }
         DrainGuard { work: Arc::clone(&self.work) }
     }
 }
@@ -83,8 +142,12 @@ pub struct DrainGuard {
 
 impl Drop for DrainGuard {
     fn drop(&mut self) {
-        if self.work.held.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.work.finished.notify_waiters();
+        let mut work = Some(&self.work);
+        while let Some(one) = work {
+            if one.held.fetch_sub(1, Ordering::AcqRel) == 1 {
+                one.finished.notify_waiters();
+            }
+            work = one.whole.as_ref();
         }
     }
 }
@@ -134,5 +197,37 @@ mod tests {
         drop(trigger);
         assert!(tokio::time::timeout(Duration::from_millis(1), drain.started()).await.is_err());
         assert!(!drain.is_started());
+    }
+    #[tokio::test]
+    async fn a_part_drains_alone_or_with_the_whole() {
+        let (whole_trigger, whole) = drain();
+        let (one_trigger, one) = whole.part();
+        let (other_trigger, other) = whole.part();
+        let held = one.hold();
+        one_trigger.start();
+        one.started().await;
+        assert!(one.is_started() && !other.is_started() && !whole.is_started());
+        assert!(!one_trigger.finished(Duration::from_millis(1)).await);
+        assert!(!whole_trigger.finished(Duration::from_millis(1)).await, "the part is held");
+        assert!(other_trigger.finished(Duration::from_secs(60)).await, "another part is not");
+        whole_trigger.start();
+        other.started().await;
+        assert!(other.is_started());
+        drop(held);
+        assert!(whole_trigger.finished(Duration::from_secs(60)).await);
+    }
+
+    #[tokio::test]
+    async fn a_cut_is_further_than_a_start_and_never_goes_back() {
+        let (_whole_trigger, whole) = drain();
+        let (trigger, part) = whole.part();
+        trigger.start();
+        assert!(tokio::time::timeout(Duration::from_millis(1), part.cut()).await.is_err());
+        trigger.cut();
+        part.cut().await;
+        trigger.start();
+        part.cut().await;
+        assert!(!whole.is_started());
+        assert!(tokio::time::timeout(Duration::from_millis(1), whole.cut()).await.is_err());
     }
 }

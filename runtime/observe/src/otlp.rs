@@ -96,6 +96,8 @@ fn line(line: &LogLine) -> LogRecord {
     };
     LogRecord {
         time_unix_nano: at,
+        severity_number: 0,
+        severity_text: String::new(),
         body: Some(any(any_value::Value::StringValue(line.body.clone()))),
         attributes: line.attributes.iter().map(|(key, value)| pair(key, value)).collect(),
         trace_id,

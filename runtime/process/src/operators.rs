@@ -2,7 +2,7 @@
 
 use crate::{Liveness, Readiness};
 use axum::Router;
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use std::net::SocketAddr;
@@ -70,7 +70,7 @@ impl Operators {
             .route("/healthz/ready", get(move || std::future::ready(answer_ready(&readiness))))
             .route("/healthz/live", get(move || std::future::ready(answer_live(&liveness))));
         let metrics = self.metrics;
-        let render = move || std::future::ready(answer_metrics(metrics()));
+        let render = move |headers: HeaderMap| std::future::ready(answer_metrics(&headers, metrics()));
         let metrics =
             Router::new().route("/metrics", get(render.clone())).route("/stats/prometheus", get(render));
         serve(self.readiness_address, "readiness", ready)?;
@@ -123,6 +123,74 @@ fn answer_live(liveness: &Liveness) -> Response {
     (StatusCode::INTERNAL_SERVER_ERROR, text).into_response()
 }
 
-fn answer_metrics(text: String) -> Response {
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
+/// In the form that the scraper asks for: OpenMetrics, or Prometheus' older text.
+fn answer_metrics(headers: &HeaderMap, text: String) -> Response {
+    let accepted = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    let is_open = accepted.flat_map(|value| value.split(',')).any(|range| {
+        let kind = range.split(';').next().unwrap_or_default();
+        kind.trim().eq_ignore_ascii_case("application/openmetrics-text")
+    });
+    let (kind, text) = match is_open {
+        true => ("application/openmetrics-text; version=1.0.0; charset=utf-8", open_metrics(&text)),
+        false => ("text/plain; version=0.0.4; charset=utf-8", text),
+    };
+    ([(header::CONTENT_TYPE, kind)], text).into_response()
+}
+
+/// Prometheus' text as OpenMetrics: a counter's family is named without the `_total` of its samples, what has no type is
+/// `unknown`, and there is an end mark.
+fn open_metrics(text: &str) -> String {
+    let mut open = String::with_capacity(text.len() + 8);
+    // The help of a family stands before its type, which says how the family is called.
+    let mut help = None;
+    for line in text.lines() {
+        if let Some(rest) = line.strip_prefix("# HELP ") {
+            help = rest.split_once(' ');
+        } else if let Some(rest) = line.strip_prefix("# TYPE ") {
+            let (name, kind) = rest.split_once(' ').unwrap_or((rest, "untyped"));
+            let (family, kind) = match (name.strip_suffix("_total"), kind) {
+                (Some(family), "counter") => (family, "counter"),
+                // Without that ending it is no counter to OpenMetrics.
+                (None, "counter") | (_, "untyped") => (name, "unknown"),
+                (_, other) => (name, other),
+            };
+            if let Some((_, help)) = help.take() {
+                open.extend(["# HELP ", family, " ", help, "\n"]);
+            }
+            open.extend(["# TYPE ", family, " ", kind, "\n"]);
+        } else if !line.starts_with('#') && !line.is_empty() {
+            open.extend([line, "\n"]);
+        }
+    }
+    open + "# EOF\n"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scrapers_get_the_form_that_they_ask_for() {
+        const TEXT: &str = "# HELP a_total All of it\n# TYPE a_total counter\na_total{x=\"1\"} 2\n\
+             # HELP b Now\n# TYPE b gauge\nb 1\n# TYPE c counter\nc 3\n# TYPE d untyped\nd 4\n";
+        const OPEN: &str = "# HELP a All of it\n# TYPE a counter\na_total{x=\"1\"} 2\n\
+             # HELP b Now\n# TYPE b gauge\nb 1\n# TYPE c unknown\nc 3\n# TYPE d unknown\nd 4\n# EOF\n";
+        assert_eq!(open_metrics(TEXT), OPEN);
+        for (accept, expected) in [
+            (None, "text/plain"),
+            (Some("text/plain"), "text/plain"),
+            (Some("*/*"), "text/plain"),
+            (
+                Some(
+                    "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,text/plain;q=0.5",
+                ),
+                "application/openmetrics-text",
+            ),
+        ] {
+            let accept = accept.map(|accept| (header::ACCEPT, accept.parse().unwrap()));
+            let answer = answer_metrics(&accept.into_iter().collect(), TEXT.to_owned());
+            let kind = answer.headers()[header::CONTENT_TYPE].to_str().unwrap();
+            assert!(kind.starts_with(expected), "{kind}");
+        }
+    }
 }

@@ -29,6 +29,8 @@ pub struct AccessLog {
 struct Queue {
     waiting: Mutex<Waiting>,
     changed: Condvar,
+    /// A block has been written.
+    written: Condvar,
     dropped: Counter,
 }
 
@@ -44,6 +46,10 @@ struct Waiting {
     closed: bool,
     /// What is written to is to be opened anew.
     reopen: bool,
+    /// The writer has a block in its hands.
+    writing: bool,
+    /// Somebody waits for all of it to be written.
+    flush: bool,
 }
 
 /// Opens what is written to.
@@ -75,7 +81,12 @@ impl AccessLog {
     }
 
     fn run(out: Box<dyn Write + Send>, open: Option<Open>, dropped: Counter) -> Self {
-        let queue = Arc::new(Queue { waiting: Mutex::default(), changed: Condvar::new(), dropped });
+        let queue = Arc::new(Queue {
+            waiting: Mutex::default(),
+            changed: Condvar::new(),
+            written: Condvar::new(),
+            dropped,
+        });
         let of_writer = Arc::clone(&queue);
         let writer =
             std::thread::Builder::new().name("access-log".into()).spawn(move || of_writer.drain(out, open));
@@ -95,6 +106,16 @@ impl AccessLog {
             queue.waiting.lock().reopen = true;
             queue.changed.notify_one();
         }
+    }
+
+    /// Waits until what was appended before is written, at most so long. Returns whether it is.
+    pub fn flush(&self, within: Duration) -> bool {
+        let Some(queue) = &self.queue else { return true };
+        let mut waiting = queue.waiting.lock();
+        waiting.flush = true;
+        queue.changed.notify_one();
+        let is_busy = |waiting: &mut Waiting| waiting.writing || !waiting.bytes.is_empty();
+        !queue.written.wait_while_for(&mut waiting, is_busy, within).timed_out()
     }
 
     /// Whether anything is written.
@@ -168,12 +189,18 @@ impl Queue {
     /// Waits for a block and swaps it for the empty `block`.
     fn take(&self, block: &mut Vec<u8>) -> Taken {
         let mut waiting = self.waiting.lock();
-        let is_told = |waiting: &Waiting| waiting.closed || waiting.reopen;
+        waiting.writing = false;
+        if waiting.bytes.is_empty() {
+            waiting.flush = false;
+            self.written.notify_all();
+        }
+        let is_told = |waiting: &Waiting| waiting.closed || waiting.reopen || waiting.flush;
         self.changed.wait_while(&mut waiting, |waiting| waiting.bytes.is_empty() && !is_told(waiting));
         let small = |waiting: &mut Waiting| waiting.bytes.len() < FLUSH_BYTES && !is_told(waiting);
         // Woken early or not, what waits is written now.
         let _timed_out = self.changed.wait_while_for(&mut waiting, small, FLUSH_AFTER);
         std::mem::swap(&mut waiting.bytes, block);
+        waiting.writing = true;
         Taken { closed: waiting.closed, reopen: std::mem::take(&mut waiting.reopen) }
     }
 }
@@ -254,6 +281,21 @@ mod tests {
         assert_eq!(line("c"), "3 c\n");
         assert_eq!(line("d"), "3 d\n");
         assert!(AccessLog::open(|| Err::<Handed, _>(io::Error::other("no")), Counter::default()).is_err());
+    }
+
+    #[test]
+    fn a_flush_waits_for_what_was_appended_and_not_for_ever() {
+        let (sender, blocks) = mpsc::sync_channel(0);
+        let log = AccessLog::start(Handed(sender), Counter::default());
+        assert!(log.flush(Duration::from_secs(60)), "there is nothing to write");
+        log.write(|out| out.extend_from_slice(b"a"));
+        assert!(!log.flush(Duration::from_millis(1)), "nobody takes it");
+        let reader = std::thread::spawn(move || blocks.iter().collect::<Vec<_>>());
+        assert!(log.flush(Duration::from_secs(60)));
+        log.write(|out| out.extend_from_slice(b"b"));
+        assert!(log.flush(Duration::from_secs(60)));
+        drop(log);
+        assert_eq!(reader.join().unwrap().concat(), b"a\nb\n");
     }
 
     /// Hands blocks over with a number before them.

@@ -23,7 +23,7 @@ pub use access_log::AccessLog;
 pub use denials::{Denials, Denied, is_service};
 pub use http_record::{HttpExplanation, HttpRecord, HttpScope};
 pub use labels::{CustomLabels, PeerLabels, Reporter, Security, TcpLabels};
-pub use line::{append_address, append_bytes, append_number, append_timestamp};
+pub use line::{TcpValue, append_address, append_bytes, append_number, append_timestamp};
 pub use metrics::{Metrics, MetricsSettings};
 pub use observe::{Observe, Wanted, Wants, legible};
 pub use prometheus_client::metrics::counter::Counter;
@@ -112,11 +112,16 @@ impl Telemetry {
 
     /// Records a finished connection, whose bytes its [`TcpConnection`] counted, in the process's own log.
     pub fn record_tcp(&self, record: &TcpRecord<'_>) {
+        self.log_tcp(record);
+        self.keep_tcp(record);
+    }
+
+    /// Writes a finished connection into the process's own log.
+    pub fn log_tcp(&self, record: &TcpRecord<'_>) {
         self.access_log.write(|out| match self.json {
             true => line::tcp_json(out, record),
             false => line::tcp(out, record),
         });
-        self.keep_tcp(record);
     }
 
     /// Keeps a finished connection for explanations, when it is logged elsewhere.

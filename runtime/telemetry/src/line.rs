@@ -66,51 +66,83 @@ pub(crate) fn http(out: &mut Vec<u8>, record: &HttpRecord<'_>) {
 }
 
 /// A value of ztunnel's line.
-enum Value<'a> {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TcpValue<'a> {
+    /// A text; it may hold anything.
     Text(&'a str),
-    /// Written without quotes in a text line.
+    /// The same, written without quotes in a text line.
     Word(&'a str),
+    /// An address with its port.
     Address(SocketAddr),
+    /// A number of bytes.
     Number(u64),
+    /// A time.
     Milliseconds(u64),
 }
 
-/// The fields of ztunnel's line, in order.
-fn tcp_fields(record: &TcpRecord<'_>, mut put: impl FnMut(&'static str, Value<'_>)) {
-    put("src.addr", Value::Address(record.source));
+impl TcpRecord<'_> {
+    /// Every field that [`TcpRecord::for_each_field`] may give.
+    pub const FIELDS: [&'static str; 17] = [
+        "src.addr",
+        "src.workload",
+        "src.namespace",
+        "src.identity",
+        "src.cluster",
+        "dst.addr",
+        "dst.hbone_addr",
+        "dst.service",
+        "dst.workload",
+        "dst.namespace",
+        "dst.identity",
+        "dst.cluster",
+        "direction",
+        "bytes_sent",
+        "bytes_recv",
+        "duration",
+        "error",
+    ];
+
+    /// The fields of ztunnel's line, in order; what there is nothing to say of is left out.
+    pub fn for_each_field(&self, put: impl FnMut(&'static str, TcpValue<'_>)) {
+        tcp_fields(self, put);
+    }
+}
+
+fn tcp_fields(record: &TcpRecord<'_>, mut put: impl FnMut(&'static str, TcpValue<'_>)) {
+    put("src.addr", TcpValue::Address(record.source));
     if let Some(workload) = record.source_workload {
-        put("src.workload", Value::Text(&workload.name));
-        put("src.namespace", Value::Text(&workload.namespace));
+        put("src.workload", TcpValue::Text(&workload.name));
+        put("src.namespace", TcpValue::Text(&workload.namespace));
     }
     if let Some(identity) = record.source_identity {
-        put("src.identity", Value::Text(identity.as_str()));
+        put("src.identity", TcpValue::Text(identity.as_str()));
     }
     if let Some(workload) = record.source_workload {
-        put("src.cluster", Value::Text(&workload.cluster_id));
+        put("src.cluster", TcpValue::Text(&workload.cluster_id));
     }
-    put("dst.addr", Value::Address(record.destination));
+    put("dst.addr", TcpValue::Address(record.destination));
     if !record.hbone_authority.is_empty() {
-        put("dst.hbone_addr", Value::Word(record.hbone_authority));
+        put("dst.hbone_addr", TcpValue::Word(record.hbone_authority));
     }
     if let Some(service) = record.service {
-        put("dst.service", Value::Text(&service.hostname));
+        put("dst.service", TcpValue::Text(&service.hostname));
     }
     if let Some(workload) = record.destination_workload {
-        put("dst.workload", Value::Text(&workload.name));
-        put("dst.namespace", Value::Text(&workload.namespace));
+        put("dst.workload", TcpValue::Text(&workload.name));
+        put("dst.namespace", TcpValue::Text(&workload.namespace));
     }
     if let Some(identity) = record.destination_identity {
-        put("dst.identity", Value::Text(identity.as_str()));
+        put("dst.identity", TcpValue::Text(identity.as_str()));
     }
     if let Some(workload) = record.destination_workload {
-        put("dst.cluster", Value::Text(&workload.cluster_id));
+        put("dst.cluster", TcpValue::Text(&workload.cluster_id));
     }
-    put("direction", Value::Text(record.direction.as_str()));
-    put("bytes_sent", Value::Number(record.bytes_sent));
-    put("bytes_recv", Value::Number(record.bytes_received));
-    put("duration", Value::Milliseconds(record.duration.as_millis() as u64));
+    put("direction", TcpValue::Text(record.direction.as_str()));
+    put("bytes_sent", TcpValue::Number(record.bytes_sent));
+    put("bytes_recv", TcpValue::Number(record.bytes_received));
+    put("duration", TcpValue::Milliseconds(record.duration.as_millis() as u64));
     if !record.error.is_empty() {
-        put("error", Value::Text(record.error));
+        put("error", TcpValue::Text(record.error));
     }
 }
 
@@ -132,11 +164,11 @@ pub(crate) fn tcp(out: &mut Vec<u8>, record: &TcpRecord<'_>) {
         out.extend_from_slice(name.as_bytes());
         out.push(b'=');
         match value {
-            Value::Text(text) => quoted(out, |out| append_text(out, text)),
-            Value::Word(text) => append_text(out, text),
-            Value::Address(address) => append_address(out, address),
-            Value::Number(number) => append_number(out, number),
-            Value::Milliseconds(number) => quoted(out, |out| append_milliseconds(out, number)),
+            TcpValue::Text(text) => quoted(out, |out| append_text(out, text)),
+            TcpValue::Word(text) => append_text(out, text),
+            TcpValue::Address(address) => append_address(out, address),
+            TcpValue::Number(number) => append_number(out, number),
+            TcpValue::Milliseconds(number) => quoted(out, |out| append_milliseconds(out, number)),
         }
     });
 }
@@ -153,13 +185,13 @@ pub(crate) fn tcp_json(out: &mut Vec<u8>, record: &TcpRecord<'_>) {
         out.extend_from_slice(name.as_bytes());
         out.extend_from_slice(b"\":");
         match value {
-            Value::Text(text) | Value::Word(text) => {
+            TcpValue::Text(text) | TcpValue::Word(text) => {
                 // Writing to a Vec cannot fail, nor can a text as JSON.
                 let _ = serde_json::to_writer(&mut *out, text);
             }
-            Value::Address(address) => quoted(out, |out| append_address(out, address)),
-            Value::Number(number) => append_number(out, number),
-            Value::Milliseconds(number) => quoted(out, |out| append_milliseconds(out, number)),
+            TcpValue::Address(address) => quoted(out, |out| append_address(out, address)),
+            TcpValue::Number(number) => append_number(out, number),
+            TcpValue::Milliseconds(number) => quoted(out, |out| append_milliseconds(out, number)),
         }
     });
     out.push(b'}');

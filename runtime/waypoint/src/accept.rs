@@ -61,8 +61,8 @@ async fn connection(waypoint: Arc<Waypoint>, worker: usize, tcp: TcpStream, peer
         }
     };
     let settings = ServerSettings::default();
-    let tls = certificate.server_config();
-    if let Err(error) = cairn_hbone::serve(tcp, tls, &settings, waypoint.drain.clone(), handler).await {
+    if let Err(error) = cairn_hbone::serve(tcp, certificate, &settings, waypoint.drain.clone(), handler).await
+    {
         tracing::debug!(%peer, error = %crate::chain(&error), "tunnel connection ended");
     }
 }

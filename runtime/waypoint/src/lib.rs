@@ -336,6 +336,8 @@ async fn compile(waypoint: Arc<Waypoint>, loader: Arc<Loader>, first: oneshot::S
     loop {
         changes.borrow_and_update();
         let snapshot = waypoint.mesh.snapshot();
+        let aliases = &snapshot.settings().trust_domain_aliases;
+        waypoint.certificates.trust().set_aliases(aliases.iter().cloned());
         let said = &snapshot.l7().gateway_telemetry;
         let idle_max = said.eviction.or(waypoint.settings.metrics_idle);
         waypoint.telemetry.metrics.configure(&said.buckets, idle_max);

@@ -3,12 +3,14 @@
 //! Two halves talk over bounded channels: [`Connector`] owns the network (connect, read, back off), and the loop in
 //! [`follow`] owns the state (session, gate, store) and its deadlines, which run on while there is no connection.
 
+use crate::counts::Termination;
 use crate::mesh::{Mesh, Writer};
 use crate::object::value_to_proto;
 use crate::session::{ObjectDecoder, Session};
 use cairn_identity::{Roots, Token};
 use cairn_proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use cairn_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
+use prost::Message;
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -121,6 +123,9 @@ pub enum FollowError {
     /// The server ended the call, or never answered it.
     #[error("the call ended")]
     Call(#[source] Box<Status>),
+    /// The server ended the call in order.
+    #[error("the server closed the stream")]
+    Closed,
     /// The server reads too slowly.
     #[error("the server does not take our answers")]
     Stuck,
@@ -140,11 +145,11 @@ pub async fn follow(
     drain: impl Future<Output = ()>,
 ) {
     let session = Session::new(settings.node(), settings.object_types.iter().cloned());
-    let writer = Writer::new(mesh, session.subscription_count());
+    let writer = Writer::new(Arc::clone(&mesh), session.subscription_count());
     let (events, received) = mpsc::channel(RESPONSES_MAX);
     tokio::select! {
         () = drain => {}
-        () = Connector { settings, events }.run() => {}
+        () = Connector { settings, mesh, events }.run() => {}
         () = apply(session, writer, decoder, received) => {}
     }
 }
@@ -193,6 +198,8 @@ async fn sleep_until(deadline: Option<Instant>) {
 /// The half that owns the network.
 struct Connector {
     settings: FollowSettings,
+    /// Counts what happens.
+    mesh: Arc<Mesh>,
     events: mpsc::Sender<Event>,
 }
 
@@ -203,6 +210,9 @@ impl Connector {
             let started = Instant::now();
             let ended = self.connection().await;
             let lived = started.elapsed();
+            if let Err(error) = &ended {
+                self.mesh.counts().ended(termination(error));
+            }
             match ended {
                 Ok(()) => return,
                 Err(error) if is_routine(&error) => info!(error = %Chain(&error), "control plane reconnects"),
@@ -233,8 +243,9 @@ impl Connector {
         debug!(address = %self.settings.address, "control plane connected");
         loop {
             let Some(response) = responses.message().await.map_err(call_error)? else {
-                return Err(FollowError::Call(Box::new(Status::unavailable("the server closed the stream"))));
+                return Err(FollowError::Closed);
             };
+            self.mesh.counts().received(&response.type_url, response.encoded_len());
             if stuck.upgrade().is_none() {
                 return Err(FollowError::Stuck);
             }
@@ -306,8 +317,24 @@ fn call_error(status: Status) -> FollowError {
 /// Whether the end of a connection is an everyday one: servers close streams from time to time to spread their load.
 fn is_routine(error: &FollowError) -> bool {
     use tonic::Code;
-    let FollowError::Call(status) = error else { return false };
+    let status = match error {
+        FollowError::Closed => return true,
+        FollowError::Call(status) => status,
+        _ => return false,
+    };
     matches!(status.code(), Code::Unknown | Code::Cancelled | Code::DeadlineExceeded | Code::Unavailable)
+}
+
+fn termination(error: &FollowError) -> Termination {
+    match error {
+        FollowError::Closed => Termination::Complete,
+        FollowError::Call(_) if is_routine(error) => Termination::Reconnect,
+        FollowError::Call(_) | FollowError::Stuck => Termination::Error,
+        FollowError::Address { .. }
+        | FollowError::Connect(_)
+        | FollowError::File { .. }
+        | FollowError::Header { .. } => Termination::ConnectionError,
+    }
 }
 
 /// An error with its sources, on one line.

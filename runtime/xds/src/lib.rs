@@ -8,6 +8,7 @@ pub mod authorization;
 pub mod workload;
 
 mod accept;
+mod counts;
 mod error;
 mod follow;
 mod gate;

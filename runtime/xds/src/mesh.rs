@@ -1,9 +1,10 @@
 //! The mesh as one process knows it: the current snapshot for readers, and the one writer behind it.
 
+use crate::counts::Counts;
 use crate::gate::{Gate, Publish};
 use crate::session::{Problem, Received};
 use arc_swap::ArcSwap;
-use cairn_mesh::{Change, Snapshot, Store};
+use cairn_mesh::{Change, MeshSettings, Snapshot, Store};
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -22,16 +23,25 @@ pub struct Mesh {
     changes: watch::Sender<u64>,
     ready: watch::Sender<bool>,
     problems: Mutex<BTreeMap<(Arc<str>, String), Problem>>,
+    settings: MeshSettings,
+    counts: Counts,
 }
 
 impl Mesh {
     /// An empty mesh that is not ready.
     pub fn new() -> Arc<Self> {
+        Self::with_settings(MeshSettings::default())
+    }
+
+    /// An empty mesh that is not ready. These are its settings, unless the control plane sends others.
+    pub fn with_settings(settings: MeshSettings) -> Arc<Self> {
         Arc::new(Self {
             snapshot: ArcSwap::from_pointee(Snapshot::default()),
             changes: watch::Sender::new(0),
             ready: watch::Sender::new(false),
             problems: Mutex::new(BTreeMap::new()),
+            settings,
+            counts: Counts::default(),
         })
     }
 
@@ -59,6 +69,15 @@ impl Mesh {
     /// What is wrong with resources now, for the operator: at most a thousand.
     pub fn problems(&self) -> Vec<Problem> {
         self.problems.lock().values().cloned().collect()
+    }
+
+    /// What happened on the way to the control plane, in the Prometheus text format.
+    pub fn encode_metrics(&self) -> String {
+        self.counts.encode()
+    }
+
+    pub(crate) fn counts(&self) -> &Counts {
+        &self.counts
     }
 
     /// Publishes a state and declares the mesh ready: for one who has another source of it than [`crate::follow`].
@@ -106,7 +125,9 @@ pub(crate) struct Writer {
 
 impl Writer {
     pub(crate) fn new(mesh: Arc<Mesh>, type_count: usize) -> Self {
-        Self { mesh, store: Store::new(), gate: Gate::new(type_count), waiting: HashMap::new() }
+        let mut store = Store::new();
+        store.apply([Change::Settings(mesh.settings.clone())]);
+        Self { mesh, store, gate: Gate::new(type_count), waiting: HashMap::new() }
     }
 
     /// A new connection stands.

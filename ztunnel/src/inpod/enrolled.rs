@@ -4,10 +4,10 @@
 use super::message::PodName;
 use crate::Proxy;
 use crate::dns::{self, DNS_PORT, Forwarder, servers_of};
-use crate::pods::{self, HBONE_PORT, OUTBOUND_PORT, PLAINTEXT_PORT, Pod, SOCKS_PORT, Spoofing, Way};
+use crate::pods::{self, Pod, Spoofing, Way};
 use crate::settings::{InPod, OriginalSource};
-use cairn_mesh::{Snapshot, Workload};
-use cairn_net::{ListenOptions, Namespace, NetError};
+use cairn_mesh::{HBONE_PORT, OUTBOUND_PORT, PLAINTEXT_PORT, SOCKS_PORT, Snapshot, Workload};
+use cairn_net::{Drain, DrainTrigger, ListenOptions, Namespace, NetError};
 use parking_lot::Mutex;
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -15,7 +15,6 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
-use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 /// How long a connection waits for its pod to become known to the mesh (facts: 5 s).
@@ -32,8 +31,11 @@ pub struct Enrolled {
     mark: Option<u32>,
     /// Where its workload was found last, so that it is not searched for each connection.
     known: Mutex<Known>,
-    /// Ends when the pod is removed.
-    removed: watch::Receiver<()>,
+    /// Is cut when the pod is removed.
+    life: Drain,
+    /// A part of that, which starts when the mesh no longer knows the pod. Connections that come when it knows it again
+    /// have another.
+    presence: Mutex<(DrainTrigger, Drain)>,
 }
 
 #[derive(Default)]
@@ -43,14 +45,23 @@ struct Known {
     searched: Option<u64>,
 }
 
-/// A pod that is served. Dropping it closes its listeners and ends its connections.
+/// A pod that is served. Dropping it closes its listeners and ends its connections; peers are told so.
 pub struct Served {
     listeners: Vec<JoinHandle<()>>,
-    _removed: watch::Sender<()>,
+    life: DrainTrigger,
+    namespace: Option<Namespace>,
+}
+
+impl Served {
+    /// The network namespace of the pod; `None` is our own.
+    pub fn namespace(&self) -> Option<&Namespace> {
+        self.namespace.as_ref()
+    }
 }
 
 impl Drop for Served {
     fn drop(&mut self) {
+        self.life.cut();
         for listener in &self.listeners {
             listener.abort();
         }
@@ -92,7 +103,7 @@ pub fn serve(
         is_transparent &= transparent;
         bound.push((listener, *way));
     }
-    let (sender, removed) = watch::channel(());
+    let (trigger, life) = proxy.drain.part();
     let pod = Arc::new(Enrolled {
         uid: Arc::clone(place.uid),
         name: place.name.clone(),
@@ -100,7 +111,8 @@ pub fn serve(
         spoofing: if is_transparent { Spoofing::Any } else { Spoofing::None },
         mark: settings.mark,
         known: Mutex::default(),
-        removed,
+        presence: Mutex::new(life.part()),
+        life,
     });
     let names = match &settings.dns {
         Some(file) if ways.iter().any(|(_, way)| *way == Way::Redirected) => {
@@ -109,7 +121,12 @@ pub fn serve(
         _ => Vec::new(),
     };
     let listeners = bound.into_iter().map(|(listener, way)| accept(proxy, &pod, listener, way));
-    Ok(Served { listeners: listeners.chain(names).collect(), _removed: sender })
+    let presence = tokio::spawn(follow_presence(Arc::clone(proxy), Arc::clone(&pod)));
+    Ok(Served {
+        listeners: listeners.chain(names).chain([presence]).collect(),
+        life: trigger,
+        namespace: place.namespace.cloned(),
+    })
 }
 
 /// Listens on a port of all addresses of the namespace that the thread is in. Returns as well whether sockets here may
@@ -178,7 +195,7 @@ fn answer_names(
             packets,
             Arc::clone(&forwarder),
             client.clone(),
-            pod.removed.clone(),
+            pod.life.clone(),
         )));
         let (shared, forwarder) = (Arc::clone(proxy), Arc::clone(&forwarder));
         tasks.push(pods::accept_with(proxy, Arc::clone(&pod.uid), "DNS", listener, move |_, stream, _| {
@@ -195,7 +212,7 @@ async fn answer_packets<C, F>(
     packets: UdpSocket,
     forwarder: Arc<Forwarder>,
     client: C,
-    mut removed: watch::Receiver<()>,
+    life: Drain,
 ) where
     C: Fn() -> F + Send + Sync + 'static,
     F: Future<Output = Option<Arc<Workload>>> + Send + 'static,
@@ -206,12 +223,32 @@ async fn answer_packets<C, F>(
         match UdpSocket::from_std(packets) {
             Ok(packets) => tokio::select! {
                 () = dns::serve_packets(proxy, packets, forwarder, client) => {}
-                _end = removed.changed() => {}
+                () = life.cut() => {}
             },
             Err(error) => tracing::warn!(%error, "names cannot be answered"),
         }
     };
     workers.run(start).await;
+}
+
+/// Has peers open no more tunnels to the pod when the mesh no longer knows it, which is before its network is gone; those
+/// that are open go on.
+async fn follow_presence(proxy: Arc<Proxy>, pod: Arc<Enrolled>) {
+    let mut changes = proxy.mesh.changes();
+    let mut gone = None;
+    while changes.changed().await.is_ok() {
+        let snapshot = proxy.mesh.snapshot();
+        // One that nobody has connected to is of no interest.
+        let Some(uid) = pod.known.lock().uid.clone() else { continue };
+        if snapshot.workload(&uid).is_some() {
+            gone = None;
+        } else if gone.as_ref() != Some(&uid) {
+            gone = Some(uid);
+            let (leaving, _) = std::mem::replace(&mut *pod.presence.lock(), pod.life.part());
+            leaving.start();
+            tracing::debug!(pod = %pod.uid, "the mesh no longer knows the pod");
+        }
+    }
 }
 
 /// Finds out who the pod is, each time anew.
@@ -235,11 +272,12 @@ fn accept(proxy: &Arc<Proxy>, pod: &Arc<Enrolled>, listener: TcpListener, way: W
     pods::accept_with(proxy, label, way.as_str(), listener, move |worker, stream, peer| {
         let (proxy, pod) = (Arc::clone(&shared), Arc::clone(&of));
         async move {
-            let mut removed = pod.removed.clone();
+            let life = pod.life.clone();
             tokio::select! {
+                // A tunnels' connection has a last word.
+                biased;
                 () = connection(proxy, pod, worker, stream, peer, way) => {}
-                // Nothing is ever sent: this is the sender's end.
-                _end = removed.changed() => tracing::debug!(%peer, ?way, "connection ended with its pod"),
+                () = life.cut() => tracing::debug!(%peer, ?way, "connection ended with its pod"),
             }
         }
     })
@@ -268,6 +306,7 @@ async fn connection(
         spoofing: enrolled.spoofing,
         mark: enrolled.mark,
         is_alone: true,
+        drain: enrolled.presence.lock().1.clone(),
     });
     pods::hand_over(proxy, pod, worker, stream, peer, way).await;
 }

@@ -35,6 +35,10 @@ const EXAMPLES: &[Example] = &[
     ("XDS_HEADER_*", "1", &[]),
     ("CA_HEADER_*", "1", &[]),
     ("SECRET_TTL", "1h", &[]),
+    ("CRL_PATH", "/crl.pem", &[]),
+    ("TRUST_DOMAIN", "corp", &[]),
+    ("TRUST_DOMAIN_ALIASES", "old", &[]),
+    ("CLUSTER_DOMAIN", "corp.example", &[]),
     ("ISTIO_META_DNS_CAPTURE", "false", &[("ISTIO_META_X", "1")]),
     ("ISTIO_META_*", "x", &[]),
     ("ISTIO_METAJSON_*", "{\"a\": 1}", &[]),
@@ -56,6 +60,8 @@ const EXAMPLES: &[Example] = &[
     ("CONNECTION_TERMINATION_DEADLINE", "1m", &[]),
     ("TERMINATION_GRACE_PERIOD_SECONDS", "30", &[]),
     ("UNSTABLE_ENABLE_SOCKS5", "true", &[]),
+    ("CAIRN_ACCESS_LOG_FILTER", "direction=inbound", &[]),
+    ("CAIRN_ACCESS_LOG_SHARE", "10%", &[]),
     ("RUST_LOG", "debug", &[]),
     ("LOG_FORMAT", "json", &[]),
 ];
@@ -227,4 +233,29 @@ fn what_cannot_be_understood_is_refused() {
         assert_eq!(duration(text), Some(Duration::from_secs(expected)), "{text}");
     }
     assert_eq!(duration("250ms"), Some(Duration::from_millis(250)));
+}
+
+#[test]
+fn the_names_of_the_trust_domain_are_the_meshs_unless_the_environment_says_others() {
+    let mesh: MeshConfig = serde_saphyr::from_str(
+        "trustDomain: corp\ntrustDomainAliases: [old, older]\ndefaultConfig: {concurrency: 3}\nother: 1",
+    )
+    .unwrap();
+    assert_eq!(mesh.default_config.concurrency, Some(3));
+    for (what, pairs, domain, aliases) in [
+        ("the file", &[][..], "corp", &["old", "older"][..]),
+        ("other aliases", &[("TRUST_DOMAIN_ALIASES", " a, b,,")], "corp", &["a", "b"]),
+        ("another name", &[("TRUST_DOMAIN", "new")], "new", &["old", "older"]),
+    ] {
+        let environment = environment(pairs);
+        let read = mesh_settings(&Reader(&environment), &mesh);
+        assert_eq!(&*read.trust_domain, domain, "{what}");
+        assert_eq!(
+            read.trust_domain_aliases.iter().map(|alias| &**alias).collect::<Vec<_>>(),
+            aliases,
+            "{what}"
+        );
+    }
+    let plain = of(&[]).mesh;
+    assert_eq!(plain, MeshSettings::default());
 }

@@ -65,6 +65,7 @@ impl Scene {
             tunnels: PoolSettings::default(),
             loads: Arc::default(),
             names: Names::default(),
+            asked: OnDemandDns::default(),
         });
         tokio::spawn(Arc::clone(&ways.certificates).renew());
         Self { ca, store, ways, _dir: dir }
@@ -95,13 +96,15 @@ impl Scene {
     ) -> mpsc::UnboundedReceiver<Seen> {
         let at = SocketAddr::new(address, 15008);
         let listener = cairn_net::listen(at, &ListenOptions::default()).unwrap();
-        let certificate = WorkloadCertificate::request(&*self.ca, who, LONG * 100).await.unwrap();
+        let certificate = WorkloadCertificate::request(&*self.ca, who, LONG * 100).await;
+        let certificate = Arc::new(certificate.unwrap());
         let (seen_sender, seen) = mpsc::unbounded_channel();
         tokio::spawn(async move {
             loop {
                 let (tcp, _) = listener.accept().await.unwrap();
                 let (_, never) = drain();
-                let (answer, seen, tls) = (answer.clone(), seen_sender.clone(), certificate.server_config());
+                let (answer, seen, certificate) =
+                    (answer.clone(), seen_sender.clone(), Arc::clone(&certificate));
                 tokio::spawn(async move {
                     let handler = |connect: Connect| {
                         let (authority, headers) =
@@ -112,7 +115,8 @@ impl Scene {
                         answer(connect);
                     };
                     // How it ends is the client's business.
-                    let _ = cairn_hbone::serve(tcp, tls, &ServerSettings::default(), never, handler).await;
+                    let _ = cairn_hbone::serve(tcp, certificate, &ServerSettings::default(), never, handler)
+                        .await;
                 });
             }
         });
@@ -433,4 +437,28 @@ async fn an_open_connection_counts_as_load_until_it_ends() {
     assert_eq!(load(&scene), Some(1));
     drop(opened);
     assert_eq!(load(&scene), Some(0));
+}
+
+#[test]
+fn what_did_not_come_about_is_flagged_as_istio_flags_it() {
+    let address: SocketAddr = "10.0.2.7:15008".parse().unwrap();
+    let slow = cairn_net::NetError::ConnectTimeout { address, timeout: Duration::from_secs(10) };
+    let refused =
+        cairn_net::NetError::Connect { address, source: std::io::ErrorKind::ConnectionRefused.into() };
+    let broken = || std::io::Error::other("certificate unknown");
+    for (error, flag, says, elsewhere) in [
+        (ConnectError::Tcp(Arc::new(slow)), "NETWORK_POLICY", "port 15008", true),
+        (ConnectError::Tcp(Arc::new(refused)), "CONNECT", "10.0.2.7:15008", true),
+        (ConnectError::Tls(Arc::new(broken())), "TLS_FAILURE", "certificate unknown", true),
+        (ConnectError::Revoked, "TLS_FAILURE", "revoked", true),
+        (ConnectError::Refused(StatusCode::FORBIDDEN), "DENY", "403", false),
+        (ConnectError::Refused(StatusCode::UNAUTHORIZED), "DENY", "401", false),
+        (ConnectError::Refused(StatusCode::SERVICE_UNAVAILABLE), "CONNECT", "503", true),
+        (ConnectError::Refused(StatusCode::NOT_FOUND), "CONNECT", "404", false),
+        (ConnectError::Timeout, "CONNECT", "in time", true),
+    ] {
+        let found = failure(&error);
+        assert_eq!((found.flag, found.elsewhere), (flag, elsewhere), "{error}");
+        assert!(found.reason.contains(says), "{}", found.reason);
+    }
 }

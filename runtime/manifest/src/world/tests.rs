@@ -245,6 +245,34 @@ fn a_gateway_gives_a_waypoint_and_its_service() {
 }
 
 #[test]
+fn a_waypoint_may_stand_behind_a_ztunnel() {
+    let annotated = |text: &str| {
+        let name = "name: wp, namespace: shop";
+        let with = format!("{name}, annotations: {{ambient.istio.io/waypoint-inbound-binding: {text}}}");
+        assert!(BOUND.contains(name));
+        BOUND.replacen(name, &with, 1)
+    };
+    let tunnel = |handover, port| Some(cairn_mesh::ApplicationTunnel { handover, port });
+    use cairn_mesh::TunnelHandover::{None as Plain, Proxy};
+    for (text, expected, said) in [
+        ("PROXY/15088", tunnel(Proxy, Some(15088)), 0),
+        ("PROXY", tunnel(Proxy, None), 0),
+        ("NONE/15080", tunnel(Plain, Some(15080)), 0),
+        ("PROXY/0", None, 1),
+        ("proxy/15088", None, 1),
+        ("PROXY/x", None, 1),
+    ] {
+        let world = world(&annotated(text));
+        let pod = world.workload("wp-0");
+        assert_eq!(pod.application_tunnel, expected, "{text}");
+        assert_eq!(pod.native_tunnel, expected.is_none(), "{text}");
+        assert_eq!(pod.protocol, TunnelProtocol::Hbone, "{text}");
+        let found = world.diagnostics.iter().filter(|found| found.code == "invalid-value").count();
+        assert_eq!(found, said, "{text}: {:?}", world.diagnostics);
+    }
+}
+
+#[test]
 fn bindings_follow_the_nearest_label() {
     let labelled = |text: String, labels: &str| {
         text.replace("namespace: shop}", &format!("namespace: shop, labels: {{{labels}}}}}"))

@@ -7,7 +7,10 @@ use super::{GATEWAY_GROUP, GatewayEntry, Scene, WaypointFor, selects};
 use crate::decode::target::WAYPOINT_CLASS;
 use crate::diagnostic::Severity;
 use crate::field::FieldPath;
-use cairn_mesh::{GatewayAddress, GatewayTarget, Identity, ResourceName, Workload};
+use crate::object::Object;
+use cairn_mesh::{
+    ApplicationTunnel, GatewayAddress, GatewayTarget, Identity, ResourceName, TunnelHandover, Workload,
+};
 use std::collections::BTreeMap;
 
 /// The port on which a waypoint accepts tunnels.
@@ -15,6 +18,8 @@ pub(super) const HBONE_PORT: u16 = 15008;
 const USE: &str = "istio.io/use-waypoint";
 const USE_NAMESPACE: &str = "istio.io/use-waypoint-namespace";
 const FOR: &str = "istio.io/waypoint-for";
+/// On a Gateway or its class: how a ztunnel hands the waypoint its tunnels (Istio's annotation).
+const BINDING: &str = "ambient.istio.io/waypoint-inbound-binding";
 /// On pods and services made for a Gateway.
 pub(super) const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
 /// The controller of waypoints' classes.
@@ -31,6 +36,15 @@ pub(super) struct Waypoint {
     class: String,
     waypoint_for: WaypointFor,
     listeners: Vec<Listener>,
+    /// A ztunnel stands before its pods, and hands them what is in the tunnels.
+    binding: Option<ApplicationTunnel>,
+}
+
+/// A class of waypoints, and what it says of those that do not say it themselves.
+#[derive(Clone, Copy, Default)]
+struct Class {
+    waypoint_for: Option<WaypointFor>,
+    binding: Option<ApplicationTunnel>,
 }
 
 impl Waypoint {
@@ -82,19 +96,21 @@ impl Waypoint {
 
 /// Finds the waypoints among the Gateways.
 pub(super) fn waypoints(scene: &mut Scene<'_>) -> Vec<Waypoint> {
-    let mut classes: BTreeMap<String, Option<WaypointFor>> =
-        BTreeMap::from([(WAYPOINT_CLASS.to_owned(), None)]);
-    for (_, object) in scene.of(GATEWAY_GROUP, "GatewayClass") {
+    let mut classes: BTreeMap<String, Class> =
+        BTreeMap::from([(WAYPOINT_CLASS.to_owned(), Class::default())]);
+    for (index, object) in scene.of(GATEWAY_GROUP, "GatewayClass") {
         let controller = core::read::<GatewayClassSpec>(object).map(|class| class.controller_name);
         if controller.is_ok_and(|controller| controller == CONTROLLER) || *object.name.name == *WAYPOINT_CLASS
         {
-            classes.insert(object.name.name.to_string(), object.label(FOR).and_then(waypoint_for));
+            let waypoint_for = object.label(FOR).and_then(waypoint_for);
+            let binding = binding(scene, index, object);
+            classes.insert(object.name.name.to_string(), Class { waypoint_for, binding });
         }
     }
     let mut found = Vec::new();
     for (index, object) in scene.of(GATEWAY_GROUP, "Gateway") {
         let Ok(spec) = core::read::<GatewaySpec>(object) else { continue };
-        let Some(class_default) = classes.get(&spec.gateway_class_name) else {
+        let Some(class) = classes.get(&spec.gateway_class_name) else {
             let reason =
                 format!("class `{}` is not for waypoints: it has no effect here", spec.gateway_class_name);
             let at = FieldPath::of(&["spec", "gatewayClassName"]);
@@ -122,12 +138,34 @@ pub(super) fn waypoints(scene: &mut Scene<'_>) -> Vec<Waypoint> {
             identity,
             service: ResourceName::new(namespace.clone(), hostname),
             class: spec.gateway_class_name,
-            waypoint_for: asked.and_then(waypoint_for).or(*class_default).unwrap_or(WaypointFor::Service),
+            waypoint_for: asked.and_then(waypoint_for).or(class.waypoint_for).unwrap_or(WaypointFor::Service),
             listeners: spec.listeners,
+            binding: binding(scene, index, object).or(class.binding),
         });
     }
     found.sort_by(|a, b| a.name.cmp(&b.name));
     found
+}
+
+/// How tunnels are handed over to the pods of a waypoint behind a ztunnel: `PROXY/15088`, the protocol and a port.
+fn binding(scene: &mut Scene<'_>, index: usize, object: &Object) -> Option<ApplicationTunnel> {
+    let text = object.annotations.get(BINDING)?;
+    let (protocol, port) = match text.split_once('/') {
+        None => (text.as_str(), Some(None)),
+        Some((protocol, port)) => (protocol, port.parse::<u16>().ok().filter(|port| *port > 0).map(Some)),
+    };
+    let handover = match protocol {
+        "NONE" => Some(TunnelHandover::None),
+        "PROXY" => Some(TunnelHandover::Proxy),
+        _ => None,
+    };
+    if let (Some(handover), Some(port)) = (handover, port) {
+        return Some(ApplicationTunnel { handover, port });
+    }
+    let at = FieldPath::of(&["metadata", "annotations", BINDING]);
+    let reason = "must be NONE or PROXY, and may have a port, as in PROXY/15088: it has no effect";
+    scene.note(index, Severity::Error, "invalid-value", &at, reason);
+    None
 }
 
 fn waypoint_for(text: &str) -> Option<WaypointFor> {
@@ -162,6 +200,14 @@ pub(super) fn bind(scene: &mut Scene<'_>, waypoints: &[Waypoint], services: &mut
         known.service.waypoint = bound.filter(|waypoint| waypoint.takes_services()).map(Waypoint::address);
         if let (true, Some(waypoint), None, Some(index)) = (is_own, bound, &known.waypoint, known.index) {
             wrong_traffic(scene, index, &labels_at, waypoint, "services");
+        }
+    }
+    for pod in pods.iter_mut() {
+        let own = waypoints.iter().find(|waypoint| pod.gateway.as_ref() == Some(&waypoint.name));
+        if let Some(binding) = own.and_then(|waypoint| waypoint.binding) {
+            // Its tunnels end at the ztunnel of its node.
+            pod.workload.native_tunnel = false;
+            pod.workload.application_tunnel = Some(binding);
         }
     }
     for pod in pods.iter_mut().filter(|pod| pod.gateway.is_none()) {

@@ -158,7 +158,10 @@ fn applying(snapshot: &Snapshot, workload: &Workload) -> Result<Vec<Arc<Authoriz
     }
     let settings = snapshot.settings();
     if !settings.trust_domain_aliases.is_empty() {
-        let domains = settings.trust_domains();
+        // The workload's own is the mesh's, whatever the settings call that.
+        let own = std::iter::once(workload.identity.trust_domain().into());
+        let known = std::iter::once(&settings.trust_domain).chain(&settings.trust_domain_aliases);
+        let domains = crate::TrustDomains::new(own.chain(known.cloned()));
         for policy in &mut all {
             expand(Arc::make_mut(policy), &domains);
         }

@@ -311,3 +311,41 @@ fn policies_on_trial_change_nothing_and_say_what_they_would() {
         assert_eq!(decide(store.current(), &workload, &peer), Decision::Allow(None), "{name}");
     }
 }
+
+#[test]
+fn who_is_named_in_the_trust_domain_of_the_workload_or_an_alias_is_meant_in_all_of_them() {
+    let settings = crate::MeshSettings {
+        trust_domain: "mesh".into(),
+        trust_domain_aliases: vec!["old".into()],
+        ..crate::MeshSettings::default()
+    };
+    let workload = Workload::new("w", "w", Identity::new("own", "ns", "w").unwrap());
+    let decided = |written: &str, aliases: bool, found: &str| {
+        let matched = L4Match { principals: any(texts(&[written])), ..L4Match::default() };
+        let deny = policy("ns/p", PolicyAction::Deny, Scope::Namespace, vec![rule(vec![matched])]);
+        let mut store = Store::new();
+        let settings = aliases.then(|| Change::Settings(settings.clone()));
+        let others = [Change::Authorization(deny), Change::Workload(workload.clone())];
+        store.apply(settings.into_iter().chain(others));
+        let identity: Identity = found.parse().unwrap();
+        let peer = L4Peer {
+            identity: Some(&identity),
+            source: ([10, 0, 0, 1], 40000).into(),
+            destination: ([10, 0, 0, 2], 8080).into(),
+        };
+        matches!(decide(store.current(), &workload, &peer), Decision::Deny(_))
+    };
+    for (written, aliases, found, denied) in [
+        ("own/ns/a/sa/x", false, "old", false),
+        ("own/ns/a/sa/x", true, "own", true),
+        ("own/ns/a/sa/x", true, "old", true),
+        ("old/ns/a/sa/x", true, "own", true),
+        ("mesh/ns/a/sa/x", true, "own", true),
+        ("cluster.local/ns/a/sa/x", true, "own", true),
+        ("elsewhere/ns/a/sa/x", true, "own", false),
+        ("own/ns/a/sa/y", true, "old", false),
+    ] {
+        let found = format!("spiffe://{found}/ns/a/sa/x");
+        assert_eq!(decided(written, aliases, &found), denied, "{written} {found}");
+    }
+}

@@ -117,6 +117,13 @@ fn a_connection_is_written_as_ztunnel_writes_it() {
         decision: "",
         policy: "",
     };
+    let mut last = 0;
+    record.for_each_field(|name, _| {
+        let place =
+            TcpRecord::FIELDS.iter().position(|field| *field == name).expect("a field that is listed");
+        assert!(name == "src.addr" || place > last, "{name} is out of order");
+        last = place;
+    });
     let line = |record: &TcpRecord<'_>| {
         let mut out = Vec::new();
         tcp(&mut out, record);

@@ -127,3 +127,15 @@ fn problems_stay_until_their_resource_is_fine() {
     writer.take(Received { problems: many, ..received(0, None, vec![]) }, now);
     assert_eq!(mesh.problems().len(), PROBLEMS_MAX);
 }
+
+#[test]
+fn what_was_known_of_the_mesh_at_first_stays_while_nobody_says_otherwise() {
+    let settings = MeshSettings { trust_domain_aliases: vec!["old".into()], ..MeshSettings::default() };
+    let mesh = Mesh::with_settings(settings.clone());
+    let mut writer = Writer::new(Arc::clone(&mesh), 1);
+    writer.take(received(0, Some(1), vec![workload(&[])]), Instant::now());
+    assert_eq!(**mesh.snapshot().settings(), settings);
+    let changed = vec![Change::Settings(MeshSettings::default())];
+    writer.take(received(0, Some(2), changed), Instant::now());
+    assert_eq!(**mesh.snapshot().settings(), MeshSettings::default());
+}
