@@ -5,8 +5,8 @@
 
 use crate::inpod::PodName;
 use crate::settings::{
-    ADMIN_PORT, ControlPlane, InPod, METRICS_PORT, OriginalSource, OwnPod, PodSource, Settings, TunnelLimits,
-    workers_of,
+    ADMIN_PORT, Afterwards, ControlPlane, Handover, InPod, METRICS_PORT, OriginalSource, OwnPod, PodSource,
+    Settings, TunnelLimits, workers_of,
 };
 use anyhow::{Context, Result, bail};
 use cairn_identity::{Roots, Token};
@@ -28,7 +28,8 @@ pub enum Use {
 }
 use Use::{Followed, Without};
 
-/// Every variable of Istio's ztunnel; any other is ignored, as there. A name that ends in `*` stands for all that begin so.
+/// Every variable of Istio's ztunnel, and those of our own; any other is ignored, as there. A name that ends in `*` stands
+/// for all that begin so.
 pub const VARIABLES: &[(&str, Use)] = &[
     ("ENABLE_PROXY", Followed),
     ("PROXY_MODE", Followed),
@@ -72,6 +73,7 @@ pub const VARIABLES: &[(&str, Use)] = &[
     ("CONNECTION_TERMINATION_DEADLINE", Followed),
     ("TERMINATION_GRACE_PERIOD_SECONDS", Followed),
     ("UNSTABLE_ENABLE_SOCKS5", Followed),
+    ("CAIRN_HANDOVER_SOCKET", Followed),
     ("RUST_LOG", Followed),
     ("LOG_FORMAT", Followed),
     ("INPOD_ENABLED", Without("Istio's ztunnel does not read it either")),
@@ -169,6 +171,10 @@ pub fn settings(environment: &Environment) -> Result<Settings> {
             idle_timeout: read.duration("POOL_UNUSED_RELEASE_TIMEOUT")?,
         },
         drain: drain(&read)?,
+        handover: read.text("CAIRN_HANDOVER_SOCKET").map(|socket| Handover {
+            socket: socket.into(),
+            afterwards: if is_kubernetes { Afterwards::Stay } else { Afterwards::End },
+        }),
         access_log: true,
         log: read.text("RUST_LOG").unwrap_or("info").to_owned(),
         log_format: match read.text("LOG_FORMAT") {

@@ -11,9 +11,11 @@ mod choice;
 mod dns;
 mod dump;
 mod explain;
+mod handover;
 mod inbound;
 mod inpod;
 mod istio;
+mod lifecycle;
 mod live;
 mod onward;
 mod open;
@@ -28,17 +30,21 @@ mod trial;
 pub use inpod::PodName;
 pub use pods::{TWIN_DISTANCE, namespace_file, twin};
 pub use settings::{
-    Capture, CaptureKind, ControlPlane, InPod, Options, OriginalSource, OwnPod, PodSource, Settings,
+    Afterwards, Capture, CaptureKind, ControlPlane, Handover, InPod, Options, OriginalSource, OwnPod,
+    PodSource, Settings,
 };
 
 use anyhow::{Context, bail};
 use cairn_hbone::{Pool, PoolSettings};
 use cairn_identity::{CaClient, CaSettings, CertificateSettings, Certificates};
-use cairn_net::{ConnectOptions, Drain};
-use cairn_process::{Liveness, LogControl, LogFormat, Operators, Pending, Readiness, Workers};
+use cairn_net::{ConnectOptions, Drain, ListenOptions};
+use cairn_process::{
+    Liveness, LogControl, LogFormat, OperatorError, Operators, Pending, Readiness, Serving, Workers,
+};
 use cairn_telemetry::{Counter, Telemetry, TelemetrySettings};
 use cairn_xds::{FollowSettings, Mesh};
 use choice::Names;
+use handover::{Owner, Sockets};
 use live::Live;
 use onward::Ways;
 use open::OpenConnections;
@@ -47,7 +53,6 @@ use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use tokio::sync::Notify;
-use tokio::task::JoinSet;
 use trial::Trials;
 
 /// How many connections to a peer are made so that tunnels that carry much do not hold up others.
@@ -75,6 +80,8 @@ struct Proxy {
     quit: Notify,
     /// Connections that could not be accepted.
     accept_failures: Counter,
+    /// What is listened on.
+    sockets: Arc<Sockets>,
 }
 
 impl Proxy {
@@ -154,6 +161,10 @@ async fn serve(settings: Settings, workers: Workers, log: LogControl) -> anyhow:
     let certificate_settings = CertificateSettings { ttl: settings.certificate_ttl, ..Default::default() };
     let certificates = Certificates::new(Arc::new(issuer), certificate_settings);
 
+    let sockets = match &settings.handover {
+        Some(_) => Sockets::for_handover().context("cannot tell which network namespace this is")?,
+        None => Sockets::new(),
+    };
     let (trigger, drain) = cairn_net::drain();
     let limits = PoolSettings { spread_max: SPREAD_MAX, ..settings.tunnels.pool() };
     let pool = |_| Pool::new(limits.clone());
@@ -181,37 +192,10 @@ async fn serve(settings: Settings, workers: Workers, log: LogControl) -> anyhow:
         log,
         quit: Notify::new(),
         accept_failures,
+        sockets: Arc::new(sockets),
         settings,
     });
-
-    let readiness = Readiness::default();
-    let (state, listening) = (readiness.wait_for("state manager"), readiness.wait_for("proxy"));
-    start_operators(&proxy, readiness.clone())?;
-    let mut tasks = JoinSet::new();
-    tasks.spawn(Arc::clone(&proxy.certificates).renew());
-    tasks.spawn(follow(Arc::clone(&proxy)));
-    tasks.spawn(recheck(Arc::clone(&proxy)));
-    tasks.spawn({
-        let proxy = Arc::clone(&proxy);
-        async move {
-            proxy.mesh.ready().await;
-            state.done();
-            tracing::info!("first state received");
-            serve_pods(proxy, readiness, listening).await;
-        }
-    });
-
-    // Without any of its control tasks the proxy would go on with what it last knew, looking healthy.
-    let signal = tokio::select! {
-        signal = cairn_process::stop_signal() => signal.context("cannot watch for signals")?,
-        () = proxy.quit.notified() => "quitquitquit",
-        ended = tasks.join_next() => bail!("a control task ended: {ended:?}"),
-    };
-    tracing::info!(signal, "draining");
-    trigger.start();
-    let all_ended = trigger.finished(proxy.settings.drain).await;
-    tracing::info!(all_ended, "stopped");
-    Ok(())
+    lifecycle::run(proxy, trigger).await
 }
 
 /// Serves pods, wherever they come from, until the process ends.
@@ -228,12 +212,10 @@ async fn serve_pods(proxy: Arc<Proxy>, readiness: Readiness, listening: Pending)
     match proxy.settings.pods.clone() {
         PodSource::Mesh(capture) => pods::run(proxy, capture, listening).await,
         PodSource::Cni(settings) => {
-            listening.done();
-            tokio::join!(inpod::run(proxy, settings, readiness), certificates);
+            tokio::join!(inpod::run(proxy, settings, readiness, listening), certificates);
         }
         PodSource::Dedicated(name, settings) => {
-            listening.done();
-            tokio::join!(inpod::run_dedicated(proxy, name, settings), certificates);
+            tokio::join!(inpod::run_dedicated(proxy, name, settings, listening), certificates);
         }
         PodSource::Nowhere => {
             listening.done();
@@ -242,7 +224,7 @@ async fn serve_pods(proxy: Arc<Proxy>, readiness: Readiness, listening: Pending)
     }
 }
 
-fn start_operators(proxy: &Arc<Proxy>, readiness: Readiness) -> anyhow::Result<()> {
+fn start_operators(proxy: &Arc<Proxy>, readiness: Readiness) -> Result<Serving, OperatorError> {
     let at = |port| SocketAddr::new(proxy.settings.address, port);
     let counted = Arc::clone(proxy);
     Operators {
@@ -259,8 +241,7 @@ fn start_operators(proxy: &Arc<Proxy>, readiness: Readiness) -> anyhow::Result<(
         }),
         admin: admin::router(Arc::clone(proxy)),
     }
-    .start()?;
-    Ok(())
+    .start_at(&|address| proxy.sockets.listen(Owner::ZTUNNEL, address, &ListenOptions::default()))
 }
 
 async fn follow(proxy: Arc<Proxy>) {

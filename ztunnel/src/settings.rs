@@ -76,6 +76,10 @@ pub struct Options {
     /// How long open connections may go on after SIGTERM, in seconds [default: 5].
     #[arg(long, env = "DRAIN_SECONDS")]
     pub drain_seconds: Option<u64>,
+    /// A Unix socket at which a successor takes over this ztunnel's ports, and at which this one asks its predecessor for
+    /// them, so that a restart breaks no connection. In a directory that both see [default: none].
+    #[arg(long, env = "CAIRN_HANDOVER_SOCKET")]
+    pub handover_socket: Option<PathBuf>,
     /// One line per connection on standard output [default: true].
     #[arg(long, env = "CAIRN_ACCESS_LOG")]
     pub access_log: Option<bool>,
@@ -168,6 +172,25 @@ pub const RESOLVERS: &str = "/etc/resolv.conf";
 
 /// Where istio-cni listens (facts: `INPOD_UDS`).
 const CNI_SOCKET: &str = "/var/run/ztunnel/ztunnel.sock";
+
+/// How a ztunnel takes over from its predecessor and hands over to its successor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Handover {
+    /// The Unix socket at which both meet.
+    pub socket: PathBuf,
+    /// What a ztunnel does that has been succeeded.
+    pub afterwards: Afterwards,
+}
+
+/// What a ztunnel does that has been succeeded and accepts no more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Afterwards {
+    /// It ends with its last connection, or when the time for draining has passed.
+    End,
+    /// It stays until it is told to stop, and drains then: whoever supervises it would start it anew if it ended by
+    /// itself, as Kubernetes does.
+    Stay,
+}
 
 /// The pod that the ztunnel itself is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -295,6 +318,8 @@ pub struct Settings {
     pub tunnels: TunnelLimits,
     /// How long open connections may go on after SIGTERM.
     pub drain: Duration,
+    /// Whether ports are handed over from one ztunnel to the next, and how.
+    pub handover: Option<Handover>,
     /// Whether a line is written per connection.
     pub access_log: bool,
     /// Log filter.
@@ -357,6 +382,10 @@ impl Options {
             ),
             tunnels: TunnelLimits::default(),
             drain: Duration::from_secs(self.drain_seconds.or(file.drain_seconds).unwrap_or(5)),
+            handover: self
+                .handover_socket
+                .or(file.handover_socket)
+                .map(|socket| Handover { socket, afterwards: Afterwards::End }),
             access_log: self.access_log.or(file.access_log).unwrap_or(true),
             log: self.log.or(file.log).unwrap_or_else(|| "info".to_owned()),
             log_format: self.log_format.or(file.log_format).unwrap_or_default(),

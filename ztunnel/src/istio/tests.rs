@@ -56,6 +56,7 @@ const EXAMPLES: &[Example] = &[
     ("CONNECTION_TERMINATION_DEADLINE", "1m", &[]),
     ("TERMINATION_GRACE_PERIOD_SECONDS", "30", &[]),
     ("UNSTABLE_ENABLE_SOCKS5", "true", &[]),
+    ("CAIRN_HANDOVER_SOCKET", "/handover.sock", &[]),
     ("RUST_LOG", "debug", &[]),
     ("LOG_FORMAT", "json", &[]),
 ];
@@ -223,4 +224,17 @@ fn what_cannot_be_understood_is_refused() {
         assert_eq!(duration(text), Some(Duration::from_secs(expected)), "{text}");
     }
     assert_eq!(duration("250ms"), Some(Duration::from_millis(250)));
+}
+
+#[test]
+fn a_ztunnel_that_was_succeeded_stays_where_it_would_be_started_anew() {
+    let socket = ("CAIRN_HANDOVER_SOCKET", "/run/handover.sock");
+    for (name, pairs, expected) in [
+        ("not asked for", vec![], None),
+        ("on a machine", vec![socket], Some(Afterwards::End)),
+        ("in a cluster", vec![socket, ("KUBERNETES_SERVICE_HOST", "10.96.0.1")], Some(Afterwards::Stay)),
+    ] {
+        let handover = of(&pairs).handover;
+        assert_eq!(handover.map(|handover| handover.afterwards), expected, "{name}");
+    }
 }
