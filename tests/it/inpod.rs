@@ -5,6 +5,7 @@
 //! Needs root, `ip` and `nft`; where these are missing each test says `skipped:` and why.
 
 mod cni;
+mod handover;
 mod names;
 mod nodes;
 
@@ -390,6 +391,8 @@ struct Node {
 
 /// Two nodes with their pods. What is above ends first.
 struct Cluster {
+    /// Ztunnels of a node hand over from one to the next.
+    hands_over: bool,
     programs: Vec<Program>,
     applications: Vec<Application>,
     _names: Option<names::Server>,
@@ -400,7 +403,12 @@ struct Cluster {
 
 impl Cluster {
     fn start() -> Result<Self> {
+        Self::start_with(false)
+    }
+
+    fn start_with(hands_over: bool) -> Result<Self> {
         let mut cluster = Self {
+            hands_over,
             programs: Vec::new(),
             applications: Vec::new(),
             _names: None,
@@ -511,12 +519,18 @@ impl Cluster {
 
     /// Starts a ztunnel of a node, in a pod of its own.
     fn start_ztunnel(&self, node: u8, pod: &str) -> Result<Program> {
+        self.start_ztunnel_with(node, pod, pod, &[])
+    }
+
+    /// The same, with more in its environment, and its log under another name.
+    fn start_ztunnel_with(&self, node: u8, pod: &str, log: &str, more: &[(&str, &str)]) -> Result<Program> {
         let (root, token) = (self.file("state/root.pem"), self.file(&format!("state/tokens/{node}.token")));
         let socket = self.file(&format!("cni{node}.sock"));
         let (program, name, istiod) = (cairn()?, nodes::node_name(node), format!("{FABRIC}:15012"));
         // As Istio's chart starts its ztunnel.
         let command = [&*program.to_string_lossy(), "ztunnel", "proxy", "ztunnel"];
-        let environment = [
+        let handover = self.file(&format!("handover{node}.sock"));
+        let mut environment = vec![
             ("NODE_NAME", name.as_str()),
             ("XDS_ADDRESS", &istiod),
             ("CA_ADDRESS", &istiod),
@@ -527,7 +541,12 @@ impl Cluster {
             ("INPOD_ENABLED", "true"),
             ("TERMINATION_GRACE_PERIOD_SECONDS", "30"),
         ];
-        Program::start(&self.network, pod, &command, &environment, self.file(&format!("{pod}.log")))
+        let handover = handover.to_string_lossy();
+        if self.hands_over {
+            environment.push(("CAIRN_HANDOVER_SOCKET", &handover));
+        }
+        environment.extend(more);
+        Program::start(&self.network, pod, &command, &environment, self.file(&format!("{log}.log")))
     }
 
     /// What istio-cni does for a pod that joins the mesh while it runs.
@@ -571,12 +590,7 @@ impl Cluster {
 
     /// Connects as a program in a pod would, and waits for the application's greeting.
     fn talk(&self, pod: &str, to: SocketAddr) -> Result<Talk> {
-        let stream = connect_in(&self.network.file(pod), to)?;
-        let mut reader = BufReader::new(stream);
-        let mut line = String::new();
-        reader.read_line(&mut line)?;
-        let greeting = line.trim().parse().with_context(|| format!("no greeting: {line:?}"))?;
-        Ok(Talk { greeting, reader })
+        Talk::on(connect_in(&self.network.file(pod), to)?)
     }
 
     /// Connects and says what is no protocol's beginning; whom the application greets, if one answers.
@@ -652,6 +666,15 @@ struct Talk {
 }
 
 impl Talk {
+    /// Waits for the application's greeting.
+    fn on(stream: TcpStream) -> Result<Self> {
+        let mut reader = BufReader::new(stream);
+        let mut line = String::new();
+        reader.read_line(&mut line)?;
+        let greeting = line.trim().parse().with_context(|| format!("no greeting: {line:?}"))?;
+        Ok(Self { greeting, reader })
+    }
+
     fn local(&self) -> SocketAddr {
         self.reader.get_ref().local_addr().unwrap()
     }
