@@ -6,6 +6,7 @@
 
 mod cni;
 mod handover;
+mod kept;
 mod names;
 mod nodes;
 
@@ -391,8 +392,8 @@ struct Node {
 
 /// Two nodes with their pods. What is above ends first.
 struct Cluster {
-    /// Ztunnels of a node hand over from one to the next.
-    hands_over: bool,
+    /// Settings of all ztunnels whose values are files, of each node in `#`.
+    files: &'static [(&'static str, &'static str)],
     programs: Vec<Program>,
     applications: Vec<Application>,
     _names: Option<names::Server>,
@@ -403,12 +404,12 @@ struct Cluster {
 
 impl Cluster {
     fn start() -> Result<Self> {
-        Self::start_with(false)
+        Self::start_with(&[])
     }
 
-    fn start_with(hands_over: bool) -> Result<Self> {
+    fn start_with(files: &'static [(&'static str, &'static str)]) -> Result<Self> {
         let mut cluster = Self {
-            hands_over,
+            files,
             programs: Vec::new(),
             applications: Vec::new(),
             _names: None,
@@ -451,7 +452,7 @@ impl Cluster {
             };
             manifests += &pod(name, node, number, labels);
         }
-        std::fs::create_dir(self.file("manifests"))?;
+        std::fs::create_dir_all(self.file("manifests"))?;
         std::fs::write(self.file("manifests/mesh.yaml"), manifests)?;
         let (manifests, state) = (self.file("manifests"), self.file("state"));
         let listen = format!("{FABRIC}:15012");
@@ -529,7 +530,11 @@ impl Cluster {
         let (program, name, istiod) = (cairn()?, nodes::node_name(node), format!("{FABRIC}:15012"));
         // As Istio's chart starts its ztunnel.
         let command = [&*program.to_string_lossy(), "ztunnel", "proxy", "ztunnel"];
-        let handover = self.file(&format!("handover{node}.sock"));
+        let files = self.files.iter().map(|(name, file)| {
+            let file = self.file(&file.replace('#', &node.to_string()));
+            (*name, file.to_string_lossy().into_owned())
+        });
+        let files: Vec<(&str, String)> = files.collect();
         let mut environment = vec![
             ("NODE_NAME", name.as_str()),
             ("XDS_ADDRESS", &istiod),
@@ -541,10 +546,7 @@ impl Cluster {
             ("INPOD_ENABLED", "true"),
             ("TERMINATION_GRACE_PERIOD_SECONDS", "30"),
         ];
-        let handover = handover.to_string_lossy();
-        if self.hands_over {
-            environment.push(("CAIRN_HANDOVER_SOCKET", &handover));
-        }
+        environment.extend(files.iter().map(|(name, file)| (*name, file.as_str())));
         environment.extend(more);
         Program::start(&self.network, pod, &command, &environment, self.file(&format!("{log}.log")))
     }

@@ -5,8 +5,8 @@
 
 use crate::inpod::PodName;
 use crate::settings::{
-    ADMIN_PORT, Afterwards, ControlPlane, Handover, InPod, METRICS_PORT, OriginalSource, OwnPod, PodSource,
-    Settings, TunnelLimits, workers_of,
+    ADMIN_PORT, Afterwards, ControlPlane, Handover, InPod, KeptState, METRICS_PORT, OriginalSource, OwnPod,
+    PodSource, Settings, TunnelLimits, workers_of,
 };
 use anyhow::{Context, Result, bail};
 use cairn_identity::{Roots, Token};
@@ -74,6 +74,9 @@ pub const VARIABLES: &[(&str, Use)] = &[
     ("TERMINATION_GRACE_PERIOD_SECONDS", Followed),
     ("UNSTABLE_ENABLE_SOCKS5", Followed),
     ("CAIRN_HANDOVER_SOCKET", Followed),
+    ("CAIRN_XDS_SNAPSHOT", Followed),
+    ("CAIRN_XDS_SNAPSHOT_SECONDS", Followed),
+    ("CAIRN_XDS_SNAPSHOT_WAIT_SECONDS", Followed),
     ("RUST_LOG", Followed),
     ("LOG_FORMAT", Followed),
     ("INPOD_ENABLED", Without("Istio's ztunnel does not read it either")),
@@ -171,6 +174,7 @@ pub fn settings(environment: &Environment) -> Result<Settings> {
             idle_timeout: read.duration("POOL_UNUSED_RELEASE_TIMEOUT")?,
         },
         drain: drain(&read)?,
+        kept_state: kept_state(&read)?,
         handover: read.text("CAIRN_HANDOVER_SOCKET").map(|socket| Handover {
             socket: socket.into(),
             afterwards: if is_kubernetes { Afterwards::Stay } else { Afterwards::End },
@@ -354,6 +358,12 @@ fn pods(read: &Reader<'_>, ipv6: bool) -> Result<PodSource> {
     let name =
         PodName { name: name.into(), namespace: namespace.into(), service_account: service_account.into() };
     Ok(PodSource::Dedicated(name, settings))
+}
+
+fn kept_state(read: &Reader<'_>) -> Result<Option<KeptState>> {
+    let age_max = read.parsed("CAIRN_XDS_SNAPSHOT_SECONDS")?;
+    let wait = read.parsed("CAIRN_XDS_SNAPSHOT_WAIT_SECONDS")?;
+    Ok(read.text("CAIRN_XDS_SNAPSHOT").map(|path| KeptState::new(path, age_max, wait)))
 }
 
 /// The drain ends before Kubernetes would end us: 5 s, or 1 s of a short time.

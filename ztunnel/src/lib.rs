@@ -30,8 +30,8 @@ mod trial;
 pub use inpod::PodName;
 pub use pods::{TWIN_DISTANCE, namespace_file, twin};
 pub use settings::{
-    Afterwards, Capture, CaptureKind, ControlPlane, Handover, InPod, Options, OriginalSource, OwnPod,
-    PodSource, Settings,
+    Afterwards, Capture, CaptureKind, ControlPlane, Handover, InPod, KeptState, Options, OriginalSource,
+    OwnPod, PodSource, Settings,
 };
 
 use anyhow::{Context, bail};
@@ -42,7 +42,7 @@ use cairn_process::{
     Liveness, LogControl, LogFormat, OperatorError, Operators, Pending, Readiness, Serving, Workers,
 };
 use cairn_telemetry::{Counter, Telemetry, TelemetrySettings};
-use cairn_xds::{FollowSettings, Mesh};
+use cairn_xds::{FollowSettings, KeepSettings, Mesh};
 use choice::Names;
 use handover::{Owner, Sockets};
 use live::Live;
@@ -52,6 +52,7 @@ use pods::{Pod, Spoofing};
 use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::sync::Notify;
 use trial::Trials;
 
@@ -238,10 +239,31 @@ fn start_operators(proxy: &Arc<Proxy>, readiness: Readiness) -> Result<Serving, 
             counted.telemetry.metrics.encode()
                 + &counted.trials.encode_metrics()
                 + &cairn_process::encode_file_metrics()
+                + &encode_state_metrics(&counted.mesh)
         }),
         admin: admin::router(Arc::clone(proxy)),
     }
     .start_at(&|address| proxy.sockets.listen(Owner::ZTUNNEL, address, &ListenOptions::default()))
+}
+
+/// Whether what is in force comes from disk, and how old it and what is kept there are, in Prometheus' text format.
+fn encode_state_metrics(mesh: &Mesh) -> String {
+    let seconds = |time: SystemTime| time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let (restored, kept) = (mesh.restored(), mesh.kept());
+    let mut text = format!(
+        "# HELP cairn_xds_restored Whether the state in force was kept on disk and not confirmed yet\n\
+         # TYPE cairn_xds_restored gauge\ncairn_xds_restored {}\n",
+        u8::from(restored.is_some())
+    );
+    for (name, help, time) in [
+        ("cairn_xds_restored_timestamp_seconds", "When the state in force was kept", restored),
+        ("cairn_xds_kept_timestamp_seconds", "When the state was last kept on disk", kept),
+    ] {
+        if let Some(time) = time {
+            text += &format!("# HELP {name} {help}\n# TYPE {name} gauge\n{name} {}\n", seconds(time));
+        }
+    }
+    text
 }
 
 async fn follow(proxy: Arc<Proxy>) {
@@ -259,6 +281,11 @@ async fn follow(proxy: Arc<Proxy>) {
     follow.cluster_id = settings.cluster_id.clone();
     follow.node_metadata = vec![("NODE_NAME".to_owned(), settings.node.as_str().into())];
     follow.node_metadata.extend(settings.metadata.iter().cloned());
+    follow.keep = settings.kept_state.as_ref().map(|kept| {
+        let scope = format!("{}/{}", settings.cluster_id, settings.node);
+        let defaults = KeepSettings::new(&kept.path, scope);
+        KeepSettings { age_max: kept.age_max, wait: kept.wait, ..defaults }
+    });
     // Policies are followed to the end, for connections that drain are still decided by them.
     cairn_xds::follow(follow, None, Arc::clone(&proxy.mesh), std::future::pending()).await;
 }

@@ -3,9 +3,10 @@
 //! Two halves talk over bounded channels: [`Connector`] owns the network (connect, read, back off), and the loop in
 //! [`follow`] owns the state (session, gate, store) and its deadlines, which run on while there is no connection.
 
+use crate::kept::{self, KeepSettings, Keeper};
 use crate::mesh::{Mesh, Writer};
 use crate::object::value_to_proto;
-use crate::session::{ObjectDecoder, Session};
+use crate::session::{ObjectDecoder, Received, Session};
 use cairn_identity::{Roots, Token};
 use cairn_proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use cairn_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
@@ -59,6 +60,8 @@ pub struct FollowSettings {
     pub backoff_min: Duration,
     /// The longest delay. Default 15 s.
     pub backoff_max: Duration,
+    /// Whether and where the last state is kept on disk, for a start without the control plane. Default: nowhere.
+    pub keep: Option<KeepSettings>,
 }
 
 impl FollowSettings {
@@ -76,6 +79,7 @@ impl FollowSettings {
             object_types: Vec::new(),
             backoff_min: Duration::from_millis(10),
             backoff_max: Duration::from_secs(15),
+            keep: None,
         }
     }
 
@@ -140,45 +144,87 @@ pub async fn follow(
     drain: impl Future<Output = ()>,
 ) {
     let session = Session::new(settings.node(), settings.object_types.iter().cloned());
-    let writer = Writer::new(mesh, session.subscription_count());
+    let writer = Writer::new(Arc::clone(&mesh), session.subscription_count());
+    let state = State { session, writer, decoder, mesh, keeper: None };
+    let keep = settings.keep.clone();
     let (events, received) = mpsc::channel(RESPONSES_MAX);
     tokio::select! {
         () = drain => {}
         () = Connector { settings, events }.run() => {}
-        () = apply(session, writer, decoder, received) => {}
+        () = state.run(keep, received) => {}
     }
 }
 
 /// The half that owns the state.
-async fn apply(
-    mut session: Session,
-    mut writer: Writer,
+struct State {
+    session: Session,
+    writer: Writer,
     decoder: Option<ObjectDecoder>,
-    mut events: mpsc::Receiver<Event>,
-) {
-    let mut requests: Option<mpsc::Sender<DeltaDiscoveryRequest>> = None;
-    loop {
-        let deadline = writer.deadline();
-        let event = tokio::select! {
-            event = events.recv() => event,
-            () = sleep_until(deadline) => {
-                writer.tick(Instant::now());
-                continue;
+    mesh: Arc<Mesh>,
+    keeper: Option<Keeper>,
+}
+
+impl State {
+    async fn run(mut self, keep: Option<KeepSettings>, mut events: mpsc::Receiver<Event>) {
+        if let Some(keep) = keep {
+            self.restore(keep).await;
+        }
+        let mut requests: Option<mpsc::Sender<DeltaDiscoveryRequest>> = None;
+        loop {
+            let due = self.keeper.as_ref().and_then(Keeper::deadline);
+            let event = tokio::select! {
+                event = events.recv() => event,
+                () = sleep_until(self.writer.deadline()) => {
+                    self.writer.tick(Instant::now());
+                    continue;
+                }
+                () = sleep_until(due) => {
+                    let is_connected = requests.as_ref().is_some_and(|sender| !sender.is_closed());
+                    self.keep(is_connected);
+                    continue;
+                }
+            };
+            match event {
+                None => return,
+                Some(Event::Connected(sender)) => {
+                    self.writer.reconnected();
+                    let subscriptions = self.session.connect();
+                    let sent = subscriptions.into_iter().all(|request| sender.try_send(request).is_ok());
+                    requests = sent.then_some(sender);
+                }
+                Some(Event::Response(response)) => {
+                    let received = self.session.receive(*response, self.decoder.as_ref());
+                    // A full queue means a server that does not read: without its sender the connection ends.
+                    requests = requests.filter(|sender| sender.try_send(received.answer.clone()).is_ok());
+                    self.take(received);
+                }
             }
-        };
-        match event {
-            None => return,
-            Some(Event::Connected(sender)) => {
-                writer.reconnected();
-                let sent = session.connect().into_iter().all(|request| sender.try_send(request).is_ok());
-                requests = sent.then_some(sender);
-            }
-            Some(Event::Response(response)) => {
-                let received = session.receive(*response, decoder.as_ref());
-                // A full queue means a server that does not read: without its sender the connection ends.
-                requests = requests.filter(|sender| sender.try_send(received.answer.clone()).is_ok());
-                writer.take(received, Instant::now());
-            }
+        }
+    }
+
+    /// Begins with what was kept, and keeps what comes.
+    async fn restore(&mut self, keep: KeepSettings) {
+        self.session.hold_records();
+        let kept = kept::load(&keep).await;
+        let now = Instant::now();
+        if let Some(kept) = kept {
+            let received = self.session.restore(kept.resources, self.decoder.as_ref());
+            self.writer.restore(received, kept.written, now + keep.wait);
+        }
+        self.keeper = Some(Keeper::new(keep, now));
+    }
+
+    fn take(&mut self, received: Received) {
+        let now = Instant::now();
+        self.writer.take(received, now);
+        if let (Some(keeper), true) = (&mut self.keeper, self.writer.is_live()) {
+            keeper.changed(now);
+        }
+    }
+
+    fn keep(&mut self, is_connected: bool) {
+        if let Some(keeper) = &mut self.keeper {
+            keeper.write(self.session.records(), is_connected, &self.mesh, Instant::now());
         }
     }
 }

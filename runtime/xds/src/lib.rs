@@ -11,6 +11,7 @@ mod accept;
 mod error;
 mod follow;
 mod gate;
+mod kept;
 mod mesh;
 mod object;
 mod published;
@@ -22,6 +23,7 @@ mod unknown;
 
 pub use error::ResourceError;
 pub use follow::{FollowError, FollowSettings, follow};
+pub use kept::{KeepError, KeepSettings};
 pub use mesh::{Mesh, POLICY_WAIT};
 pub use object::{Object, ObjectEvent};
 pub use published::Served;

@@ -7,7 +7,7 @@ use cairn_mesh::{Change, Snapshot, Store};
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::watch;
 use tracing::{info, warn};
 
@@ -22,6 +22,10 @@ pub struct Mesh {
     changes: watch::Sender<u64>,
     ready: watch::Sender<bool>,
     problems: Mutex<BTreeMap<(Arc<str>, String), Problem>>,
+    /// When what is shown was written to disk, while no control plane has confirmed it.
+    restored: Mutex<Option<SystemTime>>,
+    /// When the state was last kept on disk.
+    kept: Mutex<Option<SystemTime>>,
 }
 
 impl Mesh {
@@ -32,6 +36,8 @@ impl Mesh {
             changes: watch::Sender::new(0),
             ready: watch::Sender::new(false),
             problems: Mutex::new(BTreeMap::new()),
+            restored: Mutex::new(None),
+            kept: Mutex::new(None),
         })
     }
 
@@ -54,6 +60,20 @@ impl Mesh {
     /// Whether the first full state has been published.
     pub fn is_ready(&self) -> bool {
         *self.ready.borrow()
+    }
+
+    /// When the state that is shown was written to disk; `None` when a control plane has said it, or there is none.
+    pub fn restored(&self) -> Option<SystemTime> {
+        *self.restored.lock()
+    }
+
+    /// When the state was last kept on disk.
+    pub fn kept(&self) -> Option<SystemTime> {
+        *self.kept.lock()
+    }
+
+    pub(crate) fn note_kept(&self, at: SystemTime) {
+        *self.kept.lock() = Some(at);
     }
 
     /// What is wrong with resources now, for the operator: at most a thousand.
@@ -102,11 +122,38 @@ pub(crate) struct Writer {
     gate: Gate,
     /// Until when each workload waits for its policies.
     waiting: HashMap<Arc<str>, Instant>,
+    /// A state that was kept, and until when the control plane is waited for before it is shown.
+    restored: Option<(SystemTime, Instant)>,
 }
 
 impl Writer {
     pub(crate) fn new(mesh: Arc<Mesh>, type_count: usize) -> Self {
-        Self { mesh, store: Store::new(), gate: Gate::new(type_count), waiting: HashMap::new() }
+        let (store, gate) = (Store::new(), Gate::new(type_count));
+        Self { mesh, store, gate, waiting: HashMap::new(), restored: None }
+    }
+
+    /// Whether a control plane has said its first word of every type.
+    pub(crate) fn is_live(&self) -> bool {
+        self.gate.is_complete()
+    }
+
+    /// Takes a state that was kept at `written`. It is shown at `show_at`, unless the control plane comes first.
+    pub(crate) fn restore(&mut self, received: Vec<Received>, written: SystemTime, show_at: Instant) {
+        let changes = received.into_iter().flat_map(|received| received.changes);
+        // Policies come first: a workload that names one which is not there is denied.
+        let (policies, others): (Vec<_>, Vec<_>) =
+            changes.partition(|change| matches!(change, Change::Authorization(_)));
+        self.store.apply(policies.into_iter().chain(others).collect());
+        self.restored = Some((written, show_at));
+    }
+
+    /// Shows what was kept.
+    fn show_restored(&mut self, now: Instant) {
+        let Some((written, _)) = self.restored.take_if(|(_, show_at)| *show_at <= now) else { return };
+        let age = SystemTime::now().duration_since(written).unwrap_or_default();
+        warn!(?age, "the control plane does not answer: the state that was kept is in force");
+        *self.mesh.restored.lock() = Some(written);
+        self.mesh.publish(self.store.snapshot());
     }
 
     /// A new connection stands.
@@ -125,11 +172,13 @@ impl Writer {
 
     /// When [`Self::tick`] has something to do next.
     pub(crate) fn deadline(&self) -> Option<Instant> {
-        self.waiting.values().copied().chain(self.gate.deadline()).min()
+        let show_at = self.restored.map(|(_, show_at)| show_at);
+        self.waiting.values().copied().chain(self.gate.deadline()).chain(show_at).min()
     }
 
     /// Does what is due.
     pub(crate) fn tick(&mut self, now: Instant) {
+        self.show_restored(now);
         let overdue = self.gate.overdue(now);
         self.publish(overdue, now);
         let expired: Vec<Arc<str>> =
@@ -154,6 +203,10 @@ impl Writer {
         let changes = self.gate.take();
         if !changes.is_empty() {
             self.apply(changes, now);
+        }
+        self.restored = None;
+        if self.mesh.restored.lock().take().is_some() {
+            info!("the control plane has replaced the state that was kept");
         }
         if !self.mesh.is_ready() {
             info!(generation = self.store.current().generation(), "the mesh is known");

@@ -13,8 +13,8 @@ use cairn_proto::ca::istio_certificate_service_client::IstioCertificateServiceCl
 use cairn_proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use cairn_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Status as Detail};
 use cairn_xds::{
-    ADDRESS_TYPE, AUTHORIZATION_TYPE, FollowSettings, Mesh, Object, ObjectDecoder, ObjectEvent, Role, Served,
-    Server, Tokens, follow,
+    ADDRESS_TYPE, AUTHORIZATION_TYPE, FollowSettings, KeepSettings, Mesh, Object, ObjectDecoder, ObjectEvent,
+    Role, Served, Server, Tokens, follow,
 };
 use rcgen::{CertificateParams, KeyPair, SanType};
 use serde_json::json;
@@ -256,6 +256,54 @@ async fn a_follower_has_what_is_published_and_loses_what_is_not() {
     assert_eq!(snapshot.workload("a").unwrap().capacity, 7, "one generation is one snapshot");
     assert!(snapshot.authorization(&ResourceName::new("ns", "p")).is_none());
     assert_eq!(follower.mesh.problems(), []);
+}
+
+/// A start without the control plane goes by what was kept of it, until it is there again.
+#[tokio::test]
+async fn what_was_kept_serves_until_the_control_plane_is_there() {
+    let plane = Plane::start().await;
+    let (silent, home) = (TcpListener::bind("127.0.0.1:0").await.unwrap(), tempfile::tempdir().unwrap());
+    let settings = |address| {
+        let mut settings = plane.settings("node-1", address);
+        settings.keep = Some(KeepSettings {
+            wait: Duration::from_millis(100),
+            interval: Duration::ZERO,
+            ..KeepSettings::new(home.path().join("state"), "node-1")
+        });
+        settings
+    };
+    plane.server.publish(Served { authorizations: vec![policy("p")], ..workloads(&[("a", 1), ("b", 1)]) });
+    let first = Follower::start(settings(plane.address), None);
+    soon(first.mesh.ready()).await;
+    assert_eq!(first.mesh.restored(), None);
+    soon(async {
+        while first.mesh.kept().is_none() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+    drop(first);
+
+    let nowhere = silent.local_addr().unwrap();
+    let second = Follower::start(settings(nowhere), None);
+    soon(second.mesh.ready()).await;
+    assert!(second.mesh.restored().is_some());
+    let snapshot = second.mesh.snapshot();
+    assert_eq!(**snapshot.workload("a").unwrap(), workload("a", 1));
+    assert_eq!(**snapshot.authorization(&ResourceName::new("ns", "p")).unwrap(), policy("p"));
+    drop(second);
+
+    // Whatever the server remembers of `b`, it is gone when its first word does not name it.
+    plane.server.publish(workloads(&[("a", 7)]));
+    let front = Forwarder::start(nowhere).await;
+    let third = Follower::start(settings(front.address), None);
+    third.until(|now| now.workload("b").is_some()).await;
+    assert!(third.mesh.restored().is_some());
+    front.backend.send_replace(plane.address);
+    third.until(|now| now.workload("b").is_none()).await;
+    assert_eq!(third.mesh.snapshot().workload("a").unwrap().capacity, 7);
+    assert!(third.mesh.snapshot().authorization(&ResourceName::new("ns", "p")).is_none());
+    assert_eq!(third.mesh.restored(), None);
 }
 
 #[tokio::test]

@@ -20,6 +20,8 @@ const PAUSE: Duration = Duration::from_millis(4);
 const BEFORE: Duration = Duration::from_millis(500);
 const AFTER: Duration = Duration::from_secs(2);
 
+const HANDS_OVER: &[(&str, &str)] = &[("CAIRN_HANDOVER_SOCKET", "handover#.sock")];
+
 /// Clients that connect, ask and go, one after the other, until told to stop.
 struct Load {
     ending: Arc<AtomicBool>,
@@ -77,7 +79,7 @@ fn pods_of_a_node_go_on_while_their_ztunnel_is_succeeded() {
     if skipped() {
         return;
     }
-    let mut cluster = Cluster::start_with(true).unwrap();
+    let mut cluster = Cluster::start_with(HANDS_OVER).unwrap();
     let file = |pod: &str| cluster.network.file(pod);
     let mut load = Load::new();
     load.connect("out of the node by a tunnel", file("client"), cluster.application("far"));
@@ -128,7 +130,7 @@ fn a_dedicated_ztunnel_is_succeeded_though_it_was_told_to_end_before() {
     if skipped() {
         return;
     }
-    let cluster = Cluster::start_with(true).unwrap();
+    let cluster = Cluster::start_with(HANDS_OVER).unwrap();
     let socket = cluster.file("dedicated.sock");
     let dedicated = |log: &str| {
         let environment = [

@@ -57,6 +57,9 @@ const EXAMPLES: &[Example] = &[
     ("TERMINATION_GRACE_PERIOD_SECONDS", "30", &[]),
     ("UNSTABLE_ENABLE_SOCKS5", "true", &[]),
     ("CAIRN_HANDOVER_SOCKET", "/handover.sock", &[]),
+    ("CAIRN_XDS_SNAPSHOT", "/state", &[]),
+    ("CAIRN_XDS_SNAPSHOT_SECONDS", "60", &[("CAIRN_XDS_SNAPSHOT", "/state")]),
+    ("CAIRN_XDS_SNAPSHOT_WAIT_SECONDS", "0", &[("CAIRN_XDS_SNAPSHOT", "/state")]),
     ("RUST_LOG", "debug", &[]),
     ("LOG_FORMAT", "json", &[]),
 ];

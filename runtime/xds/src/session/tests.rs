@@ -297,3 +297,54 @@ fn only_our_own_server_has_generations() {
     }
     assert_eq!(generation(&generation_text(9)), Some(9));
 }
+
+#[test]
+fn the_first_word_of_a_server_replaces_what_was_restored() {
+    let (mut before, decoder) = (session(), decoder());
+    before.hold_records();
+    // A policy that cannot be read denies what it guards, before a restart and after it.
+    let policies = vec![policy("stays", 0), policy("goes", 0), policy("bad", 99)];
+    before.receive(response(AUTHORIZATION_TYPE, policies, &[]), Some(&decoder));
+    before.receive(response(ADDRESS_TYPE, vec![workload("u1"), workload("u2"), service("s")], &[]), None);
+    before.receive(response(ADDRESS_TYPE, vec![workload("u3")], &["u2"]), None);
+    before.receive(response(ROUTES, vec![route("r")], &[]), Some(&decoder));
+    let kept: Vec<Resource> =
+        before.records().iter().map(|record| Resource::decode(&**record).unwrap()).collect();
+
+    let mut after = session();
+    let restored: Vec<String> =
+        after.restore(kept, Some(&decoder)).iter().flat_map(|received| words(&received.changes)).collect();
+    let mut sorted = restored.clone();
+    sorted.sort();
+    assert_eq!(
+        sorted,
+        [
+            "+deny-all ns/bad",
+            "+object ns/r",
+            "+policy ns/goes",
+            "+policy ns/stays",
+            "+service ns/s",
+            "+workload u1",
+            "+workload u3",
+        ]
+    );
+    for type_url in [AUTHORIZATION_TYPE, ADDRESS_TYPE, ROUTES] {
+        assert!(held(&after, type_url).is_empty(), "{type_url}: a server is asked for all of it");
+    }
+    let first = after.receive(response(AUTHORIZATION_TYPE, vec![policy("stays", 0)], &[]), None);
+    let mut changes = words(&first.changes);
+    changes.sort();
+    assert_eq!(changes, ["+policy ns/stays", "-policy ns/bad", "-policy ns/goes"]);
+    assert_eq!(held(&after, AUTHORIZATION_TYPE), ["ns/stays=v1"]);
+    assert!(held(&after, ADDRESS_TYPE).is_empty(), "of this type nothing was said");
+    // From then on only differences are said.
+    let second = after.receive(response(AUTHORIZATION_TYPE, vec![policy("new", 0)], &[]), None);
+    assert_eq!(words(&second.changes), ["+policy ns/new"]);
+}
+
+#[test]
+fn resources_are_held_as_they_came_only_when_asked_for() {
+    let mut session = session();
+    session.receive(response(ADDRESS_TYPE, vec![workload("u")], &[]), None);
+    assert!(session.records().is_empty());
+}
