@@ -5,6 +5,7 @@
 //! Needs root, `ip` and `nft`; where these are missing each test says `skipped:` and why.
 
 mod cni;
+mod demand;
 mod handover;
 mod kept;
 mod names;
@@ -392,8 +393,8 @@ struct Node {
 
 /// Two nodes with their pods. What is above ends first.
 struct Cluster {
-    /// Settings of all ztunnels whose values are files, of each node in `#`.
-    files: &'static [(&'static str, &'static str)],
+    /// More in the environment of all ztunnels. A value that begins with `@` is a file, of each node in `#`.
+    settings: &'static [(&'static str, &'static str)],
     programs: Vec<Program>,
     applications: Vec<Application>,
     _names: Option<names::Server>,
@@ -407,9 +408,9 @@ impl Cluster {
         Self::start_with(&[])
     }
 
-    fn start_with(files: &'static [(&'static str, &'static str)]) -> Result<Self> {
+    fn start_with(settings: &'static [(&'static str, &'static str)]) -> Result<Self> {
         let mut cluster = Self {
-            files,
+            settings,
             programs: Vec::new(),
             applications: Vec::new(),
             _names: None,
@@ -530,11 +531,14 @@ impl Cluster {
         let (program, name, istiod) = (cairn()?, nodes::node_name(node), format!("{FABRIC}:15012"));
         // As Istio's chart starts its ztunnel.
         let command = [&*program.to_string_lossy(), "ztunnel", "proxy", "ztunnel"];
-        let files = self.files.iter().map(|(name, file)| {
-            let file = self.file(&file.replace('#', &node.to_string()));
-            (*name, file.to_string_lossy().into_owned())
+        let settings = self.settings.iter().map(|(name, value)| match value.strip_prefix('@') {
+            Some(file) => {
+                let file = self.file(&file.replace('#', &node.to_string()));
+                (*name, file.to_string_lossy().into_owned())
+            }
+            None => (*name, (*value).to_owned()),
         });
-        let files: Vec<(&str, String)> = files.collect();
+        let settings: Vec<(&str, String)> = settings.collect();
         let mut environment = vec![
             ("NODE_NAME", name.as_str()),
             ("XDS_ADDRESS", &istiod),
@@ -546,7 +550,7 @@ impl Cluster {
             ("INPOD_ENABLED", "true"),
             ("TERMINATION_GRACE_PERIOD_SECONDS", "30"),
         ];
-        environment.extend(files.iter().map(|(name, file)| (*name, file.as_str())));
+        environment.extend(settings.iter().map(|(name, value)| (*name, value.as_str())));
         environment.extend(more);
         Program::start(&self.network, pod, &command, &environment, self.file(&format!("{log}.log")))
     }

@@ -8,6 +8,7 @@
 mod admin;
 mod carry;
 mod choice;
+mod demand;
 mod dns;
 mod dump;
 mod explain;
@@ -169,7 +170,7 @@ async fn serve(settings: Settings, workers: Workers, log: LogControl) -> anyhow:
     let (trigger, drain) = cairn_net::drain();
     let limits = PoolSettings { spread_max: SPREAD_MAX, ..settings.tunnels.pool() };
     let pool = |_| Pool::new(limits.clone());
-    let mesh = Mesh::new();
+    let mesh = if settings.on_demand { Mesh::on_demand() } else { Mesh::new() };
     let ways = Ways {
         mesh: Arc::clone(&mesh),
         certificates: Arc::clone(&certificates),

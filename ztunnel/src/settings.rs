@@ -351,6 +351,8 @@ pub struct Settings {
     pub tunnels: TunnelLimits,
     /// How long open connections may go on after SIGTERM.
     pub drain: Duration,
+    /// Workloads and services are asked for when they are needed, rather than all followed.
+    pub on_demand: bool,
     /// Whether the state of the mesh is kept on disk, and where.
     pub kept_state: Option<KeptState>,
     /// Whether ports are handed over from one ztunnel to the next, and how.
@@ -417,6 +419,7 @@ impl Options {
             ),
             tunnels: TunnelLimits::default(),
             drain: Duration::from_secs(self.drain_seconds.or(file.drain_seconds).unwrap_or(5)),
+            on_demand: false,
             kept_state: self.xds_snapshot.or(file.xds_snapshot).map(|path| {
                 let age_max = self.xds_snapshot_seconds.or(file.xds_snapshot_seconds);
                 let wait = self.xds_snapshot_wait_seconds.or(file.xds_snapshot_wait_seconds);

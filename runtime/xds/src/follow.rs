@@ -3,6 +3,7 @@
 //! Two halves talk over bounded channels: [`Connector`] owns the network (connect, read, back off), and the loop in
 //! [`follow`] owns the state (session, gate, store) and its deadlines, which run on while there is no connection.
 
+use crate::demand::{Demand, Order};
 use crate::kept::{self, KeepSettings, Keeper};
 use crate::mesh::{Mesh, Writer};
 use crate::object::value_to_proto;
@@ -27,6 +28,8 @@ const RESPONSE_BYTES_MAX: usize = 200 << 20;
 const RESPONSES_MAX: usize = 4;
 /// Requests that wait for the network: the subscriptions, and one answer per response.
 const REQUESTS_MAX: usize = 256;
+/// Names that are asked for in one request.
+const ORDERS_TOGETHER_MAX: usize = 1024;
 /// How long a connection may take, as a ztunnel's.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How much a server may send ahead: the first state of a large mesh is tens of megabytes.
@@ -136,17 +139,25 @@ enum Event {
     Response(Box<DeltaDiscoveryResponse>),
 }
 
-/// Follows the control plane until `drain` resolves, reconnecting for ever.
+/// Follows the control plane until `drain` resolves, reconnecting for ever. Of a mesh on demand only policies are
+/// followed, and nothing of it is kept on disk.
 pub async fn follow(
     settings: FollowSettings,
     decoder: Option<ObjectDecoder>,
     mesh: Arc<Mesh>,
     drain: impl Future<Output = ()>,
 ) {
-    let session = Session::new(settings.node(), settings.object_types.iter().cloned());
-    let writer = Writer::new(Arc::clone(&mesh), session.subscription_count());
-    let state = State { session, writer, decoder, mesh, keeper: None };
-    let keep = settings.keep.clone();
+    let mut session = Session::new(settings.node(), settings.object_types.iter().cloned());
+    let mut writer = Writer::new(Arc::clone(&mesh), session.subscription_count());
+    let orders = mesh.demand().and_then(Demand::orders);
+    if mesh.is_on_demand()
+        && let Some(index) = session.ask_by_name()
+    {
+        writer.expect_nothing_of(index);
+    }
+    let keep = settings.keep.clone().filter(|_| !mesh.is_on_demand());
+    let state =
+        State { session, writer, decoder, mesh, keeper: None, requests: None, orders, answered: Vec::new() };
     let (events, received) = mpsc::channel(RESPONSES_MAX);
     tokio::select! {
         () = drain => {}
@@ -162,6 +173,12 @@ struct State {
     decoder: Option<ObjectDecoder>,
     mesh: Arc<Mesh>,
     keeper: Option<Keeper>,
+    /// The connection's.
+    requests: Option<mpsc::Sender<DeltaDiscoveryRequest>>,
+    /// What is to be asked for by name.
+    orders: Option<mpsc::Receiver<Order>>,
+    /// Names about which something was said that is not shown yet.
+    answered: Vec<(String, bool)>,
 }
 
 impl State {
@@ -169,18 +186,21 @@ impl State {
         if let Some(keep) = keep {
             self.restore(keep).await;
         }
-        let mut requests: Option<mpsc::Sender<DeltaDiscoveryRequest>> = None;
         loop {
             let due = self.keeper.as_ref().and_then(Keeper::deadline);
             let event = tokio::select! {
                 event = events.recv() => event,
+                order = next_order(&mut self.orders) => {
+                    self.send_orders(order);
+                    continue;
+                }
                 () = sleep_until(self.writer.deadline()) => {
                     self.writer.tick(Instant::now());
+                    self.tell_answered();
                     continue;
                 }
                 () = sleep_until(due) => {
-                    let is_connected = requests.as_ref().is_some_and(|sender| !sender.is_closed());
-                    self.keep(is_connected);
+                    self.keep();
                     continue;
                 }
             };
@@ -188,16 +208,57 @@ impl State {
                 None => return,
                 Some(Event::Connected(sender)) => {
                     self.writer.reconnected();
-                    let subscriptions = self.session.connect();
+                    let waiting = self.mesh.demand().map(Demand::reconnected).unwrap_or_default();
+                    let subscriptions = self.session.connect(&waiting);
                     let sent = subscriptions.into_iter().all(|request| sender.try_send(request).is_ok());
-                    requests = sent.then_some(sender);
+                    self.requests = sent.then_some(sender);
                 }
                 Some(Event::Response(response)) => {
                     let received = self.session.receive(*response, self.decoder.as_ref());
-                    // A full queue means a server that does not read: without its sender the connection ends.
-                    requests = requests.filter(|sender| sender.try_send(received.answer.clone()).is_ok());
+                    self.send(received.answer.clone());
                     self.take(received);
                 }
+            }
+        }
+    }
+
+    /// Sends a request, if there is a connection. A full queue means a server that does not read: without its sender the
+    /// connection ends.
+    fn send(&mut self, request: DeltaDiscoveryRequest) {
+        self.requests = self.requests.take().filter(|sender| sender.try_send(request).is_ok());
+    }
+
+    /// Asks for what connections wait for, all that has come together in one request.
+    fn send_orders(&mut self, first: Order) {
+        if let Some(demand) = self.mesh.demand() {
+            demand.expire(&self.mesh.snapshot(), Instant::now());
+        }
+        let (mut asked, mut given_up) = (Vec::new(), Vec::new());
+        let mut next = Some(first);
+        while let Some(order) = next {
+            match order {
+                Order::Ask(wanted) => asked.push(wanted.to_string()),
+                Order::GiveUp(wanted) => given_up.push(wanted.to_string()),
+            }
+            let room = asked.len() + given_up.len() < ORDERS_TOGETHER_MAX;
+            next = self.orders.as_mut().filter(|_| room).and_then(|orders| orders.try_recv().ok());
+        }
+        // What is given up and asked for again since is asked for.
+        given_up.retain(|name| !asked.contains(name));
+        // Without a connection it is asked for with the next one: it waits.
+        let request = self.session.ask(asked, given_up);
+        self.send(request);
+    }
+
+    /// Tells those who wait that what they asked for is shown.
+    fn tell_answered(&mut self) {
+        if self.answered.is_empty() || !self.writer.is_settled() {
+            return;
+        }
+        if let Some(demand) = self.mesh.demand() {
+            let now = Instant::now();
+            for (name, is_there) in std::mem::take(&mut self.answered) {
+                demand.answered(&name, is_there, now);
             }
         }
     }
@@ -214,18 +275,33 @@ impl State {
         self.keeper = Some(Keeper::new(keep, now));
     }
 
-    fn take(&mut self, received: Received) {
+    fn take(&mut self, mut received: Received) {
         let now = Instant::now();
+        self.answered.append(&mut received.answered);
         self.writer.take(received, now);
+        self.tell_answered();
         if let (Some(keeper), true) = (&mut self.keeper, self.writer.is_live()) {
             keeper.changed(now);
         }
     }
 
-    fn keep(&mut self, is_connected: bool) {
+    fn keep(&mut self) {
+        let is_connected = self.requests.as_ref().is_some_and(|sender| !sender.is_closed());
         if let Some(keeper) = &mut self.keeper {
             keeper.write(self.session.records(), is_connected, &self.mesh, Instant::now());
         }
+    }
+}
+
+async fn next_order(orders: &mut Option<mpsc::Receiver<Order>>) -> Order {
+    let next = match orders {
+        Some(orders) => orders.recv().await,
+        None => None,
+    };
+    match next {
+        Some(order) => order,
+        // Nothing is asked for, or nobody is left to ask.
+        None => std::future::pending().await,
     }
 }
 

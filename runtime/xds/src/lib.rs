@@ -8,6 +8,7 @@ pub mod authorization;
 pub mod workload;
 
 mod accept;
+mod demand;
 mod error;
 mod follow;
 mod gate;
@@ -21,6 +22,7 @@ mod subscriber;
 mod tokens;
 mod unknown;
 
+pub use demand::{ANSWER_WAIT, DemandError};
 pub use error::ResourceError;
 pub use follow::{FollowError, FollowSettings, follow};
 pub use kept::{KeepError, KeepSettings};

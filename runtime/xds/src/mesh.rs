@@ -1,9 +1,10 @@
 //! The mesh as one process knows it: the current snapshot for readers, and the one writer behind it.
 
+use crate::demand::{Demand, DemandError};
 use crate::gate::{Gate, Publish};
 use crate::session::{Problem, Received};
 use arc_swap::ArcSwap;
-use cairn_mesh::{Change, Snapshot, Store};
+use cairn_mesh::{Change, Snapshot, Store, Wanted};
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -26,12 +27,25 @@ pub struct Mesh {
     restored: Mutex<Option<SystemTime>>,
     /// When the state was last kept on disk.
     kept: Mutex<Option<SystemTime>>,
+    /// Workloads and services are asked for by name.
+    demand: Option<Demand>,
 }
 
 impl Mesh {
     /// An empty mesh that is not ready.
     pub fn new() -> Arc<Self> {
+        Self::with(None)
+    }
+
+    /// An empty mesh that is not ready, of which only policies are followed: workloads and services are known when they
+    /// were asked for ([`Self::ask`]).
+    pub fn on_demand() -> Arc<Self> {
+        Self::with(Some(Demand::new()))
+    }
+
+    fn with(demand: Option<Demand>) -> Arc<Self> {
         Arc::new(Self {
+            demand,
             snapshot: ArcSwap::from_pointee(Snapshot::default()),
             changes: watch::Sender::new(0),
             ready: watch::Sender::new(false),
@@ -60,6 +74,37 @@ impl Mesh {
     /// Whether the first full state has been published.
     pub fn is_ready(&self) -> bool {
         *self.ready.borrow()
+    }
+
+    /// Whether workloads and services are known only when they were asked for.
+    pub fn is_on_demand(&self) -> bool {
+        self.demand.is_some()
+    }
+
+    /// Asks the control plane for something that is not known, and waits until it has said what there is. Then it is known,
+    /// or is not there. Of a mesh that is followed whole there is nothing to ask.
+    ///
+    /// # Errors
+    /// When the control plane does not answer in time, or too many ask.
+    pub async fn ask(&self, wanted: &Wanted) -> Result<(), DemandError> {
+        match &self.demand {
+            Some(demand) => demand.ask(wanted).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Asks for something that would be good to know, if it is not, without waiting for it.
+    pub fn mention(&self, wanted: &Wanted) {
+        if let Some(demand) = &self.demand
+            && !wanted.is_known(&self.snapshot())
+        {
+            // What cannot be asked for now is asked for by the next who would like to know.
+            let _answer = demand.begin(wanted, Instant::now());
+        }
+    }
+
+    pub(crate) fn demand(&self) -> Option<&Demand> {
+        self.demand.as_ref()
     }
 
     /// When the state that is shown was written to disk; `None` when a control plane has said it, or there is none.
@@ -130,6 +175,16 @@ impl Writer {
     pub(crate) fn new(mesh: Arc<Mesh>, type_count: usize) -> Self {
         let (store, gate) = (Store::new(), Gate::new(type_count));
         Self { mesh, store, gate, waiting: HashMap::new(), restored: None }
+    }
+
+    /// Nothing need be heard of the type at `index` before the mesh is ready.
+    pub(crate) fn expect_nothing_of(&mut self, index: usize) {
+        self.gate.expect_nothing_of(index);
+    }
+
+    /// Whether all that has arrived is shown.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.gate.is_complete() && self.gate.deadline().is_none()
     }
 
     /// Whether a control plane has said its first word of every type.

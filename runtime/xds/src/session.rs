@@ -23,6 +23,8 @@ pub type ObjectDecoder = Box<dyn Fn(&ObjectEvent) -> Result<Vec<Change>, String>
 
 /// gRPC's INVALID_ARGUMENT.
 const INVALID_ARGUMENT: i32 = 3;
+/// What stands for every name.
+const EVERYTHING: &str = "*";
 const BAD_REQUEST_TYPE: &str = "type.googleapis.com/google.rpc.BadRequest";
 /// At most so many refused resources are named in one answer, which a server may limit to 8 KiB of header-like text.
 const REFUSED_NAMED_MAX: usize = 16;
@@ -57,6 +59,8 @@ pub(crate) struct Received {
     pub(crate) settled: Vec<String>,
     /// The server's generation, if it is one of ours.
     pub(crate) generation: Option<u64>,
+    /// Of a type that is asked for by name: the names about which something was said, and whether there is anything.
+    pub(crate) answered: Vec<(String, bool)>,
 }
 
 /// The state of the protocol, over all connections.
@@ -73,6 +77,8 @@ struct Subscription {
     has_records: bool,
     /// What is held was kept on disk, and no server has said anything yet.
     is_restored: bool,
+    /// Resources are asked for by name.
+    is_on_demand: bool,
 }
 
 struct Held {
@@ -100,6 +106,7 @@ impl Session {
             held: HashMap::new(),
             has_records: false,
             is_restored: false,
+            is_on_demand: false,
         };
         Self { node, subscriptions: own.into_iter().chain(object_types).map(subscription).collect() }
     }
@@ -113,6 +120,23 @@ impl Session {
     pub(crate) fn hold_records(&mut self) {
         for subscription in &mut self.subscriptions {
             subscription.has_records = true;
+        }
+    }
+
+    /// Asks for workloads and services by name from now on. Returns which subscription that is.
+    pub(crate) fn ask_by_name(&mut self) -> Option<usize> {
+        let index = self.subscriptions.iter().position(|it| *it.type_url == *ADDRESS_TYPE)?;
+        self.subscriptions.get_mut(index)?.is_on_demand = true;
+        Some(index)
+    }
+
+    /// The request for more names, and for fewer.
+    pub(crate) fn ask(&self, names: Vec<String>, given_up: Vec<String>) -> DeltaDiscoveryRequest {
+        DeltaDiscoveryRequest {
+            type_url: ADDRESS_TYPE.to_owned(),
+            resource_names_subscribe: names,
+            resource_names_unsubscribe: given_up,
+            ..DeltaDiscoveryRequest::default()
         }
     }
 
@@ -147,8 +171,10 @@ impl Session {
         restored
     }
 
-    /// The first requests of a connection: one wildcard subscription per type, with what is held.
-    pub(crate) fn connect(&self) -> Vec<DeltaDiscoveryRequest> {
+    /// The first requests of a connection: one subscription per type, with what is held. It is to everything, or, where
+    /// names are asked for, to what is held and to these names (facts: the ztunnel's on-demand mode subscribes to
+    /// everything and unsubscribes from it, and what is waited for has the version "").
+    pub(crate) fn connect(&self, waiting: &[String]) -> Vec<DeltaDiscoveryRequest> {
         let version = |(name, held): (&String, &Held)| (name.clone(), held.version.to_string());
         let request = |subscription: &Subscription| DeltaDiscoveryRequest {
             node: Some(self.node.clone()),
@@ -160,7 +186,17 @@ impl Session {
             },
             ..DeltaDiscoveryRequest::default()
         };
-        self.subscriptions.iter().map(request).collect()
+        let by_name = |subscription: &Subscription| {
+            let mut request = request(subscription);
+            if subscription.is_on_demand {
+                request.resource_names_subscribe = vec![EVERYTHING.to_owned()];
+                request.resource_names_unsubscribe = vec![EVERYTHING.to_owned()];
+                let waiting = waiting.iter().map(|name| (name.clone(), String::new()));
+                request.initial_resource_versions.extend(waiting);
+            }
+            request
+        };
+        self.subscriptions.iter().map(by_name).collect()
     }
 
     /// Takes one response.
@@ -183,6 +219,14 @@ impl Session {
         };
         received.subscription = Some(index);
         if let Some(subscription) = self.subscriptions.get_mut(index) {
+            if subscription.is_on_demand {
+                let removed = response.removed_resources.iter().map(|name| (name.clone(), false));
+                received.answered.extend(removed);
+                for resource in &response.resources {
+                    let names = resource.aliases.iter().chain([&resource.name]);
+                    received.answered.extend(names.map(|name| (name.clone(), true)));
+                }
+            }
             let unsaid = subscription.unsaid(&response.resources);
             for name in response.removed_resources.into_iter().chain(unsaid) {
                 subscription.remove(name, decoder, &mut received);
@@ -210,6 +254,7 @@ impl Received {
             problems: Vec::new(),
             settled: Vec::new(),
             generation: None,
+            answered: Vec::new(),
         }
     }
 }

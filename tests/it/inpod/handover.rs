@@ -20,7 +20,7 @@ const PAUSE: Duration = Duration::from_millis(4);
 const BEFORE: Duration = Duration::from_millis(500);
 const AFTER: Duration = Duration::from_secs(2);
 
-const HANDS_OVER: &[(&str, &str)] = &[("CAIRN_HANDOVER_SOCKET", "handover#.sock")];
+const HANDS_OVER: &[(&str, &str)] = &[("CAIRN_HANDOVER_SOCKET", "@handover#.sock")];
 
 /// Clients that connect, ask and go, one after the other, until told to stop.
 struct Load {

@@ -5,7 +5,7 @@ use super::{Cluster, SOON, names};
 use crate::netns::{skipped, within};
 use std::net::{Ipv4Addr, SocketAddr};
 
-const KEEPS: &[(&str, &str)] = &[("CAIRN_XDS_SNAPSHOT", "kept#")];
+const KEEPS: &[(&str, &str)] = &[("CAIRN_XDS_SNAPSHOT", "@kept#")];
 
 #[test]
 fn a_ztunnel_starts_without_its_control_plane() {

@@ -7,7 +7,7 @@ use crate::dns::{self, DNS_PORT, Forwarder, servers_of};
 use crate::handover::Owner;
 use crate::pods::{self, HBONE_PORT, OUTBOUND_PORT, PLAINTEXT_PORT, Pod, SOCKS_PORT, Spoofing, Way};
 use crate::settings::{InPod, OriginalSource};
-use cairn_mesh::{Snapshot, Workload};
+use cairn_mesh::{Snapshot, Wanted, Workload};
 use cairn_net::{ListenOptions, Namespace, NetError};
 use parking_lot::Mutex;
 use std::io::ErrorKind;
@@ -310,8 +310,15 @@ impl Enrolled {
             if let Some(workload) = self.workload(proxy, &proxy.mesh.snapshot()) {
                 return Some(workload);
             }
+            proxy.mesh.mention(&Wanted::Workload(self.usual_uid(proxy).into()));
             tokio::time::timeout_at(deadline, changes.changed()).await.ok()?.ok()?;
         }
+    }
+
+    /// What the control plane calls a pod (facts: forms of uid).
+    fn usual_uid(&self, proxy: &Proxy) -> String {
+        let PodName { name, namespace, .. } = &self.name;
+        format!("{}//Pod/{namespace}/{name}", proxy.settings.cluster_id)
     }
 
     /// The workload on our node with the pod's name and service account.
@@ -322,8 +329,7 @@ impl Enrolled {
         if let Some(workload) = likely.filter(|workload| self.name.is_of(workload, node)) {
             return Some(Arc::clone(workload));
         }
-        let PodName { name, namespace, .. } = &self.name;
-        let usual = snapshot.workload(&format!("{}//Pod/{namespace}/{name}", proxy.settings.cluster_id));
+        let usual = snapshot.workload(&self.usual_uid(proxy));
         let usual = usual.filter(|workload| self.name.is_of(workload, node));
         if usual.is_none() && known.searched == Some(snapshot.generation()) {
             return None;

@@ -60,6 +60,7 @@ const EXAMPLES: &[Example] = &[
     ("CAIRN_XDS_SNAPSHOT", "/state", &[]),
     ("CAIRN_XDS_SNAPSHOT_SECONDS", "60", &[("CAIRN_XDS_SNAPSHOT", "/state")]),
     ("CAIRN_XDS_SNAPSHOT_WAIT_SECONDS", "0", &[("CAIRN_XDS_SNAPSHOT", "/state")]),
+    ("XDS_ON_DEMAND", "true", &[("ISTIO_META_DNS_CAPTURE", "false")]),
     ("RUST_LOG", "debug", &[]),
     ("LOG_FORMAT", "json", &[]),
 ];
@@ -210,7 +211,12 @@ fn the_drain_ends_before_the_grace_period() {
 
 #[test]
 fn what_cannot_be_understood_is_refused() {
+    let on_demand = [("XDS_ON_DEMAND", "true"), ("ISTIO_META_DNS_CAPTURE", "false")];
+    assert!(of(&on_demand).on_demand);
+    let with_file: Vec<_> = on_demand.into_iter().chain([("CAIRN_XDS_SNAPSHOT", "/state")]).collect();
+    assert!(settings(&environment(&with_file)).is_err(), "no state is kept of what is asked for");
     for pair in [
+        ("XDS_ON_DEMAND", "true"),
         ("PROXY_MODE", "both"),
         ("PROXY_MODE", "dedicated"),
         ("IPV6_ENABLED", "perhaps"),

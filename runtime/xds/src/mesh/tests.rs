@@ -12,6 +12,7 @@ fn received(index: usize, generation: Option<u64>, changes: Vec<Change>) -> Rece
         problems: vec![],
         settled: vec![],
         generation,
+        answered: vec![],
     }
 }
 
@@ -184,4 +185,16 @@ fn a_policy_that_was_not_kept_denies() {
             if name.to_string() == "ns/lost"),
         "{decision:?}"
     );
+}
+
+#[test]
+fn a_type_that_is_asked_for_by_name_is_not_waited_for() {
+    let mesh = Mesh::on_demand();
+    let mut writer = Writer::new(Arc::clone(&mesh), 2);
+    writer.expect_nothing_of(1);
+    let now = Instant::now();
+    writer.take(received(0, None, vec![policy("p")]), now);
+    assert!(mesh.is_ready() && writer.is_settled());
+    writer.take(received(1, None, vec![workload(&["p"])]), now);
+    assert!(mesh.snapshot().workload("u").is_some());
 }
