@@ -13,7 +13,7 @@ mod signals;
 mod threads;
 
 pub use limits::{encode_file_metrics, raise_file_limit};
-pub use liveness::Liveness;
+pub use liveness::{Liveness, longest_turns};
 pub use logging::{LogControl, LogFormat, LoggingError, init_logging};
 pub use operators::{Open, OperatorError, Operators, Serving, Text, admin_layers};
 pub use readiness::{Pending, Readiness};
