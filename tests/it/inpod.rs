@@ -539,14 +539,16 @@ impl Cluster {
             None => (*name, (*value).to_owned()),
         });
         let settings: Vec<(&str, String)> = settings.collect();
+        let (root, token, socket) =
+            (root.to_string_lossy(), token.to_string_lossy(), socket.to_string_lossy());
         let mut environment = vec![
             ("NODE_NAME", name.as_str()),
             ("XDS_ADDRESS", &istiod),
             ("CA_ADDRESS", &istiod),
-            ("XDS_ROOT_CA", &*root.to_string_lossy()),
-            ("CA_ROOT_CA", &*root.to_string_lossy()),
-            ("AUTH_TOKEN", &*token.to_string_lossy()),
-            ("INPOD_UDS", &*socket.to_string_lossy()),
+            ("XDS_ROOT_CA", &root),
+            ("CA_ROOT_CA", &root),
+            ("AUTH_TOKEN", &token),
+            ("INPOD_UDS", &socket),
             ("INPOD_ENABLED", "true"),
             ("TERMINATION_GRACE_PERIOD_SECONDS", "30"),
         ];

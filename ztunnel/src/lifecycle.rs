@@ -72,18 +72,17 @@ impl Succession {
         self.proxy.mesh.ready().await;
         state.done();
         tracing::info!("first state received");
-        match predecessor.as_ref().map(Predecessor::take) {
-            None => {}
-            Some(taken) => match taken.await {
+        if let Some(found) = predecessor.take() {
+            match found.take().await {
                 Ok(sockets) => {
                     tracing::info!(count = sockets.len(), "sockets of the predecessor received");
                     self.proxy.sockets.leave(sockets);
+                    predecessor = Some(found);
                 }
                 Err(error) => {
                     tracing::warn!(error = onward::chain(&error), "the predecessor hands nothing over");
-                    predecessor = None;
                 }
-            },
+            }
         }
         if predecessor.is_none()
             && let Err(error) = self.serve_operators()

@@ -130,7 +130,7 @@ pub(crate) struct Kept {
 /// Reads the file; `None` when there is none.
 pub(crate) fn read(settings: &KeepSettings, now: SystemTime) -> Result<Option<Kept>, KeepError> {
     let failed = |source| KeepError::Read { path: settings.path.clone(), source };
-    let mut file = match File::open(&settings.path) {
+    let file = match File::open(&settings.path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         opened => opened.map_err(failed)?,
     };
@@ -145,7 +145,7 @@ pub(crate) fn read(settings: &KeepSettings, now: SystemTime) -> Result<Option<Ke
     }
     let mut content = Vec::with_capacity(usize::try_from(bytes).unwrap_or_default());
     // A file that grows meanwhile is cut off here, and then damaged.
-    file.by_ref().take(bytes).read_to_end(&mut content).map_err(failed)?;
+    (&file).take(bytes).read_to_end(&mut content).map_err(failed)?;
     parse(&content, settings, now).map(Some)
 }
 
@@ -209,7 +209,7 @@ fn write(settings: &KeepSettings, records: &[Arc<[u8]>], now: SystemTime) -> Res
             out.record(record)?;
         }
         let digest = out.digest.finalize();
-        out.out.write_all(&digest)?;
+        out.out.write_all(digest.as_slice())?;
         let file = out.out.into_inner().map_err(io::IntoInnerError::into_error)?;
         file.sync_all()?;
         std::fs::rename(&beside, &settings.path)

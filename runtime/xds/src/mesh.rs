@@ -198,7 +198,7 @@ impl Writer {
         // Policies come first: a workload that names one which is not there is denied.
         let (policies, others): (Vec<_>, Vec<_>) =
             changes.partition(|change| matches!(change, Change::Authorization(_)));
-        self.store.apply(policies.into_iter().chain(others).collect());
+        self.store.apply(policies.into_iter().chain(others));
         self.restored = Some((written, show_at));
     }
 

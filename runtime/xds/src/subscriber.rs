@@ -199,18 +199,13 @@ impl Subscription {
                 continue;
             }
             for name in found {
+                if !difference.put.iter().any(|resource| *resource.name == *name)
+                    && let Some(entry) = now.get(&name)
+                {
+                    difference.put.push(entry.to_resource(&name));
+                }
                 let sent = difference.put.iter_mut().find(|resource| *resource.name == *name);
-                let resource = match (sent, now.get(&name)) {
-                    (Some(sent), _) => sent,
-                    (None, Some(entry)) => {
-                        difference.put.push(entry.to_resource(&name));
-                        match difference.put.last_mut() {
-                            Some(resource) => resource,
-                            None => continue,
-                        }
-                    }
-                    (None, None) => continue,
-                };
+                let Some(resource) = sent else { continue };
                 if *resource.name != *asked {
                     resource.aliases.push(asked.clone());
                 }

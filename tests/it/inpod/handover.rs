@@ -54,9 +54,10 @@ impl Load {
     }
 
     /// Stops all, none of which may have met an error.
-    fn end(self) {
+    fn end(mut self) {
         self.ending.store(true, Ordering::Relaxed);
-        let ended = self.clients.into_iter().map(|(name, client)| (name, client.join().unwrap()));
+        let clients = std::mem::take(&mut self.clients).into_iter();
+        let ended = clients.map(|(name, client)| (name, client.join().unwrap()));
         let ended: Vec<(String, Result<usize>)> = ended.collect();
         let failed: Vec<_> = ended.iter().filter(|(_, result)| result.is_err()).collect();
         assert!(failed.is_empty(), "{failed:?}");

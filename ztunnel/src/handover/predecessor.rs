@@ -104,7 +104,7 @@ impl Offer {
         self.phase.send_replace(Phase::Succeeded { shares_network });
         let mut stopped = self.stopped.clone();
         // Both an error and a time-out mean that the process ends, which is as good.
-        let _ended = tokio::time::timeout(STEP_MAX, stopped.wait_for(|stopped| *stopped)).await;
+        drop(tokio::time::timeout(STEP_MAX, stopped.wait_for(|stopped| *stopped)).await);
         if let Err(error) = send(socket, &Message::Stopped).await {
             // It serves, whether it hears it or not.
             tracing::debug!(error = crate::onward::chain(&error), "the successor does not wait");
