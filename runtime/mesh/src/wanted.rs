@@ -49,7 +49,7 @@ impl Wanted {
     }
 }
 
-/// What [`crate::plan`] needs and the mesh does not know. Once that is known it may need more: the waypoint of a service
+/// What [`crate::plan()`] needs and the mesh does not know. Once that is known it may need more: the waypoint of a service
 /// that nobody had asked for. Nothing is named twice.
 pub fn wanted_outbound(snapshot: &Snapshot, source: &Workload, destination: SocketAddr) -> Vec<Wanted> {
     let at =
@@ -72,7 +72,7 @@ pub fn wanted_outbound(snapshot: &Snapshot, source: &Workload, destination: Sock
     unknown(snapshot, gateways)
 }
 
-/// What [`crate::arrive`] needs and the mesh does not know, of a tunnel to `workload` that arrived at its address `local`.
+/// What [`crate::arrive()`] needs and the mesh does not know, of a tunnel to `workload` that arrived at its address `local`.
 pub fn wanted_inbound(
     snapshot: &Snapshot,
     workload: &Workload,
