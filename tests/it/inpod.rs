@@ -5,6 +5,9 @@
 //! Needs root, `ip` and `nft`; where these are missing each test says `skipped:` and why.
 
 mod cni;
+mod demand;
+mod handover;
+mod kept;
 mod names;
 mod nodes;
 
@@ -468,6 +471,8 @@ struct Node {
 
 /// Two nodes with their pods. What is above ends first.
 struct Cluster {
+    /// More in the environment of all ztunnels. A value that begins with `@` is a file, of each node in `#`.
+    settings: &'static [(&'static str, &'static str)],
     programs: Vec<Program>,
     applications: Vec<Application>,
     _names: Option<names::Server>,
@@ -478,7 +483,12 @@ struct Cluster {
 
 impl Cluster {
     fn start() -> Result<Self> {
+        Self::start_with(&[])
+    }
+
+    fn start_with(settings: &'static [(&'static str, &'static str)]) -> Result<Self> {
         let mut cluster = Self {
+            settings,
             programs: Vec::new(),
             applications: Vec::new(),
             _names: None,
@@ -522,7 +532,7 @@ impl Cluster {
             };
             manifests += &pod(name, node, number, labels);
         }
-        std::fs::create_dir(self.file("manifests"))?;
+        std::fs::create_dir_all(self.file("manifests"))?;
         std::fs::write(self.file("manifests/mesh.yaml"), manifests)?;
         let (manifests, state) = (self.file("manifests"), self.file("state"));
         let listen = format!("{FABRIC}:15012");
@@ -590,23 +600,40 @@ impl Cluster {
 
     /// Starts a ztunnel of a node, in a pod of its own.
     fn start_ztunnel(&self, node: u8, pod: &str) -> Result<Program> {
+        self.start_ztunnel_with(node, pod, pod, &[])
+    }
+
+    /// The same, with more in its environment, and its log under another name.
+    fn start_ztunnel_with(&self, node: u8, pod: &str, log: &str, more: &[(&str, &str)]) -> Result<Program> {
         let (root, token) = (self.file("state/root.pem"), self.file(&format!("state/tokens/{node}.token")));
         let socket = self.file(&format!("cni{node}.sock"));
         let (program, name, istiod) = (cairn()?, nodes::node_name(node), format!("{FABRIC}:15012"));
         // As Istio's chart starts its ztunnel.
         let command = [&*program.to_string_lossy(), "ztunnel", "proxy", "ztunnel"];
-        let environment = [
+        let settings = self.settings.iter().map(|(name, value)| match value.strip_prefix('@') {
+            Some(file) => {
+                let file = self.file(&file.replace('#', &node.to_string()));
+                (*name, file.to_string_lossy().into_owned())
+            }
+            None => (*name, (*value).to_owned()),
+        });
+        let settings: Vec<(&str, String)> = settings.collect();
+        let (root, token, socket) =
+            (root.to_string_lossy(), token.to_string_lossy(), socket.to_string_lossy());
+        let mut environment = vec![
             ("NODE_NAME", name.as_str()),
             ("XDS_ADDRESS", &istiod),
             ("CA_ADDRESS", &istiod),
-            ("XDS_ROOT_CA", &*root.to_string_lossy()),
-            ("CA_ROOT_CA", &*root.to_string_lossy()),
-            ("AUTH_TOKEN", &*token.to_string_lossy()),
-            ("INPOD_UDS", &*socket.to_string_lossy()),
+            ("XDS_ROOT_CA", &root),
+            ("CA_ROOT_CA", &root),
+            ("AUTH_TOKEN", &token),
+            ("INPOD_UDS", &socket),
             ("INPOD_ENABLED", "true"),
             ("TERMINATION_GRACE_PERIOD_SECONDS", "30"),
         ];
-        Program::start(&self.network, pod, &command, &environment, self.file(&format!("{pod}.log")))
+        environment.extend(settings.iter().map(|(name, value)| (*name, value.as_str())));
+        environment.extend(more);
+        Program::start(&self.network, pod, &command, &environment, self.file(&format!("{log}.log")))
     }
 
     /// What istio-cni does for a pod that joins the mesh while it runs.
@@ -650,12 +677,7 @@ impl Cluster {
 
     /// Connects as a program in a pod would, and waits for the application's greeting.
     fn talk(&self, pod: &str, to: SocketAddr) -> Result<Talk> {
-        let stream = connect_in(&self.network.file(pod), to)?;
-        let mut reader = BufReader::new(stream);
-        let mut line = String::new();
-        reader.read_line(&mut line)?;
-        let greeting = line.trim().parse().with_context(|| format!("no greeting: {line:?}"))?;
-        Ok(Talk { greeting, reader })
+        Talk::on(connect_in(&self.network.file(pod), to)?)
     }
 
     /// Connects and says what is no protocol's beginning; whom the application greets, if one answers.
@@ -740,6 +762,15 @@ struct Talk {
 }
 
 impl Talk {
+    /// Waits for the application's greeting.
+    fn on(stream: TcpStream) -> Result<Self> {
+        let mut reader = BufReader::new(stream);
+        let mut line = String::new();
+        reader.read_line(&mut line)?;
+        let greeting = line.trim().parse().with_context(|| format!("no greeting: {line:?}"))?;
+        Ok(Self { greeting, reader })
+    }
+
     fn local(&self) -> SocketAddr {
         self.reader.get_ref().local_addr().unwrap()
     }

@@ -12,13 +12,14 @@ use cairn_telemetry::{Denied, TcpExplanation, is_service};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// `GET /config_dump`: the mesh as it is known, and certificates. `GET /connections`: the last connections, newest
 /// first, and why each went where it went; `?decision=deny` and `?service=catalog.shop` choose among them. `GET
 /// /denials`: the last denials of each service, newest first; `?service=` chooses. `POST /explain`: what would become of a
 /// connection, and why. `POST /logging`: which log events are printed; `?level=` adds directives, `&reset` returns to those
-/// of the beginning first. `POST /quitquitquit`: the drain, as with SIGTERM.
+/// of the beginning first. `POST /quitquitquit`: the drain, as with SIGTERM. `GET /turns`: the longest turn of each worker in
+/// microseconds, looked for during `?milliseconds=` (1,000), which keeps the workers busy.
 pub fn router(proxy: Arc<Proxy>) -> Router {
     Router::new()
         .route("/config_dump", get(config_dump))
@@ -27,6 +28,7 @@ pub fn router(proxy: Arc<Proxy>) -> Router {
         .route("/explain", post(explain_connection))
         .route("/logging", post(change_log))
         .route("/quitquitquit", post(quit))
+        .route("/turns", get(turns))
         .with_state(proxy)
 }
 
@@ -58,6 +60,21 @@ async fn change_log(
 async fn quit(State(proxy): State<Arc<Proxy>>) -> &'static str {
     proxy.quit.notify_one();
     "shutdown now\n"
+}
+
+/// How long turns are looked for at most: an answer may take no longer.
+const TURNS_MAX: Duration = Duration::from_secs(25);
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TurnsAsked {
+    milliseconds: Option<u64>,
+}
+
+async fn turns(State(proxy): State<Arc<Proxy>>, Query(asked): Query<TurnsAsked>) -> Json<Vec<u64>> {
+    let period = Duration::from_millis(asked.milliseconds.unwrap_or(1000)).min(TURNS_MAX);
+    let turns = cairn_process::longest_turns(&proxy.workers.runtimes(), period).await;
+    Json(turns.iter().map(|turn| u64::try_from(turn.as_micros()).unwrap_or(u64::MAX)).collect())
 }
 
 /// Answered from what the ztunnel has in force; nothing is sent.

@@ -90,13 +90,12 @@ fn labels(query: &Query, transport: Transport, client: Option<&Workload>) -> Lab
 /// Serves packets until the drain begins. `client` finds out who the pod is.
 pub async fn serve_packets<F>(
     proxy: Arc<Proxy>,
-    socket: UdpSocket,
+    socket: Arc<UdpSocket>,
     forwarder: Arc<Forwarder>,
     client: impl Fn() -> F,
 ) where
     F: Future<Output = Option<Arc<Workload>>> + Send + 'static,
 {
-    let socket = Arc::new(socket);
     let room = Arc::new(Semaphore::new(QUESTIONS_MAX));
     let mut buffer = vec![0; MESSAGE_BYTES_MAX];
     loop {
@@ -117,13 +116,14 @@ pub async fn serve_packets<F>(
         let question = buffer.get(..length).unwrap_or_default().to_vec();
         let (proxy, socket, forwarder) = (Arc::clone(&proxy), Arc::clone(&socket), Arc::clone(&forwarder));
         let client = client();
+        let working = proxy.drain.hold();
         tokio::spawn(async move {
             if let Some(answer) = answer(&proxy, client, &forwarder, &question, Transport::Udp).await
                 && let Err(error) = socket.send_to(&answer, peer).await
             {
                 tracing::debug!(%peer, %error, "DNS answer not sent");
             }
-            drop(place);
+            drop((place, working));
         });
     }
 }

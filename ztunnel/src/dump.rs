@@ -30,6 +30,7 @@ pub fn dump(proxy: &Proxy) -> Value {
     certificates.sort_by(|(a, _), (b, _)| a.cmp(b));
     json!({
         "generation": snapshot.generation(),
+        "restored": proxy.mesh.restored().map(date),
         "version": { "version": env!("CARGO_PKG_VERSION"), "component": "cairn" },
         "workloads": workloads.into_iter().map(|workload| view_workload(workload)).collect::<Vec<_>>(),
         "services": services.into_iter().map(|state| view_service(state)).collect::<Vec<_>>(),

@@ -9,7 +9,7 @@ use crate::proxy_protocol;
 use cairn_hbone::{Authority, Connect, ServeError};
 use cairn_mesh::{
     Arrival, ArrivalTarget, Decision, DenyReason, HBONE_PORT, Identity, L4Peer, NetworkAddress, Service,
-    Snapshot, Unwelcome, Workload, arrive, decide,
+    Snapshot, Unwelcome, Wanted, Workload, arrive, decide, wanted_inbound,
 };
 use cairn_net::ConnectOptions;
 use cairn_telemetry::Direction;
@@ -148,6 +148,13 @@ async fn admit(
     account: &mut Account,
 ) -> Result<Admitted, Refused> {
     let downstream = connect.downstream();
+    let target = match connect.authority() {
+        Authority::Address(address) => ArrivalTarget::Address(*address),
+        Authority::Host { name, port } => ArrivalTarget::Host(name, *port),
+    };
+    if proxy.mesh.is_on_demand() {
+        Box::pin(ask(proxy, pod, downstream, target)).await?;
+    }
     let snapshot = proxy.mesh.snapshot();
     let workload = pod
         .workload(&snapshot)
@@ -155,10 +162,6 @@ async fn admit(
     account.destination_workload = Some(Arc::clone(&workload));
     account.destination_identity = Some(workload.identity.clone());
     account.source_workload = source_workload(proxy, &snapshot, connect, &workload);
-    let target = match connect.authority() {
-        Authority::Address(address) => ArrivalTarget::Address(*address),
-        Authority::Host { name, port } => ArrivalTarget::Host(name, *port),
-    };
     let arrival = arrive(&snapshot, &workload, downstream.local.ip(), target)
         .map_err(|unwelcome| Refused::new(status(unwelcome), "CONNECT", unwelcome.to_string()))?;
     account.service =
@@ -173,6 +176,27 @@ async fn admit(
     let application = application
         .map_err(|error| Refused::new(StatusCode::SERVICE_UNAVAILABLE, "CONNECT", chain(&error)))?;
     Ok(Admitted { application, arrival, workload })
+}
+
+/// Asks the control plane for what the tunnel is meant for, and, without waiting, for who sends it.
+async fn ask(
+    proxy: &Proxy,
+    pod: &Pod,
+    downstream: &Downstream,
+    target: ArrivalTarget<'_>,
+) -> Result<(), Refused> {
+    let Some(workload) = pod.workload(&proxy.mesh.snapshot()) else { return Ok(()) };
+    mention(proxy, downstream.address, &workload);
+    let local = downstream.local.ip();
+    let wanted = |snapshot: &Snapshot| wanted_inbound(snapshot, &workload, local, target);
+    let known = crate::demand::know(&proxy.mesh, wanted).await;
+    known.map_err(|error| Refused::new(StatusCode::SERVICE_UNAVAILABLE, "CONNECT", chain(&error)))
+}
+
+/// Asks who is at a peer's address, for the record of it and of those that follow.
+pub fn mention(proxy: &Proxy, peer: SocketAddr, local: &Workload) {
+    let at = NetworkAddress { network: Arc::clone(&local.network), address: peer.ip() };
+    proxy.mesh.mention(&Wanted::Address(at));
 }
 
 fn status(unwelcome: Unwelcome) -> StatusCode {

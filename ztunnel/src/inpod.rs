@@ -111,12 +111,14 @@ impl Counts {
     }
 }
 
-/// Serves the pods that istio-cni names until the drain begins.
-pub async fn run(proxy: Arc<Proxy>, settings: InPod, readiness: Readiness) {
+/// Serves the pods that istio-cni names until the drain begins. `first` is done as soon as readiness waits for them.
+pub async fn run(proxy: Arc<Proxy>, settings: InPod, readiness: Readiness, first: Pending) {
     let drain = proxy.drain.clone();
+    let unready = readiness.wait_for(MANAGER);
+    first.done();
     let mut manager = Manager {
         counts: Counts::new(&proxy.telemetry.metrics),
-        unready: Some(readiness.wait_for(MANAGER)),
+        unready: Some(unready),
         roster: Roster::new(),
         served: HashMap::new(),
         proxy,
@@ -286,8 +288,8 @@ fn ways(settings: &InPod) -> Vec<(u16, Way)> {
     ways
 }
 
-/// Serves one pod in our own namespace until the drain begins (Istio's dedicated mode).
-pub async fn run_dedicated(proxy: Arc<Proxy>, name: PodName, settings: InPod) {
+/// Serves one pod in our own namespace until the drain begins (Istio's dedicated mode). `first` is done when it is served.
+pub async fn run_dedicated(proxy: Arc<Proxy>, name: PodName, settings: InPod, first: Pending) {
     let uid: Arc<str> = format!("{}/{}", name.namespace, name.name).into();
     let place = Place { uid: &uid, name: &name, namespace: None };
     let ways = ways(&settings);
@@ -302,6 +304,7 @@ pub async fn run_dedicated(proxy: Arc<Proxy>, name: PodName, settings: InPod) {
         }
     };
     proxy.enrolled.0.lock().insert(uid, View { name, is_up: true });
+    first.done();
     // Listeners and connections end by themselves, or at the deadline; this task ends with the process.
     std::future::pending::<()>().await;
     drop(served);

@@ -5,8 +5,8 @@
 
 use crate::inpod::PodName;
 use crate::settings::{
-    ADMIN_PORT, ControlPlane, InPod, METRICS_PORT, OriginalSource, OwnPod, PodSource, Settings, TunnelLimits,
-    access, workers_of,
+    ADMIN_PORT, Afterwards, ControlPlane, Handover, InPod, KeptState, METRICS_PORT, OriginalSource, OwnPod,
+    PodSource, Settings, TunnelLimits, access, workers_of,
 };
 use anyhow::{Context, Result, bail};
 use cairn_identity::{Roots, Token};
@@ -82,6 +82,10 @@ pub const VARIABLES: &[(&str, Use)] = &[
     ("UNSTABLE_ENABLE_SOCKS5", Followed),
     ("CAIRN_ACCESS_LOG_FILTER", Followed),
     ("CAIRN_ACCESS_LOG_SHARE", Followed),
+    ("CAIRN_HANDOVER_SOCKET", Followed),
+    ("CAIRN_XDS_SNAPSHOT", Followed),
+    ("CAIRN_XDS_SNAPSHOT_SECONDS", Followed),
+    ("CAIRN_XDS_SNAPSHOT_WAIT_SECONDS", Followed),
     ("RUST_LOG", Followed),
     ("LOG_FORMAT", Followed),
     ("INPOD_ENABLED", Without("Istio's ztunnel does not read it either")),
@@ -89,7 +93,7 @@ pub const VARIABLES: &[(&str, Use)] = &[
     ("FAKE_CA", Without("there is no false CA in what is shipped")),
     ("LOCAL_XDS_PATH", Without("`cairn xds` serves files")),
     ("LOCAL_XDS", Without("`cairn xds` serves files")),
-    ("XDS_ON_DEMAND", Without("the whole mesh is followed")),
+    ("XDS_ON_DEMAND", Followed),
     ("PREFERED_SERVICE_NAMESPACE", Without("one's own namespace comes first, then the canonical service")),
     ("KEEPALIVE_ENABLED", Without("a vanished peer is always noticed")),
     ("KEEPALIVE_TIME", Without("it is always 180 s")),
@@ -181,6 +185,12 @@ pub fn settings(environment: &Environment) -> Result<Settings> {
             idle_timeout: read.duration("POOL_UNUSED_RELEASE_TIMEOUT")?,
         },
         drain: drain(&read)?,
+        on_demand: on_demand(&read)?,
+        kept_state: kept_state(&read)?,
+        handover: read.text("CAIRN_HANDOVER_SOCKET").map(|socket| Handover {
+            socket: socket.into(),
+            afterwards: if is_kubernetes { Afterwards::Stay } else { Afterwards::End },
+        }),
         access_log: true,
         access: access(read.text("CAIRN_ACCESS_LOG_FILTER"), read.text("CAIRN_ACCESS_LOG_SHARE"))?,
         collector: None,
@@ -397,6 +407,24 @@ fn pods(read: &Reader<'_>, ipv6: bool) -> Result<PodSource> {
     let name =
         PodName { name: name.into(), namespace: namespace.into(), service_account: service_account.into() };
     Ok(PodSource::Dedicated(name, settings))
+}
+
+/// Names are answered, and a state is kept, of a mesh that is known whole.
+fn on_demand(read: &Reader<'_>) -> Result<bool> {
+    let on_demand = read.flag("XDS_ON_DEMAND")?.unwrap_or(false);
+    if on_demand && matches!(read.text("ISTIO_META_DNS_CAPTURE"), None | Some("true")) {
+        bail!("XDS_ON_DEMAND leaves names to others: set ISTIO_META_DNS_CAPTURE=false as well");
+    }
+    if on_demand && read.text("CAIRN_XDS_SNAPSHOT").is_some() {
+        bail!("XDS_ON_DEMAND knows no state that could be kept: CAIRN_XDS_SNAPSHOT cannot be set as well");
+    }
+    Ok(on_demand)
+}
+
+fn kept_state(read: &Reader<'_>) -> Result<Option<KeptState>> {
+    let age_max = read.parsed("CAIRN_XDS_SNAPSHOT_SECONDS")?;
+    let wait = read.parsed("CAIRN_XDS_SNAPSHOT_WAIT_SECONDS")?;
+    Ok(read.text("CAIRN_XDS_SNAPSHOT").map(|path| KeptState::new(path, age_max, wait)))
 }
 
 /// The drain ends before Kubernetes would end us: 5 s, or 1 s of a short time.

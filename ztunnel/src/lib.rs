@@ -11,12 +11,15 @@ mod asked;
 mod carry;
 mod choice;
 mod collector;
+mod demand;
 mod dns;
 mod dump;
 mod explain;
+mod handover;
 mod inbound;
 mod inpod;
 mod istio;
+mod lifecycle;
 mod live;
 mod onward;
 mod open;
@@ -32,19 +35,23 @@ mod trial;
 pub use inpod::PodName;
 pub use pods::{TWIN_DISTANCE, namespace_file, twin};
 pub use settings::{
-    Capture, CaptureKind, ControlPlane, InPod, Options, OriginalSource, OwnPod, PodSource, Settings,
+    Afterwards, Capture, CaptureKind, ControlPlane, Handover, InPod, KeptState, Options, OriginalSource,
+    OwnPod, PodSource, Settings,
 };
 
 use anyhow::{Context, bail};
 use asked::OnDemandDns;
 use cairn_hbone::{Pool, PoolSettings};
 use cairn_identity::{CaClient, CaSettings, CertificateSettings, Certificates, Revocations, Trust};
-use cairn_net::{ConnectOptions, Drain};
-use cairn_process::{Liveness, LogControl, LogFormat, Operators, Pending, Readiness, Workers};
+use cairn_net::{ConnectOptions, Drain, ListenOptions};
+use cairn_process::{
+    Liveness, LogControl, LogFormat, OperatorError, Operators, Pending, Readiness, Serving, Workers,
+};
 use cairn_telemetry::{Counter, Telemetry, TelemetrySettings};
-use cairn_xds::{FollowSettings, Mesh};
+use cairn_xds::{FollowSettings, KeepSettings, Mesh};
 use choice::Names;
 use collector::Collector;
+use handover::{Owner, Sockets};
 use live::Live;
 use onward::Ways;
 use open::OpenConnections;
@@ -53,9 +60,8 @@ use std::ffi::OsString;
 use std::fmt::Write;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::Notify;
-use tokio::task::JoinSet;
 use trial::Trials;
 
 /// How long the process stays for its last log lines, and for the last records of its collector.
@@ -88,6 +94,8 @@ struct Proxy {
     quit: Notify,
     /// Connections that could not be accepted.
     accept_failures: Counter,
+    /// What is listened on.
+    sockets: Arc<Sockets>,
 }
 
 impl Proxy {
@@ -106,6 +114,7 @@ impl Proxy {
     fn encode_metrics(&self) -> String {
         let mut text = self.telemetry.metrics.encode();
         text += &self.mesh.encode_metrics();
+        text += &encode_state_metrics(&self.mesh);
         text += &self.ways.asked.encode_metrics();
         text += &self.trials.encode_metrics();
         if let Some(revocations) = self.certificates.trust().revocations() {
@@ -200,14 +209,21 @@ async fn serve(settings: Settings, workers: Workers, log: LogControl) -> anyhow:
     let certificate_settings = CertificateSettings { ttl: settings.certificate_ttl, ..Default::default() };
     // Without knowing who is revoked nobody is served: a successor that does not start leaves its predecessor at work.
     let revocations = settings.revoked.clone().map(Revocations::open).transpose()?;
-    let trust = Arc::new(Trust::new(revocations.clone()));
+    let trust = Arc::new(Trust::new(revocations));
     trust.set_aliases(settings.mesh.trust_domain_aliases.iter().cloned());
     let certificates = Certificates::with_trust(Arc::new(issuer), certificate_settings, trust);
 
+    let sockets = match &settings.handover {
+        Some(_) => Sockets::for_handover().context("cannot tell which network namespace this is")?,
+        None => Sockets::new(),
+    };
     let (trigger, drain) = cairn_net::drain();
     let limits = PoolSettings { spread_max: SPREAD_MAX, ..settings.tunnels.pool() };
     let pool = |_| Pool::new(limits.clone());
-    let mesh = Mesh::with_settings(settings.mesh.clone());
+    let mesh = match settings.on_demand {
+        true => Mesh::on_demand(settings.mesh.clone()),
+        false => Mesh::with_settings(settings.mesh.clone()),
+    };
     let ways = Ways {
         mesh: Arc::clone(&mesh),
         certificates: Arc::clone(&certificates),
@@ -235,43 +251,10 @@ async fn serve(settings: Settings, workers: Workers, log: LogControl) -> anyhow:
         log,
         quit: Notify::new(),
         accept_failures,
+        sockets: Arc::new(sockets),
         settings,
     });
-
-    let readiness = Readiness::default();
-    let (state, listening) = (readiness.wait_for("state manager"), readiness.wait_for("proxy"));
-    start_operators(&proxy, readiness.clone())?;
-    let mut tasks = JoinSet::new();
-    tasks.spawn(Arc::clone(&proxy.certificates).renew());
-    tasks.spawn(follow(Arc::clone(&proxy)));
-    tasks.spawn(recheck(Arc::clone(&proxy)));
-    if let Some(revocations) = revocations {
-        tasks.spawn(revocations.follow());
-    }
-    tasks.spawn({
-        let proxy = Arc::clone(&proxy);
-        async move {
-            proxy.mesh.ready().await;
-            state.done();
-            tracing::info!("first state received");
-            serve_pods(proxy, readiness, listening).await;
-        }
-    });
-
-    // Without any of its control tasks the proxy would go on with what it last knew, looking healthy.
-    let signal = tokio::select! {
-        signal = cairn_process::stop_signal() => signal.context("cannot watch for signals")?,
-        () = proxy.quit.notified() => "quitquitquit",
-        ended = tasks.join_next() => bail!("a control task ended: {ended:?}"),
-    };
-    tracing::info!(signal, "draining");
-    trigger.start();
-    let all_ended = trigger.finished(proxy.settings.drain).await;
-    if let Some(collector) = &proxy.collector {
-        collector.flush(LAST_WORDS_MAX).await;
-    }
-    tracing::info!(all_ended, "stopped");
-    Ok(())
+    lifecycle::run(proxy, trigger).await
 }
 
 /// Serves pods, wherever they come from, until the process ends.
@@ -288,12 +271,10 @@ async fn serve_pods(proxy: Arc<Proxy>, readiness: Readiness, listening: Pending)
     match proxy.settings.pods.clone() {
         PodSource::Mesh(capture) => pods::run(proxy, capture, listening).await,
         PodSource::Cni(settings) => {
-            listening.done();
-            tokio::join!(inpod::run(proxy, settings, readiness), certificates);
+            tokio::join!(inpod::run(proxy, settings, readiness, listening), certificates);
         }
         PodSource::Dedicated(name, settings) => {
-            listening.done();
-            tokio::join!(inpod::run_dedicated(proxy, name, settings), certificates);
+            tokio::join!(inpod::run_dedicated(proxy, name, settings, listening), certificates);
         }
         PodSource::Nowhere => {
             listening.done();
@@ -302,7 +283,7 @@ async fn serve_pods(proxy: Arc<Proxy>, readiness: Readiness, listening: Pending)
     }
 }
 
-fn start_operators(proxy: &Arc<Proxy>, readiness: Readiness) -> anyhow::Result<()> {
+fn start_operators(proxy: &Arc<Proxy>, readiness: Readiness) -> Result<Serving, OperatorError> {
     let at = |port| SocketAddr::new(proxy.settings.address, port);
     let counted = Arc::clone(proxy);
     Operators {
@@ -315,8 +296,27 @@ fn start_operators(proxy: &Arc<Proxy>, readiness: Readiness) -> anyhow::Result<(
         metrics: Arc::new(move || counted.encode_metrics()),
         admin: admin::router(Arc::clone(proxy)),
     }
-    .start()?;
-    Ok(())
+    .start_at(&|address| proxy.sockets.listen(Owner::ZTUNNEL, address, &ListenOptions::default()))
+}
+
+/// Whether what is in force comes from disk, and how old it and what is kept there are, in Prometheus' text format.
+fn encode_state_metrics(mesh: &Mesh) -> String {
+    let seconds = |time: SystemTime| time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let (restored, kept) = (mesh.restored(), mesh.kept());
+    let mut text = format!(
+        "# HELP cairn_xds_restored Whether the state in force was kept on disk and not confirmed yet\n\
+         # TYPE cairn_xds_restored gauge\ncairn_xds_restored {}\n",
+        u8::from(restored.is_some())
+    );
+    for (name, help, time) in [
+        ("cairn_xds_restored_timestamp_seconds", "When the state in force was kept", restored),
+        ("cairn_xds_kept_timestamp_seconds", "When the state was last kept on disk", kept),
+    ] {
+        if let Some(time) = time {
+            text += &format!("# HELP {name} {help}\n# TYPE {name} gauge\n{name} {}\n", seconds(time));
+        }
+    }
+    text
 }
 
 async fn follow(proxy: Arc<Proxy>) {
@@ -334,6 +334,11 @@ async fn follow(proxy: Arc<Proxy>) {
     follow.cluster_id = settings.cluster_id.clone();
     follow.node_metadata = vec![("NODE_NAME".to_owned(), settings.node.as_str().into())];
     follow.node_metadata.extend(settings.metadata.iter().cloned());
+    follow.keep = settings.kept_state.as_ref().map(|kept| {
+        let scope = format!("{}/{}", settings.cluster_id, settings.node);
+        let defaults = KeepSettings::new(&kept.path, scope);
+        KeepSettings { age_max: kept.age_max, wait: kept.wait, ..defaults }
+    });
     // Policies are followed to the end, for connections that drain are still decided by them.
     cairn_xds::follow(follow, None, Arc::clone(&proxy.mesh), std::future::pending()).await;
 }

@@ -7,7 +7,7 @@ use crate::choice::{Choice, Load, Loads, Names};
 use crate::socks::Reply;
 use cairn_hbone::{ConnectError, NestedTarget, Pool, PoolSettings, PoolTarget, TunnelStream};
 use cairn_identity::{Certificates, WorkloadCertificate};
-use cairn_mesh::{Chooser, Crossing, Identity, Plan, Snapshot, Tunnel, Workload, plan};
+use cairn_mesh::{Chooser, Crossing, Identity, Plan, Snapshot, Tunnel, Workload, plan, wanted_outbound};
 use cairn_net::ConnectOptions;
 use cairn_xds::Mesh;
 use http::{HeaderMap, HeaderValue, StatusCode};
@@ -98,6 +98,9 @@ pub async fn open(
     account: &mut Account,
 ) -> Result<Onward, Failure> {
     let began = Instant::now();
+    if ways.mesh.is_on_demand() {
+        Box::pin(ask(ways, client, destination)).await?;
+    }
     let mut choice = Choice::new(&ways.loads);
     let (mut endpoints, mut names) = (0, 0);
     let mut last: Option<Failure> = None;
@@ -148,6 +151,16 @@ pub async fn open(
             _ => return Err(failure),
         }
     }
+}
+
+/// Asks the control plane for what the plan needs.
+async fn ask(ways: &Ways, client: &Client<'_>, destination: SocketAddr) -> Result<(), Failure> {
+    let wanted = |snapshot: &Snapshot| {
+        let source = (client.workload)(snapshot);
+        source.map_or_else(Vec::new, |source| wanted_outbound(snapshot, &source, destination))
+    };
+    let known = crate::demand::know(&ways.mesh, wanted).await;
+    known.map_err(|error| Failure::new("CONNECT", Reply::HostUnreachable, chain(&error)))
 }
 
 /// The workload that a plan connects to.

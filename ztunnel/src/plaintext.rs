@@ -2,7 +2,7 @@
 
 use crate::Proxy;
 use crate::carry::{Account, Cut};
-use crate::inbound::{decide_now, decide_when_known, note_decision, peer_workload};
+use crate::inbound::{decide_now, decide_when_known, mention, note_decision, peer_workload};
 use crate::live::Connected;
 use crate::onward::chain;
 use crate::pods::Pod;
@@ -45,6 +45,7 @@ async fn serve(proxy: &Proxy, pod: &Pod, mut client: TcpStream, peer: SocketAddr
     let Some(workload) = pod.workload(&snapshot) else {
         return account.refused(proxy, "CONNECT", "pod is no longer known");
     };
+    mention(proxy, peer, &workload);
     account.source_workload = peer_workload(&snapshot, peer, &workload);
     account.destination_workload = Some(Arc::clone(&workload));
     let asked = L4Peer { identity: None, source: peer, destination };

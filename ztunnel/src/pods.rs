@@ -1,12 +1,13 @@
 //! The pods of this node: which are here, and the listeners that each has.
 
+use crate::handover::Owner;
 use crate::settings::Capture;
 use crate::{Proxy, inbound, outbound, plaintext};
 use cairn_mesh::{
     HBONE_PORT, Identity, OUTBOUND_PORT, OWN_PORTS, PLAINTEXT_PORT, SOCKS_PORT, Snapshot, TunnelProtocol,
     Workload,
 };
-use cairn_net::{Drain, DrainTrigger, ListenOptions, Namespace};
+use cairn_net::{Drain, DrainGuard, DrainTrigger, ListenOptions, Namespace};
 use cairn_process::{Pending, Workers};
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -22,6 +23,9 @@ const RETRY: Duration = Duration::from_millis(500);
 /// last while accepts go on failing.
 const ACCEPT_PAUSE_MIN: Duration = Duration::from_millis(10);
 const ACCEPT_PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// As many connections wait to be accepted at most (the default of [`ListenOptions`]), and are taken when the drain begins.
+const WAITING_MAX: usize = 1024;
 
 /// One pod of this node.
 pub struct Pod {
@@ -256,12 +260,13 @@ fn start(proxy: &Arc<Proxy>, capture: &Capture, workload: &Workload) -> Result<R
                 is_alone: false,
                 drain: drained,
             });
-            let hbone = cairn_net::listen(SocketAddr::new(address, HBONE_PORT), &options)?;
+            let owner = Owner { uid: &workload.uid, namespace: None };
+            let listen = |port| proxy.sockets.listen(owner, SocketAddr::new(address, port), &options);
+            let hbone = listen(HBONE_PORT)?;
             let mut listeners = vec![accept(proxy, &pod, hbone, Way::Hbone)];
             // A SOCKS5 port is an identity without a password: on loopback only.
             if address.is_loopback() {
-                let socks = cairn_net::listen(SocketAddr::new(address, SOCKS_PORT), &options)?;
-                listeners.push(accept(proxy, &pod, socks, Way::Socks));
+                listeners.push(accept(proxy, &pod, listen(SOCKS_PORT)?, Way::Socks));
             }
             Running { pod, drain, listeners, plain: BTreeSet::new() }
         }
@@ -270,7 +275,8 @@ fn start(proxy: &Arc<Proxy>, capture: &Capture, workload: &Workload) -> Result<R
             let namespace = Namespace::open(&file)?;
             let options = ListenOptions { transparent: true, mark: Some(cairn_net::ZTUNNEL_MARK), ..options };
             let any = |port| SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port);
-            let listen = |port| namespace.within(|| cairn_net::listen(any(port), &options))?;
+            let owner = Owner { uid: &workload.uid, namespace: Some(&namespace) };
+            let listen = |port| proxy.sockets.listen(owner, any(port), &options);
             let ports = [
                 (HBONE_PORT, Way::Hbone),
                 (OUTBOUND_PORT, Way::Redirected),
@@ -312,7 +318,9 @@ fn follow_plain_ports(
         if OWN_PORTS.contains(&port) || pod.plain.contains(&port) {
             continue;
         }
-        match cairn_net::listen(SocketAddr::new(pod.pod.address, port), &ListenOptions::default()) {
+        let (owner, at) =
+            (Owner { uid: &workload.uid, namespace: None }, SocketAddr::new(pod.pod.address, port));
+        match proxy.sockets.listen(owner, at, &ListenOptions::default()) {
             Ok(listener) => {
                 pod.plain.insert(port);
                 pod.listeners.push(accept(proxy, &pod.pod, listener, Way::PlaintextHere));
@@ -366,7 +374,7 @@ impl Way {
     }
 }
 
-fn accept(proxy: &Arc<Proxy>, pod: &Arc<Pod>, listener: TcpListener, way: Way) -> JoinHandle<()> {
+fn accept(proxy: &Arc<Proxy>, pod: &Arc<Pod>, listener: Arc<TcpListener>, way: Way) -> JoinHandle<()> {
     let (of, label) = (Arc::clone(pod), Arc::clone(&pod.uid));
     let shared = Arc::clone(proxy);
     accept_with(proxy, label, way.as_str(), listener, move |worker, stream, peer| {
@@ -380,7 +388,7 @@ pub fn accept_with<S, F>(
     proxy: &Arc<Proxy>,
     label: Arc<str>,
     way: &'static str,
-    listener: TcpListener,
+    listener: Arc<TcpListener>,
     serve: S,
 ) -> JoinHandle<()>
 where
@@ -390,6 +398,8 @@ where
     let (workers, drain) = (proxy.workers.clone(), proxy.drain.clone());
     let failures = proxy.accept_failures.clone();
     tokio::spawn(async move {
+        // The drain is not over before this has seen it begin, nor before a worker has what was accepted.
+        let _accepting = drain.hold();
         let mut pause = ACCEPT_PAUSE_MIN;
         loop {
             let accepted = tokio::select! {
@@ -399,7 +409,7 @@ where
             match accepted {
                 Ok((stream, peer)) => {
                     pause = ACCEPT_PAUSE_MIN;
-                    give(&workers, stream, peer, serve.clone()).await;
+                    give(&workers, drain.hold(), stream, peer, serve.clone()).await;
                 }
                 Err(error) => {
                     failures.inc();
@@ -409,15 +419,17 @@ where
                 }
             }
         }
-        // Those who are connected already and wait would be reset with the listener.
-        while let Ok(Ok((stream, peer))) = tokio::time::timeout(Duration::ZERO, listener.accept()).await {
-            give(&workers, stream, peer, serve.clone()).await;
+        // Those who are connected already and wait would be reset with the listener, unless a successor has it too.
+        for _ in 0..WAITING_MAX {
+            let accepted = tokio::time::timeout(Duration::ZERO, listener.accept()).await;
+            let Ok(Ok((stream, peer))) = accepted else { break };
+            give(&workers, drain.hold(), stream, peer, serve.clone()).await;
         }
     })
 }
 
-/// Has a worker serve a connection.
-async fn give<S, F>(workers: &Workers, stream: TcpStream, peer: SocketAddr, serve: S)
+/// Has a worker serve a connection; `working` lives as long.
+async fn give<S, F>(workers: &Workers, working: DrainGuard, stream: TcpStream, peer: SocketAddr, serve: S)
 where
     S: FnOnce(usize, TcpStream, SocketAddr) -> F + Send + 'static,
     F: Future<Output = ()> + Send + 'static,
@@ -425,6 +437,7 @@ where
     let Ok(stream) = stream.into_std() else { return };
     let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
     let start = move |worker| async move {
+        let _working = working;
         // The socket is registered with the worker's own event queue.
         match TcpStream::from_std(stream) {
             Ok(stream) => serve(worker, stream, peer).await,

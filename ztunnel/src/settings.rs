@@ -8,6 +8,7 @@ use cairn_hbone::{PoolSettings, ServerSettings};
 use cairn_identity::{Roots, Token};
 use cairn_mesh::MeshSettings;
 use cairn_process::LogFormat;
+use cairn_xds::KeepSettings;
 use serde::Deserialize;
 use serde_json::Value;
 use std::net::{IpAddr, Ipv4Addr};
@@ -87,6 +88,19 @@ pub struct Options {
     /// How long open connections may go on after SIGTERM, in seconds [default: 5].
     #[arg(long, env = "DRAIN_SECONDS")]
     pub drain_seconds: Option<u64>,
+    /// A Unix socket at which a successor takes over this ztunnel's ports, and at which this one asks its predecessor for
+    /// them, so that a restart breaks no connection. In a directory that both see [default: none].
+    #[arg(long, env = "CAIRN_HANDOVER_SOCKET")]
+    pub handover_socket: Option<PathBuf>,
+    /// A file in which the state of the mesh is kept, for a start without the control plane [default: none].
+    #[arg(long, env = "CAIRN_XDS_SNAPSHOT")]
+    pub xds_snapshot: Option<PathBuf>,
+    /// How old a kept state may be that is used, in seconds [default: 3600].
+    #[arg(long, env = "CAIRN_XDS_SNAPSHOT_SECONDS")]
+    pub xds_snapshot_seconds: Option<u64>,
+    /// How long the control plane is waited for before a kept state is used, in seconds [default: 5].
+    #[arg(long, env = "CAIRN_XDS_SNAPSHOT_WAIT_SECONDS")]
+    pub xds_snapshot_wait_seconds: Option<u64>,
     /// One line per connection on standard output [default: true].
     #[arg(long, env = "CAIRN_ACCESS_LOG")]
     pub access_log: Option<bool>,
@@ -197,6 +211,48 @@ pub const RESOLVERS: &str = "/etc/resolv.conf";
 
 /// Where istio-cni listens (facts: `INPOD_UDS`).
 const CNI_SOCKET: &str = "/var/run/ztunnel/ztunnel.sock";
+
+/// Where the state of the mesh is kept, and for how long it is good.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeptState {
+    /// The file.
+    pub path: PathBuf,
+    /// How old it may be that it is used.
+    pub age_max: Duration,
+    /// How long the control plane is waited for before.
+    pub wait: Duration,
+}
+
+impl KeptState {
+    /// With defaults for what is not given, in seconds.
+    pub fn new(path: impl Into<PathBuf>, age_max: Option<u64>, wait: Option<u64>) -> Self {
+        let default = KeepSettings::new("", "");
+        Self {
+            path: path.into(),
+            age_max: age_max.map_or(default.age_max, Duration::from_secs),
+            wait: wait.map_or(default.wait, Duration::from_secs),
+        }
+    }
+}
+
+/// How a ztunnel takes over from its predecessor and hands over to its successor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Handover {
+    /// The Unix socket at which both meet.
+    pub socket: PathBuf,
+    /// What a ztunnel does that has been succeeded.
+    pub afterwards: Afterwards,
+}
+
+/// What a ztunnel does that has been succeeded and accepts no more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Afterwards {
+    /// It ends with its last connection, or when the time for draining has passed.
+    End,
+    /// It stays until it is told to stop, and drains then: whoever supervises it would start it anew if it ended by
+    /// itself, as Kubernetes does.
+    Stay,
+}
 
 /// The pod that the ztunnel itself is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -328,6 +384,12 @@ pub struct Settings {
     pub tunnels: TunnelLimits,
     /// How long open connections may go on after SIGTERM.
     pub drain: Duration,
+    /// Workloads and services are asked for when they are needed, rather than all followed.
+    pub on_demand: bool,
+    /// Whether the state of the mesh is kept on disk, and where.
+    pub kept_state: Option<KeptState>,
+    /// Whether ports are handed over from one ztunnel to the next, and how.
+    pub handover: Option<Handover>,
     /// Whether a line is written per connection.
     pub access_log: bool,
     /// Of which connections.
@@ -403,6 +465,16 @@ impl Options {
             ),
             tunnels: TunnelLimits::default(),
             drain: Duration::from_secs(self.drain_seconds.or(file.drain_seconds).unwrap_or(5)),
+            on_demand: false,
+            kept_state: self.xds_snapshot.or(file.xds_snapshot).map(|path| {
+                let age_max = self.xds_snapshot_seconds.or(file.xds_snapshot_seconds);
+                let wait = self.xds_snapshot_wait_seconds.or(file.xds_snapshot_wait_seconds);
+                KeptState::new(path, age_max, wait)
+            }),
+            handover: self
+                .handover_socket
+                .or(file.handover_socket)
+                .map(|socket| Handover { socket, afterwards: Afterwards::End }),
             access_log: self.access_log.or(file.access_log).unwrap_or(true),
             access: access(
                 self.access_log_filter.or(file.access_log_filter).as_deref(),

@@ -28,6 +28,7 @@ mod store;
 mod telemetry;
 mod text_match;
 mod trust_domains;
+mod wanted;
 mod workload;
 
 pub use arrive::{Arrival, ArrivalTarget, Unwelcome, arrive};
@@ -76,6 +77,7 @@ pub use telemetry::{
 };
 pub use text_match::TextMatch;
 pub use trust_domains::TrustDomains;
+pub use wanted::{Wanted, wanted_inbound, wanted_outbound};
 pub use workload::{
     ApplicationTunnel, GatewayAddress, GatewayTarget, Health, Locality, NetworkAddress, NetworkMode,
     PortMapping, TunnelHandover, TunnelProtocol, Workload, WorkloadKind,

@@ -16,6 +16,6 @@ pub use buffer::{BUFFER_BYTES, Buffer};
 pub use copy::{ByteCounts, HALF_CLOSED_MAX, copy};
 pub use drain::{Drain, DrainGuard, DrainTrigger, drain};
 pub use namespace::{Namespace, NamespaceId, ZTUNNEL_MARK};
-pub use packet::{Packet, PacketError, PacketSocket};
+pub use packet::{Packet, PacketError, PacketListener, PacketSocket};
 pub use socket::{ConnectOptions, ListenOptions, NetError, connect, datagram, listen, listen_datagram};
-pub use socket::{original_destination, prepare};
+pub use socket::{SocketKind, adopt, adopt_datagram, fits, original_destination, prepare};

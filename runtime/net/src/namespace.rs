@@ -2,6 +2,7 @@
 
 use crate::NetError;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use std::fmt;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
@@ -11,6 +12,9 @@ use std::sync::Arc;
 /// The mark on every packet that a ztunnel sends in a pod, by which redirection lets it pass (0x539, as istio-cni's
 /// rules expect).
 pub const ZTUNNEL_MARK: u32 = 0x539;
+
+/// The namespace of the thread that looks.
+const OWN: &str = "/proc/thread-self/ns/net";
 
 /// A network namespace, held open.
 #[derive(Clone, Debug)]
@@ -24,6 +28,23 @@ pub struct Namespace {
 pub struct NamespaceId {
     device: u64,
     inode: u64,
+}
+
+impl fmt::Display for NamespaceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.device, self.inode)
+    }
+}
+
+impl NamespaceId {
+    /// The one that this thread is in.
+    ///
+    /// # Errors
+    /// When the kernel does not say.
+    pub fn own() -> std::io::Result<Self> {
+        let metadata = std::fs::metadata(OWN)?;
+        Ok(Self { device: metadata.dev(), inode: metadata.ino() })
+    }
 }
 
 impl PartialEq for Namespace {
@@ -80,7 +101,7 @@ impl Namespace {
     pub fn within<T>(&self, work: impl FnOnce() -> T) -> Result<T, NetError> {
         let failed =
             |source: std::io::Error| NetError::Namespace { path: PathBuf::from(&*self.path), source };
-        let own = File::open("/proc/thread-self/ns/net").map_err(failed)?;
+        let own = File::open(OWN).map_err(failed)?;
         move_into_link_name_space(self.file.as_fd(), NETWORK).map_err(|error| failed(error.into()))?;
         // Also when `work` panics.
         let _way_back = WayBack(own);
@@ -128,6 +149,7 @@ mod tests {
         let own = Path::new("/proc/self/ns/net");
         let sent = Namespace::received(File::open(own).unwrap().into(), "sent");
         assert_eq!(sent.id().unwrap(), Namespace::open(own).unwrap().id().unwrap());
+        assert_eq!(sent.id().unwrap().to_string(), NamespaceId::own().unwrap().to_string());
         let other = Namespace::open(Path::new("/proc/self/ns/uts")).unwrap();
         assert_ne!(sent.id().unwrap(), other.id().unwrap());
     }

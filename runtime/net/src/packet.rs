@@ -1,15 +1,20 @@
 //! Packets between processes of one machine, which may bring file descriptors (`SOCK_SEQPACKET`, `SCM_RIGHTS`).
 
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags,
-    SocketAddrUnix, SocketFlags, SocketType, recvmsg, send, socket_with,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen,
+    recvmsg, send, sendmsg, socket_with,
 };
-use std::io::{self, IoSliceMut};
+use std::fs::Permissions;
+use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::net::UnixStream;
 
 /// The largest packet that is read whole (facts: ZDS, 1,024 bytes in both directions).
 const PACKET_BYTES_MAX: usize = 1024;
@@ -17,10 +22,25 @@ const PACKET_BYTES_MAX: usize = 1024;
 /// As many descriptors of one packet are taken; of more, the packet says that they were cut off.
 const DESCRIPTORS_MAX: usize = 4;
 
+/// Peers that wait to be accepted; more are turned away.
+const WAITING_MAX: i32 = 8;
+
 /// What a socket of packets could not do.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PacketError {
+    /// The path cannot be listened at.
+    #[error("cannot listen at {}", path.display())]
+    Listen {
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A peer cannot be accepted.
+    #[error("cannot accept a peer")]
+    Accept(#[source] io::Error),
     /// Nobody listens there, or the socket could not be made.
     #[error("cannot connect to {}", path.display())]
     Connect {
@@ -89,6 +109,87 @@ impl PacketSocket {
         let sent = self.descriptor.async_io(Interest::WRITABLE, sent).await;
         sent.map(|_whole| ()).map_err(PacketError::Broken)
     }
+
+    /// Sends one packet, whole or not at all, and a descriptor with it, which stays ours as well.
+    ///
+    /// # Errors
+    /// When the connection broke, or more descriptors are on their way than the system lets.
+    pub async fn send_with(&self, packet: &[u8], descriptor: BorrowedFd<'_>) -> Result<(), PacketError> {
+        let sent = |socket: &OwnedFd| {
+            let mut room = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = SendAncillaryBuffer::new(&mut room);
+            let descriptors = [descriptor];
+            if !control.push(SendAncillaryMessage::ScmRights(&descriptors)) {
+                return Err(io::ErrorKind::InvalidInput.into());
+            }
+            Ok(sendmsg(socket, &[IoSlice::new(packet)], &mut control, SendFlags::NOSIGNAL)?)
+        };
+        let sent = self.descriptor.async_io(Interest::WRITABLE, sent).await;
+        sent.map(|_whole| ()).map_err(PacketError::Broken)
+    }
+
+    /// Whether the process at the other end ran as our own user when it connected or began to listen
+    /// (`SO_PEERCRED`).
+    ///
+    /// # Errors
+    /// When the kernel does not say.
+    pub fn is_of_our_user(&self) -> io::Result<bool> {
+        // The peer's process may have no number in our namespace of processes, which rustix's type cannot express;
+        // the kernel does not care that the stream is one of packets.
+        let same: StdUnixStream = self.descriptor.get_ref().try_clone()?.into();
+        let peer = UnixStream::from_std(same)?.peer_cred()?;
+        Ok(peer.uid() == rustix::process::geteuid().as_raw())
+    }
+}
+
+/// A listening socket of packets.
+#[derive(Debug)]
+pub struct PacketListener {
+    descriptor: AsyncFd<OwnedFd>,
+}
+
+impl PacketListener {
+    /// Listens at a path, for processes of our own user only (mode 0600), and in place of whoever listened there: the
+    /// path leads to one or the other at any moment. The file stays when the listener is gone, and whoever connects then
+    /// is refused.
+    ///
+    /// # Errors
+    /// When the path is too long (107 bytes) or its directory is not ours to write to.
+    pub fn bind(path: &Path) -> Result<Self, PacketError> {
+        let failed = |source: io::Error| PacketError::Listen { path: path.to_owned(), source };
+        let mut beside = path.as_os_str().to_owned();
+        beside.push(format!(".{}", std::process::id()));
+        let beside = PathBuf::from(beside);
+        let open = || {
+            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+            let descriptor = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+            bind(&descriptor, &SocketAddrUnix::new(&beside)?)?;
+            // Nobody can connect before it listens, so its mode is never another.
+            std::fs::set_permissions(&beside, Permissions::from_mode(0o600))?;
+            listen(&descriptor, WAITING_MAX)?;
+            std::fs::rename(&beside, path)?;
+            register(descriptor)
+        };
+        // What a process of our number left that ended between the two.
+        let _none = std::fs::remove_file(&beside);
+        let opened = open();
+        if opened.is_err() {
+            let _none = std::fs::remove_file(&beside);
+        }
+        Ok(Self { descriptor: opened.map_err(failed)? })
+    }
+
+    /// Waits for the next peer. Cancelling this loses nobody.
+    ///
+    /// # Errors
+    /// When the system has no descriptor left for it.
+    pub async fn accept(&self) -> Result<PacketSocket, PacketError> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let accepted = |listener: &OwnedFd| Ok(accept_with(listener, flags)?);
+        let accepted = self.descriptor.async_io(Interest::READABLE, accepted).await;
+        let descriptor = accepted.and_then(register).map_err(PacketError::Accept)?;
+        Ok(PacketSocket { descriptor })
+    }
 }
 
 /// Registers a descriptor with the runtime's event queue.
@@ -122,10 +223,10 @@ fn receive(descriptor: &OwnedFd) -> io::Result<Packet> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, accept, bind, listen, sendmsg, socketpair};
+    use rustix::net::{accept, socketpair};
     use std::fs::File;
-    use std::io::IoSlice;
     use std::os::fd::AsFd;
+    use std::os::unix::fs::MetadataExt;
 
     fn pair() -> (PacketSocket, OwnedFd) {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -193,5 +294,53 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         rustix::io::write(&theirs, b"hello").unwrap();
         assert_eq!(ours.receive().await.unwrap().unwrap().bytes, b"hello");
+    }
+
+    #[tokio::test]
+    async fn a_descriptor_goes_along_and_stays() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("socket");
+        let listener = PacketListener::bind(&path).unwrap();
+        let ours = PacketSocket::connect(&path).unwrap();
+        let theirs = listener.accept().await.unwrap();
+        let file = File::open("/proc/self/ns/net").unwrap();
+        ours.send_with(b"take this", file.as_fd()).await.unwrap();
+        let packet = theirs.receive().await.unwrap().unwrap();
+        assert_eq!((packet.bytes.as_slice(), packet.is_cut), (&b"take this"[..], false));
+        let [came] = packet.descriptors.as_slice() else { panic!("{packet:?}") };
+        let number = |file: &File| file.metadata().unwrap().ino();
+        assert_eq!(number(&File::from(came.try_clone().unwrap())), number(&file));
+    }
+
+    #[tokio::test]
+    async fn a_path_is_for_our_user_and_leads_to_the_last_who_listens() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("socket");
+        let mut last = None;
+        for round in 0..3 {
+            let listener = PacketListener::bind(&path).unwrap();
+            let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o600, "round {round}");
+            let ours = PacketSocket::connect(&path).unwrap();
+            let theirs = listener.accept().await.unwrap();
+            assert!(ours.is_of_our_user().unwrap() && theirs.is_of_our_user().unwrap());
+            theirs.send(b"hello").await.unwrap();
+            assert_eq!(ours.receive().await.unwrap().unwrap().bytes, b"hello", "round {round}");
+            last = Some(listener);
+        }
+        assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 1, "something is left over");
+        drop(last);
+        let error = PacketSocket::connect(&path).unwrap_err();
+        assert!(matches!(error, PacketError::Connect { source, .. }
+            if source.kind() == io::ErrorKind::ConnectionRefused));
+    }
+
+    #[tokio::test]
+    async fn a_path_that_cannot_be_listened_at_is_named() {
+        let long = Path::new("/tmp").join("x".repeat(120));
+        for path in [Path::new("/nowhere/socket"), &long] {
+            let error = PacketListener::bind(path).unwrap_err();
+            assert!(matches!(&error, PacketError::Listen { path: at, .. } if at == path), "{error}");
+        }
     }
 }

@@ -4,6 +4,7 @@ use crate::Namespace;
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UdpSocket};
@@ -47,6 +48,14 @@ pub enum NetError {
         #[source]
         source: io::Error,
     },
+    /// A socket that another process opened is not what would be opened here.
+    #[error("the socket handed over for {address} differs: {difference}")]
+    Differs {
+        /// The address to listen on.
+        address: SocketAddr,
+        /// In what.
+        difference: &'static str,
+    },
     /// A connected socket that has no local address.
     #[error("the connection's own address is unknown")]
     LocalAddress(#[source] io::Error),
@@ -69,6 +78,15 @@ impl Default for ListenOptions {
     fn default() -> Self {
         Self { transparent: false, reuse_port: false, backlog: 1024, mark: None }
     }
+}
+
+/// What arrives on a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SocketKind {
+    /// Connections.
+    Stream,
+    /// Packets.
+    Datagram,
 }
 
 /// How to connect.
@@ -142,6 +160,71 @@ fn open_listener(address: SocketAddr, options: &ListenOptions) -> io::Result<Tcp
     socket.bind(&address.into())?;
     socket.listen(i32::try_from(options.backlog).unwrap_or(i32::MAX))?;
     TcpListener::from_std(socket.into())
+}
+
+/// Whether a socket that another process opened is what [`listen`] (or, for packets, [`listen_datagram`]) would open.
+/// The number of connections that may wait is not compared.
+///
+/// # Errors
+/// With the difference, when it is not.
+pub fn fits(
+    descriptor: &OwnedFd,
+    kind: SocketKind,
+    address: SocketAddr,
+    options: &ListenOptions,
+) -> Result<(), NetError> {
+    let socket = SockRef::from(descriptor);
+    let differs = |difference| NetError::Differs { address, difference };
+    let is = |holds: io::Result<bool>, difference| match holds {
+        Ok(true) => Ok(()),
+        Ok(false) | Err(_) => Err(differs(difference)),
+    };
+    let expected = match kind {
+        SocketKind::Stream => Type::STREAM,
+        SocketKind::Datagram => Type::DGRAM,
+    };
+    is(socket.r#type().map(|found| found == expected), "its kind")?;
+    let at = socket.local_addr().map(|at| at.as_socket());
+    // Where there is no IPv6, `[::]` is every address of IPv4.
+    let same = |at: SocketAddr| {
+        let same_ip = at.ip() == address.ip() || (at.ip().is_unspecified() && address.ip().is_unspecified());
+        same_ip && at.port() == address.port()
+    };
+    is(at.map(|at| at.is_some_and(same)), "its address")?;
+    is(socket.reuse_port().map(|reuse| reuse == options.reuse_port), "whether others may share its port")?;
+    is(socket.mark().map(|mark| mark == options.mark.unwrap_or(0)), "its mark")?;
+    if kind == SocketKind::Stream {
+        is(socket.is_listener(), "it does not listen")?;
+        let transparent = socket.ip_transparent_v4();
+        is(transparent.map(|found| found == options.transparent), "whether it is transparent")?;
+    }
+    Ok(())
+}
+
+/// Takes over a listening socket that another process opened, and that [`fits`].
+///
+/// # Errors
+/// When the runtime does not take it.
+pub fn adopt(descriptor: OwnedFd, address: SocketAddr) -> Result<TcpListener, NetError> {
+    let adopted = || {
+        let socket = Socket::from(descriptor);
+        socket.set_nonblocking(true)?;
+        TcpListener::from_std(socket.into())
+    };
+    adopted().map_err(|source| NetError::Listen { address, source })
+}
+
+/// Takes over a socket for packets that another process opened, and that [`fits`].
+///
+/// # Errors
+/// When the runtime does not take it.
+pub fn adopt_datagram(descriptor: OwnedFd, address: SocketAddr) -> Result<UdpSocket, NetError> {
+    let adopted = || {
+        let socket = Socket::from(descriptor);
+        socket.set_nonblocking(true)?;
+        UdpSocket::from_std(socket.into())
+    };
+    adopted().map_err(|source| NetError::Listen { address, source })
 }
 
 /// Connects to `address`. The stream sends small writes at once and notices a vanished peer.
@@ -246,6 +329,7 @@ pub fn original_destination(stream: &TcpStream) -> Result<SocketAddr, NetError> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::fd::AsFd;
 
     fn loopback() -> SocketAddr {
         "127.0.0.1:0".parse().unwrap()
@@ -276,6 +360,74 @@ mod tests {
         listen(address, &shared).unwrap();
         let error = listen(address, &ListenOptions::default()).unwrap_err();
         assert!(matches!(error, NetError::Listen { address: at, .. } if at == address));
+    }
+
+    #[tokio::test]
+    async fn a_socket_of_another_process_goes_on_where_it_fits() {
+        let options = ListenOptions { reuse_port: true, ..Default::default() };
+        let first = listen(loopback(), &options).unwrap();
+        let address = first.local_addr().unwrap();
+        let waiting = connect(address, &ConnectOptions::default()).await.unwrap();
+        let other = "127.0.0.1:1".parse().unwrap();
+        let handed = || first.as_fd().try_clone_to_owned().unwrap();
+        for (name, kind, at, options, expected) in [
+            ("as it is", SocketKind::Stream, address, options.clone(), None),
+            ("packets", SocketKind::Datagram, address, options.clone(), Some("its kind")),
+            ("elsewhere", SocketKind::Stream, other, options.clone(), Some("its address")),
+            (
+                "alone",
+                SocketKind::Stream,
+                address,
+                ListenOptions::default(),
+                Some("whether others may share its port"),
+            ),
+            (
+                "marked",
+                SocketKind::Stream,
+                address,
+                ListenOptions { mark: Some(7), ..options.clone() },
+                Some("its mark"),
+            ),
+            (
+                "transparent",
+                SocketKind::Stream,
+                address,
+                ListenOptions { transparent: true, ..options.clone() },
+                Some("whether it is transparent"),
+            ),
+        ] {
+            let found = match fits(&handed(), kind, at, &options) {
+                Ok(()) => None,
+                Err(NetError::Differs { difference, .. }) => Some(difference),
+                Err(other) => panic!("{name}: {other}"),
+            };
+            assert_eq!(found, expected, "{name}");
+        }
+        let idle = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        idle.bind(&loopback().into()).unwrap();
+        let at = idle.local_addr().unwrap().as_socket().unwrap();
+        let error = fits(&idle.into(), SocketKind::Stream, at, &ListenOptions::default()).unwrap_err();
+        assert!(matches!(error, NetError::Differs { difference: "it does not listen", .. }), "{error}");
+        // Who waits to be accepted goes with the socket.
+        let second = adopt(handed(), address).unwrap();
+        drop(first);
+        let (_, peer) = second.accept().await.unwrap();
+        assert_eq!(peer, waiting.local_addr().unwrap());
+    }
+
+    #[tokio::test]
+    async fn packets_that_wait_go_with_their_socket() {
+        let first = listen_datagram(loopback(), &ListenOptions::default()).unwrap();
+        let address = first.local_addr().unwrap();
+        let client = datagram(address, None).unwrap();
+        client.send(b"question").await.unwrap();
+        let handed = first.as_fd().try_clone_to_owned().unwrap();
+        fits(&handed, SocketKind::Datagram, address, &ListenOptions::default()).unwrap();
+        let second = adopt_datagram(handed, address).unwrap();
+        drop(first);
+        let mut buffer = [0; 16];
+        let length = second.recv(&mut buffer).await.unwrap();
+        assert_eq!(buffer.get(..length), Some(&b"question"[..]));
     }
 
     #[tokio::test]

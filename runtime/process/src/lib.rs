@@ -13,9 +13,9 @@ mod signals;
 mod threads;
 
 pub use limits::{encode_file_metrics, raise_file_limit};
-pub use liveness::Liveness;
+pub use liveness::{Liveness, longest_turns};
 pub use logging::{LogControl, LogFormat, LoggingError, init_logging, init_queued_logging};
-pub use operators::{OperatorError, Operators, Text, admin_layers};
+pub use operators::{Open, OperatorError, Operators, Serving, Text, admin_layers};
 pub use readiness::{Pending, Readiness};
 pub use settings::{SettingsError, load_file};
 pub use signals::{Signals, reopen_signals, stop_signal};

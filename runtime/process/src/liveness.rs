@@ -54,6 +54,30 @@ async fn beat(started: Instant, turn: Arc<AtomicU64>) {
     }
 }
 
+/// How long whatever was ready on each of these runtimes had to wait for the rest at most, while this looked. It asks for a
+/// turn again and again, so that the threads are busy meanwhile.
+pub async fn longest_turns(runtimes: &[Handle], period: Duration) -> Vec<Duration> {
+    let until = Instant::now() + period;
+    let probes: Vec<_> = runtimes.iter().map(|runtime| runtime.spawn(longest_turn(until))).collect();
+    let mut turns = Vec::with_capacity(probes.len());
+    for probe in probes {
+        // A runtime that ends has taken its last turn.
+        turns.push(probe.await.unwrap_or_default());
+    }
+    turns
+}
+
+async fn longest_turn(until: Instant) -> Duration {
+    let (mut longest, mut last) = (Duration::ZERO, Instant::now());
+    while last < until {
+        tokio::task::yield_now().await;
+        let now = Instant::now();
+        longest = longest.max(now - last);
+        last = now;
+    }
+    longest
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -83,5 +107,24 @@ mod tests {
         until(&[1]);
         leave.send(()).unwrap();
         until(&[]);
+    }
+
+    #[test]
+    fn a_long_turn_is_measured() {
+        let workers = Workers::start(2).unwrap();
+        let runtimes = workers.runtimes();
+        let (long, other) = (Duration::from_millis(300), runtimes[1].clone());
+        let begun = Instant::now();
+        let kept = runtimes[1].spawn(async move {
+            while begun.elapsed() < Duration::from_millis(100) {
+                tokio::task::yield_now().await;
+            }
+            // A task that does what none may: it keeps the thread.
+            std::thread::sleep(long);
+        });
+        let turns = other.block_on(longest_turns(&runtimes, Duration::from_millis(600)));
+        assert!(kept.is_finished());
+        assert!(turns[1] >= long, "{turns:?}");
+        assert_eq!(turns.len(), 2);
     }
 }

@@ -5,9 +5,12 @@ use axum::Router;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use cairn_net::ListenOptions;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::AbortHandle;
 use tower_http::compression::CompressionLayer;
 use tower_http::limit::RequestBodyLimitLayer;
 use tower_http::timeout::TimeoutLayer;
@@ -15,6 +18,9 @@ use tower_http::trace::{DefaultOnFailure, TraceLayer};
 
 /// Answers of operators' servers take at most this long to make.
 const ANSWER_MAX: Duration = Duration::from_secs(30);
+
+/// A pause after a failed accept, so that running out of descriptors is not a hot loop.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
 /// Operators send small requests.
 const REQUEST_BYTES_MAX: usize = 64 * 1024;
@@ -59,12 +65,36 @@ pub struct Operators {
 /// Renders a text when asked.
 pub type Text = Arc<dyn Fn() -> String + Send + Sync>;
 
+/// Opens a port for operators.
+pub type Open<'a> = &'a dyn Fn(SocketAddr) -> Result<Arc<TcpListener>, cairn_net::NetError>;
+
+/// Servers for operators that run. Dropping this lets them.
+pub struct Serving(Vec<AbortHandle>);
+
+impl Serving {
+    /// Closes the ports; whoever is connected is answered still.
+    pub fn close(self) {
+        for server in self.0 {
+            server.abort();
+        }
+    }
+}
+
 impl Operators {
     /// Binds all ports and serves them on the current runtime until it ends.
     ///
     /// # Errors
     /// When a port cannot be had.
     pub fn start(self) -> Result<(), OperatorError> {
+        let open = |address| cairn_net::listen(address, &ListenOptions::default()).map(Arc::new);
+        self.start_at(&open).map(drop)
+    }
+
+    /// Serves on ports that come from elsewhere.
+    ///
+    /// # Errors
+    /// When a port cannot be had.
+    pub fn start_at(self, open: Open<'_>) -> Result<Serving, OperatorError> {
         let (readiness, liveness) = (self.readiness, self.liveness);
         let ready = Router::new()
             .route("/healthz/ready", get(move || std::future::ready(answer_ready(&readiness))))
@@ -73,12 +103,14 @@ impl Operators {
         let render = move |headers: HeaderMap| std::future::ready(answer_metrics(&headers, metrics()));
         let metrics =
             Router::new().route("/metrics", get(render.clone())).route("/stats/prometheus", get(render));
-        serve(self.readiness_address, "readiness", ready)?;
+        let serve = |address, what, router| serve(open, address, what, router);
+        let mut servers = vec![serve(self.readiness_address, "readiness", ready)?];
         if let Some(address) = self.metrics_address_too {
-            serve(address, "metrics", metrics.clone())?;
+            servers.push(serve(address, "metrics", metrics.clone())?);
         }
-        serve(self.metrics_address, "metrics", metrics)?;
-        serve(self.admin_address, "admin", self.admin)
+        servers.push(serve(self.metrics_address, "metrics", metrics)?);
+        servers.push(serve(self.admin_address, "admin", self.admin)?);
+        Ok(Serving(servers))
     }
 }
 
@@ -92,16 +124,44 @@ pub fn admin_layers(router: Router) -> Router {
         .layer(TraceLayer::new_for_http().on_failure(DefaultOnFailure::new().level(tracing::Level::DEBUG)))
 }
 
-fn serve(address: SocketAddr, what: &'static str, router: Router) -> Result<(), OperatorError> {
-    let listener = cairn_net::listen(address, &cairn_net::ListenOptions::default())
-        .map_err(|source| OperatorError::Listen { address, what, source })?;
+fn serve(
+    open: Open<'_>,
+    address: SocketAddr,
+    what: &'static str,
+    router: Router,
+) -> Result<AbortHandle, OperatorError> {
+    let listener = open(address).map_err(|source| OperatorError::Listen { address, what, source })?;
     let router = admin_layers(router);
-    tokio::spawn(async move {
-        if let Err(error) = axum::serve(listener, router).await {
+    let server = tokio::spawn(async move {
+        if let Err(error) = axum::serve(Shared(listener), router).await {
             tracing::error!(%address, what, %error, "operators' server ended");
         }
     });
-    Ok(())
+    Ok(server.abort_handle())
+}
+
+/// A listener that others may hold as well.
+struct Shared(Arc<TcpListener>);
+
+impl axum::serve::Listener for Shared {
+    type Io = TcpStream;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (TcpStream, SocketAddr) {
+        loop {
+            match self.0.accept().await {
+                Ok(accepted) => return accepted,
+                Err(error) => {
+                    tracing::debug!(%error, "accept failed");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    fn local_addr(&self) -> std::io::Result<SocketAddr> {
+        self.0.local_addr()
+    }
 }
 
 fn answer_ready(readiness: &Readiness) -> Response {
@@ -191,6 +251,57 @@ mod tests {
             let answer = answer_metrics(&accept.into_iter().collect(), TEXT.to_owned());
             let kind = answer.headers()[header::CONTENT_TYPE].to_str().unwrap();
             assert!(kind.starts_with(expected), "{kind}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    async fn ask(address: SocketAddr) -> std::io::Result<String> {
+        let mut stream = TcpStream::connect(address).await?;
+        let request = "GET /healthz/ready HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
+        stream.write_all(request.as_bytes()).await?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await?;
+        Ok(answer)
+    }
+
+    fn operators(address: SocketAddr, who: &'static str) -> Operators {
+        let readiness = Readiness::default();
+        // Never done.
+        let _pending = readiness.wait_for(who);
+        Operators {
+            readiness_address: address,
+            metrics_address: address,
+            metrics_address_too: None,
+            admin_address: address,
+            readiness,
+            liveness: Liveness::watch(&[]),
+            metrics: Arc::new(String::new),
+            admin: Router::new(),
+        }
+    }
+
+    #[tokio::test]
+    async fn ports_that_are_closed_are_another_processs_from_then_on() {
+        let any = "127.0.0.1:0".parse().unwrap();
+        let listen = |address| cairn_net::listen(address, &ListenOptions::default()).map(Arc::new);
+        let ready = listen(any).unwrap();
+        let at = ready.local_addr().unwrap();
+        let open = |address: SocketAddr| if address == at { Ok(Arc::clone(&ready)) } else { listen(any) };
+        let start = |who| {
+            let readiness_address = at;
+            Operators { readiness_address, ..operators(any, who) }.start_at(&open).unwrap()
+        };
+        let first = start("first");
+        assert!(ask(at).await.unwrap().contains("pending: first"));
+        first.close();
+        let _second = start("second");
+        for _ in 0..8 {
+            assert!(ask(at).await.unwrap().contains("pending: second"));
         }
     }
 }

@@ -4,9 +4,11 @@
 //! [`follow`] owns the state (session, gate, store) and its deadlines, which run on while there is no connection.
 
 use crate::counts::Termination;
+use crate::demand::{Demand, Order};
+use crate::kept::{self, KeepSettings, Keeper};
 use crate::mesh::{Mesh, Writer};
 use crate::object::value_to_proto;
-use crate::session::{ObjectDecoder, Session};
+use crate::session::{ObjectDecoder, Received, Session};
 use cairn_identity::{Roots, Token};
 use cairn_proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use cairn_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
@@ -28,6 +30,8 @@ const RESPONSE_BYTES_MAX: usize = 200 << 20;
 const RESPONSES_MAX: usize = 4;
 /// Requests that wait for the network: the subscriptions, and one answer per response.
 const REQUESTS_MAX: usize = 256;
+/// Names that are asked for in one request.
+const ORDERS_TOGETHER_MAX: usize = 1024;
 /// How long a connection may take, as a ztunnel's.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How much a server may send ahead: the first state of a large mesh is tens of megabytes.
@@ -61,6 +65,8 @@ pub struct FollowSettings {
     pub backoff_min: Duration,
     /// The longest delay. Default 15 s.
     pub backoff_max: Duration,
+    /// Whether and where the last state is kept on disk, for a start without the control plane. Default: nowhere.
+    pub keep: Option<KeepSettings>,
 }
 
 impl FollowSettings {
@@ -78,6 +84,7 @@ impl FollowSettings {
             object_types: Vec::new(),
             backoff_min: Duration::from_millis(10),
             backoff_max: Duration::from_secs(15),
+            keep: None,
         }
     }
 
@@ -137,54 +144,170 @@ enum Event {
     Response(Box<DeltaDiscoveryResponse>),
 }
 
-/// Follows the control plane until `drain` resolves, reconnecting for ever.
+/// Follows the control plane until `drain` resolves, reconnecting for ever. Of a mesh on demand only policies are
+/// followed, and nothing of it is kept on disk.
 pub async fn follow(
     settings: FollowSettings,
     decoder: Option<ObjectDecoder>,
     mesh: Arc<Mesh>,
     drain: impl Future<Output = ()>,
 ) {
-    let session = Session::new(settings.node(), settings.object_types.iter().cloned());
-    let writer = Writer::new(Arc::clone(&mesh), session.subscription_count());
+    let mut session = Session::new(settings.node(), settings.object_types.iter().cloned());
+    let mut writer = Writer::new(Arc::clone(&mesh), session.subscription_count());
+    let orders = mesh.demand().and_then(Demand::orders);
+    if mesh.is_on_demand()
+        && let Some(index) = session.ask_by_name()
+    {
+        writer.expect_nothing_of(index);
+    }
+    let keep = settings.keep.clone().filter(|_| !mesh.is_on_demand());
     let (events, received) = mpsc::channel(RESPONSES_MAX);
+    let connector = Connector { settings, mesh: Arc::clone(&mesh), events };
+    let state =
+        State { session, writer, decoder, mesh, keeper: None, requests: None, orders, answered: Vec::new() };
     tokio::select! {
         () = drain => {}
-        () = Connector { settings, mesh, events }.run() => {}
-        () = apply(session, writer, decoder, received) => {}
+        () = connector.run() => {}
+        () = state.run(keep, received) => {}
     }
 }
 
 /// The half that owns the state.
-async fn apply(
-    mut session: Session,
-    mut writer: Writer,
+struct State {
+    session: Session,
+    writer: Writer,
     decoder: Option<ObjectDecoder>,
-    mut events: mpsc::Receiver<Event>,
-) {
-    let mut requests: Option<mpsc::Sender<DeltaDiscoveryRequest>> = None;
-    loop {
-        let deadline = writer.deadline();
-        let event = tokio::select! {
-            event = events.recv() => event,
-            () = sleep_until(deadline) => {
-                writer.tick(Instant::now());
-                continue;
-            }
-        };
-        match event {
-            None => return,
-            Some(Event::Connected(sender)) => {
-                writer.reconnected();
-                let sent = session.connect().into_iter().all(|request| sender.try_send(request).is_ok());
-                requests = sent.then_some(sender);
-            }
-            Some(Event::Response(response)) => {
-                let received = session.receive(*response, decoder.as_ref());
-                // A full queue means a server that does not read: without its sender the connection ends.
-                requests = requests.filter(|sender| sender.try_send(received.answer.clone()).is_ok());
-                writer.take(received, Instant::now());
+    mesh: Arc<Mesh>,
+    keeper: Option<Keeper>,
+    /// The connection's.
+    requests: Option<mpsc::Sender<DeltaDiscoveryRequest>>,
+    /// What is to be asked for by name.
+    orders: Option<mpsc::Receiver<Order>>,
+    /// Names about which something was said that is not shown yet.
+    answered: Vec<(String, bool)>,
+}
+
+impl State {
+    async fn run(mut self, keep: Option<KeepSettings>, mut events: mpsc::Receiver<Event>) {
+        if let Some(keep) = keep {
+            self.restore(keep).await;
+        }
+        loop {
+            let due = self.keeper.as_ref().and_then(Keeper::deadline);
+            let event = tokio::select! {
+                event = events.recv() => event,
+                order = next_order(&mut self.orders) => {
+                    self.send_orders(order);
+                    continue;
+                }
+                () = sleep_until(self.writer.deadline()) => {
+                    self.writer.tick(Instant::now());
+                    self.tell_answered();
+                    continue;
+                }
+                () = sleep_until(due) => {
+                    self.keep();
+                    continue;
+                }
+            };
+            match event {
+                None => return,
+                Some(Event::Connected(sender)) => {
+                    self.writer.reconnected();
+                    let waiting = self.mesh.demand().map(Demand::reconnected).unwrap_or_default();
+                    let subscriptions = self.session.connect(&waiting);
+                    let sent = subscriptions.into_iter().all(|request| sender.try_send(request).is_ok());
+                    self.requests = sent.then_some(sender);
+                }
+                Some(Event::Response(response)) => {
+                    let received = self.session.receive(*response, self.decoder.as_ref());
+                    self.send(received.answer.clone());
+                    self.take(received);
+                }
             }
         }
+    }
+
+    /// Sends a request, if there is a connection. A full queue means a server that does not read: without its sender the
+    /// connection ends.
+    fn send(&mut self, request: DeltaDiscoveryRequest) {
+        self.requests = self.requests.take().filter(|sender| sender.try_send(request).is_ok());
+    }
+
+    /// Asks for what connections wait for, all that has come together in one request.
+    fn send_orders(&mut self, first: Order) {
+        if let Some(demand) = self.mesh.demand() {
+            demand.expire(&self.mesh.snapshot(), Instant::now());
+        }
+        let (mut asked, mut given_up) = (Vec::new(), Vec::new());
+        let mut next = Some(first);
+        while let Some(order) = next {
+            match order {
+                Order::Ask(wanted) => asked.push(wanted.to_string()),
+                Order::GiveUp(wanted) => given_up.push(wanted.to_string()),
+            }
+            let room = asked.len() + given_up.len() < ORDERS_TOGETHER_MAX;
+            next = self.orders.as_mut().filter(|_| room).and_then(|orders| orders.try_recv().ok());
+        }
+        // What is given up and asked for again since is asked for.
+        given_up.retain(|name| !asked.contains(name));
+        // Without a connection it is asked for with the next one: it waits.
+        let request = self.session.ask(asked, given_up);
+        self.send(request);
+    }
+
+    /// Tells those who wait that what they asked for is shown.
+    fn tell_answered(&mut self) {
+        if self.answered.is_empty() || !self.writer.is_settled() {
+            return;
+        }
+        if let Some(demand) = self.mesh.demand() {
+            let now = Instant::now();
+            for (name, is_there) in std::mem::take(&mut self.answered) {
+                demand.answered(&name, is_there, now);
+            }
+        }
+    }
+
+    /// Begins with what was kept, and keeps what comes.
+    async fn restore(&mut self, keep: KeepSettings) {
+        self.session.hold_records();
+        let kept = kept::load(&keep).await;
+        let now = Instant::now();
+        if let Some(kept) = kept {
+            let received = self.session.restore(kept.resources, self.decoder.as_ref());
+            self.writer.restore(received, kept.written, now + keep.wait);
+        }
+        self.keeper = Some(Keeper::new(keep, now));
+    }
+
+    fn take(&mut self, mut received: Received) {
+        let now = Instant::now();
+        self.answered.append(&mut received.answered);
+        self.writer.take(received, now);
+        self.tell_answered();
+        if let (Some(keeper), true) = (&mut self.keeper, self.writer.is_live()) {
+            keeper.changed(now);
+        }
+    }
+
+    fn keep(&mut self) {
+        let is_connected = self.requests.as_ref().is_some_and(|sender| !sender.is_closed());
+        if let Some(keeper) = &mut self.keeper {
+            keeper.write(self.session.records(), is_connected, &self.mesh, Instant::now());
+        }
+    }
+}
+
+async fn next_order(orders: &mut Option<mpsc::Receiver<Order>>) -> Order {
+    let next = match orders {
+        Some(orders) => orders.recv().await,
+        None => None,
+    };
+    match next {
+        Some(order) => order,
+        // Nothing is asked for, or nobody is left to ask.
+        None => std::future::pending().await,
     }
 }
 

@@ -50,6 +50,13 @@ impl Gate {
         }
     }
 
+    /// Nothing need be heard of the type at `index` before anything is published.
+    pub(crate) fn expect_nothing_of(&mut self, index: usize) {
+        if let Some(arrived) = self.types.get_mut(index) {
+            arrived.ever = true;
+        }
+    }
+
     /// A new connection: generations of the previous one mean nothing on it.
     pub(crate) fn reconnected(&mut self) {
         for arrived in &mut self.types {

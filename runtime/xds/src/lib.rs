@@ -9,9 +9,11 @@ pub mod workload;
 
 mod accept;
 mod counts;
+mod demand;
 mod error;
 mod follow;
 mod gate;
+mod kept;
 mod mesh;
 mod object;
 mod published;
@@ -21,8 +23,10 @@ mod subscriber;
 mod tokens;
 mod unknown;
 
+pub use demand::{ANSWER_WAIT, DemandError};
 pub use error::ResourceError;
 pub use follow::{FollowError, FollowSettings, follow};
+pub use kept::{KeepError, KeepSettings};
 pub use mesh::{Mesh, POLICY_WAIT};
 pub use object::{Object, ObjectEvent};
 pub use published::Served;

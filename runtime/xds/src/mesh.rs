@@ -1,14 +1,15 @@
 //! The mesh as one process knows it: the current snapshot for readers, and the one writer behind it.
 
 use crate::counts::Counts;
+use crate::demand::{Demand, DemandError};
 use crate::gate::{Gate, Publish};
 use crate::session::{Problem, Received};
 use arc_swap::ArcSwap;
-use cairn_mesh::{Change, MeshSettings, Snapshot, Store};
+use cairn_mesh::{Change, MeshSettings, Snapshot, Store, Wanted};
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::watch;
 use tracing::{info, warn};
 
@@ -25,23 +26,42 @@ pub struct Mesh {
     problems: Mutex<BTreeMap<(Arc<str>, String), Problem>>,
     settings: MeshSettings,
     counts: Counts,
+    /// When what is shown was written to disk, while no control plane has confirmed it.
+    restored: Mutex<Option<SystemTime>>,
+    /// When the state was last kept on disk.
+    kept: Mutex<Option<SystemTime>>,
+    /// Workloads and services are asked for by name.
+    demand: Option<Demand>,
 }
 
 impl Mesh {
     /// An empty mesh that is not ready.
     pub fn new() -> Arc<Self> {
-        Self::with_settings(MeshSettings::default())
+        Self::with(MeshSettings::default(), None)
     }
 
     /// An empty mesh that is not ready. These are its settings, unless the control plane sends others.
     pub fn with_settings(settings: MeshSettings) -> Arc<Self> {
+        Self::with(settings, None)
+    }
+
+    /// The same, of which only policies are followed: workloads and services are known when they were asked for
+    /// ([`Self::ask`]).
+    pub fn on_demand(settings: MeshSettings) -> Arc<Self> {
+        Self::with(settings, Some(Demand::new()))
+    }
+
+    fn with(settings: MeshSettings, demand: Option<Demand>) -> Arc<Self> {
         Arc::new(Self {
+            demand,
             snapshot: ArcSwap::from_pointee(Snapshot::default()),
             changes: watch::Sender::new(0),
             ready: watch::Sender::new(false),
             problems: Mutex::new(BTreeMap::new()),
             settings,
             counts: Counts::default(),
+            restored: Mutex::new(None),
+            kept: Mutex::new(None),
         })
     }
 
@@ -64,6 +84,51 @@ impl Mesh {
     /// Whether the first full state has been published.
     pub fn is_ready(&self) -> bool {
         *self.ready.borrow()
+    }
+
+    /// Whether workloads and services are known only when they were asked for.
+    pub fn is_on_demand(&self) -> bool {
+        self.demand.is_some()
+    }
+
+    /// Asks the control plane for something that is not known, and waits until it has said what there is. Then it is known,
+    /// or is not there. Of a mesh that is followed whole there is nothing to ask.
+    ///
+    /// # Errors
+    /// When the control plane does not answer in time, or too many ask.
+    pub async fn ask(&self, wanted: &Wanted) -> Result<(), DemandError> {
+        match &self.demand {
+            Some(demand) => demand.ask(wanted).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Asks for something that would be good to know, if it is not, without waiting for it.
+    pub fn mention(&self, wanted: &Wanted) {
+        if let Some(demand) = &self.demand
+            && !wanted.is_known(&self.snapshot())
+        {
+            // What cannot be asked for now is asked for by the next who would like to know.
+            let _answer = demand.begin(wanted, Instant::now());
+        }
+    }
+
+    pub(crate) fn demand(&self) -> Option<&Demand> {
+        self.demand.as_ref()
+    }
+
+    /// When the state that is shown was written to disk; `None` when a control plane has said it, or there is none.
+    pub fn restored(&self) -> Option<SystemTime> {
+        *self.restored.lock()
+    }
+
+    /// When the state was last kept on disk.
+    pub fn kept(&self) -> Option<SystemTime> {
+        *self.kept.lock()
+    }
+
+    pub(crate) fn note_kept(&self, at: SystemTime) {
+        *self.kept.lock() = Some(at);
     }
 
     /// What is wrong with resources now, for the operator: at most a thousand.
@@ -121,13 +186,49 @@ pub(crate) struct Writer {
     gate: Gate,
     /// Until when each workload waits for its policies.
     waiting: HashMap<Arc<str>, Instant>,
+    /// A state that was kept, and until when the control plane is waited for before it is shown.
+    restored: Option<(SystemTime, Instant)>,
 }
 
 impl Writer {
     pub(crate) fn new(mesh: Arc<Mesh>, type_count: usize) -> Self {
         let mut store = Store::new();
         store.apply([Change::Settings(mesh.settings.clone())]);
-        Self { mesh, store, gate: Gate::new(type_count), waiting: HashMap::new() }
+        Self { mesh, store, gate: Gate::new(type_count), waiting: HashMap::new(), restored: None }
+    }
+
+    /// Nothing need be heard of the type at `index` before the mesh is ready.
+    pub(crate) fn expect_nothing_of(&mut self, index: usize) {
+        self.gate.expect_nothing_of(index);
+    }
+
+    /// Whether all that has arrived is shown.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.gate.is_complete() && self.gate.deadline().is_none()
+    }
+
+    /// Whether a control plane has said its first word of every type.
+    pub(crate) fn is_live(&self) -> bool {
+        self.gate.is_complete()
+    }
+
+    /// Takes a state that was kept at `written`. It is shown at `show_at`, unless the control plane comes first.
+    pub(crate) fn restore(&mut self, received: Vec<Received>, written: SystemTime, show_at: Instant) {
+        let changes = received.into_iter().flat_map(|received| received.changes);
+        // Policies come first: a workload that names one which is not there is denied.
+        let (policies, others): (Vec<_>, Vec<_>) =
+            changes.partition(|change| matches!(change, Change::Authorization(_)));
+        self.store.apply(policies.into_iter().chain(others));
+        self.restored = Some((written, show_at));
+    }
+
+    /// Shows what was kept.
+    fn show_restored(&mut self, now: Instant) {
+        let Some((written, _)) = self.restored.take_if(|(_, show_at)| *show_at <= now) else { return };
+        let age = SystemTime::now().duration_since(written).unwrap_or_default();
+        warn!(?age, "the control plane does not answer: the state that was kept is in force");
+        *self.mesh.restored.lock() = Some(written);
+        self.mesh.publish(self.store.snapshot());
     }
 
     /// A new connection stands.
@@ -146,11 +247,13 @@ impl Writer {
 
     /// When [`Self::tick`] has something to do next.
     pub(crate) fn deadline(&self) -> Option<Instant> {
-        self.waiting.values().copied().chain(self.gate.deadline()).min()
+        let show_at = self.restored.map(|(_, show_at)| show_at);
+        self.waiting.values().copied().chain(self.gate.deadline()).chain(show_at).min()
     }
 
     /// Does what is due.
     pub(crate) fn tick(&mut self, now: Instant) {
+        self.show_restored(now);
         let overdue = self.gate.overdue(now);
         self.publish(overdue, now);
         let expired: Vec<Arc<str>> =
@@ -175,6 +278,10 @@ impl Writer {
         let changes = self.gate.take();
         if !changes.is_empty() {
             self.apply(changes, now);
+        }
+        self.restored = None;
+        if self.mesh.restored.lock().take().is_some() {
+            info!("the control plane has replaced the state that was kept");
         }
         if !self.mesh.is_ready() {
             info!(generation = self.store.current().generation(), "the mesh is known");

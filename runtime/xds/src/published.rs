@@ -4,7 +4,7 @@ use crate::authorization::authorization_to_proto;
 use crate::tokens::Role;
 use crate::workload::{service_to_proto, workload_to_proto};
 use crate::{ADDRESS_TYPE, AUTHORIZATION_TYPE, Object};
-use cairn_mesh::{Authorization, Identity, ResourceName, Service, Workload};
+use cairn_mesh::{Authorization, Identity, NetworkAddress, ResourceName, Service, Workload};
 use cairn_proto::workload as wire;
 use cairn_proto::{discovery, workload::address};
 use prost::Message;
@@ -48,6 +48,10 @@ pub(crate) struct Published {
     types: BTreeMap<Arc<str>, Arc<Resources>>,
     /// The nodes on which each identity runs.
     nodes: HashMap<Identity, HashSet<Arc<str>>>,
+    /// What else workloads and services are called: `network/address`.
+    aliases: Names,
+    /// The workloads behind each service, by `namespace/hostname`.
+    endpoints: Names,
 }
 
 impl Published {
@@ -55,6 +59,7 @@ impl Published {
     pub(crate) fn next(&self, served: Served) -> Self {
         let mut nodes: HashMap<Identity, HashSet<Arc<str>>> = HashMap::new();
         let mut types: BTreeMap<Arc<str>, Resources> = BTreeMap::new();
+        let (mut aliases, mut endpoints) = (Names::new(), Names::new());
         let mut add = |type_url: &str, name: String, content: Any, gateways| {
             let entry = Entry { version: version(&content), content, gateways };
             types.entry(type_url.into()).or_default().insert(name.into(), Arc::new(entry));
@@ -63,10 +68,20 @@ impl Published {
             let message = address::Type::Workload(workload_to_proto(workload));
             add(ADDRESS_TYPE, workload.uid.to_string(), address(message), None);
             nodes.entry(workload.identity.clone()).or_default().insert(Arc::clone(&workload.node));
+            for address in workload.network_addresses() {
+                aliases.entry(alias(&address)).or_default().push(Arc::clone(&workload.uid));
+            }
+            for (service, _) in &workload.services {
+                endpoints.entry(service.to_string().into()).or_default().push(Arc::clone(&workload.uid));
+            }
         }
         for service in &served.services {
             let message = address::Type::Service(service_to_proto(service));
-            add(ADDRESS_TYPE, service.key().to_string(), address(message), None);
+            let key: Arc<str> = service.key().to_string().into();
+            add(ADDRESS_TYPE, key.to_string(), address(message), None);
+            for vip in &service.vips {
+                aliases.entry(alias(vip)).or_default().push(Arc::clone(&key));
+            }
         }
         for policy in &served.authorizations {
             let Some(message) = authorization_to_proto(policy) else {
@@ -83,7 +98,28 @@ impl Published {
             let resources = self.share(&type_url, resources);
             (type_url, resources)
         });
-        Self { generation: self.generation + 1, types: types.collect(), nodes }
+        Self { generation: self.generation + 1, types: types.collect(), nodes, aliases, endpoints }
+    }
+
+    /// The names of the workloads and services that one asks for by a name or by `network/address`; with a service come
+    /// the workloads behind it. None when there is nothing of that name.
+    pub(crate) fn look_up(&self, asked: &str) -> Vec<Arc<str>> {
+        let Some(all) = self.types.get(ADDRESS_TYPE) else { return Vec::new() };
+        let own = all.get_key_value(asked).map(|(name, _)| name);
+        let mut found: Vec<Arc<str>> =
+            own.into_iter().chain(self.aliases.get(asked).into_iter().flatten()).cloned().collect();
+        let behind = |name: &Arc<str>| self.endpoints.get(name).into_iter().flatten();
+        let endpoints: Vec<Arc<str>> = found.iter().flat_map(behind).cloned().collect();
+        found.extend(endpoints);
+        found
+    }
+
+    /// The workloads and services that one asks for who asks for these names.
+    pub(crate) fn named<'a>(&self, asked: impl Iterator<Item = &'a String>) -> Arc<Resources> {
+        let all = self.resources(ADDRESS_TYPE);
+        let found = asked.flat_map(|asked| self.look_up(asked));
+        let entries = found.filter_map(|name| all.get_key_value(&name));
+        Arc::new(entries.map(|(name, entry)| (Arc::clone(name), Arc::clone(entry))).collect())
     }
 
     /// Keeps the allocations of this generation for what is the same in the next, so that comparing them is cheap.
@@ -108,6 +144,14 @@ impl Published {
     pub(crate) fn runs_on(&self, identity: &Identity, node: &str) -> bool {
         self.nodes.get(identity).is_some_and(|nodes| nodes.contains(node))
     }
+}
+
+/// Names by another name.
+type Names = HashMap<Arc<str>, Vec<Arc<str>>>;
+
+/// How an address is asked for.
+fn alias(address: &NetworkAddress) -> Arc<str> {
+    format!("{}/{}", address.network, address.address).into()
 }
 
 fn address(message: address::Type) -> Any {
@@ -174,7 +218,7 @@ impl Entry {
         }
     }
 
-    fn to_resource(&self, name: &str) -> discovery::Resource {
+    pub(crate) fn to_resource(&self, name: &str) -> discovery::Resource {
         discovery::Resource {
             version: self.version.clone(),
             resource: Some(self.content.clone()),

@@ -237,7 +237,7 @@ impl ClientStream {
             self.node.clone_from(&node.id);
         }
         match self.subscriber.hear(request) {
-            Heard::TooMany => Err(Status::resource_exhausted("too many types")),
+            Heard::TooMany => Err(Status::resource_exhausted("too many types or names")),
             heard => {
                 self.server.note(self.number, &self.node, heard);
                 Ok(())

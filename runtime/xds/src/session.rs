@@ -14,7 +14,7 @@ use cairn_proto::discovery::{
 use cairn_proto::workload::Address;
 use prost::Message;
 use prost_types::Any;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 /// What a [`Object`]'s changes are. It is given what happened to an object of one of the subscribed types, and
@@ -23,6 +23,8 @@ pub type ObjectDecoder = Box<dyn Fn(&ObjectEvent) -> Result<Vec<Change>, String>
 
 /// gRPC's INVALID_ARGUMENT.
 const INVALID_ARGUMENT: i32 = 3;
+/// What stands for every name.
+const EVERYTHING: &str = "*";
 const BAD_REQUEST_TYPE: &str = "type.googleapis.com/google.rpc.BadRequest";
 /// At most so many refused resources are named in one answer, which a server may limit to 8 KiB of header-like text.
 const REFUSED_NAMED_MAX: usize = 16;
@@ -57,6 +59,8 @@ pub(crate) struct Received {
     pub(crate) settled: Vec<String>,
     /// The server's generation, if it is one of ours.
     pub(crate) generation: Option<u64>,
+    /// Of a type that is asked for by name: the names about which something was said, and whether there is anything.
+    pub(crate) answered: Vec<(String, bool)>,
 }
 
 /// The state of the protocol, over all connections.
@@ -69,12 +73,20 @@ struct Subscription {
     type_url: Arc<str>,
     /// What is held, by resource name.
     held: HashMap<String, Held>,
+    /// Whether resources are held in their wire form as well, to be kept on disk.
+    has_records: bool,
+    /// What is held was kept on disk, and no server has said anything yet.
+    is_restored: bool,
+    /// Resources are asked for by name.
+    is_on_demand: bool,
 }
 
 struct Held {
     /// `""` for what only stands in for a refused resource.
     version: Box<str>,
     kind: HeldKind,
+    /// The resource as it came.
+    record: Option<Arc<[u8]>>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -89,8 +101,13 @@ impl Session {
     /// A session that subscribes to L4 policies, then to workloads and services, then to these types of objects.
     pub(crate) fn new(node: Node, object_types: impl IntoIterator<Item = String>) -> Self {
         let own = [AUTHORIZATION_TYPE.to_owned(), ADDRESS_TYPE.to_owned()];
-        let subscription =
-            |type_url: String| Subscription { type_url: type_url.into(), held: HashMap::new() };
+        let subscription = |type_url: String| Subscription {
+            type_url: type_url.into(),
+            held: HashMap::new(),
+            has_records: false,
+            is_restored: false,
+            is_on_demand: false,
+        };
         Self { node, subscriptions: own.into_iter().chain(object_types).map(subscription).collect() }
     }
 
@@ -99,16 +116,87 @@ impl Session {
         self.subscriptions.len()
     }
 
-    /// The first requests of a connection: one wildcard subscription per type, with what is held.
-    pub(crate) fn connect(&self) -> Vec<DeltaDiscoveryRequest> {
+    /// Holds resources in their wire form from now on.
+    pub(crate) fn hold_records(&mut self) {
+        for subscription in &mut self.subscriptions {
+            subscription.has_records = true;
+        }
+    }
+
+    /// Asks for workloads and services by name from now on. Returns which subscription that is.
+    pub(crate) fn ask_by_name(&mut self) -> Option<usize> {
+        let index = self.subscriptions.iter().position(|it| *it.type_url == *ADDRESS_TYPE)?;
+        self.subscriptions.get_mut(index)?.is_on_demand = true;
+        Some(index)
+    }
+
+    /// The request for more names, and for fewer.
+    pub(crate) fn ask(&self, names: Vec<String>, given_up: Vec<String>) -> DeltaDiscoveryRequest {
+        DeltaDiscoveryRequest {
+            type_url: ADDRESS_TYPE.to_owned(),
+            resource_names_subscribe: names,
+            resource_names_unsubscribe: given_up,
+            ..DeltaDiscoveryRequest::default()
+        }
+    }
+
+    /// Every resource that is held, in its wire form.
+    pub(crate) fn records(&self) -> Vec<Arc<[u8]>> {
+        let held = self.subscriptions.iter().flat_map(|subscription| subscription.held.values());
+        held.filter_map(|held| held.record.clone()).collect()
+    }
+
+    /// Takes what was kept of an earlier session, as if a server had said it. The first word of a server about a type
+    /// replaces all of it. Returns what came of each type.
+    pub(crate) fn restore(
+        &mut self,
+        resources: Vec<Resource>,
+        decoder: Option<&ObjectDecoder>,
+    ) -> Vec<Received> {
+        let mut by_type: HashMap<String, Vec<Resource>> = HashMap::new();
+        for resource in resources {
+            let type_url = resource.resource.as_ref().map(|content| content.type_url.clone());
+            by_type.entry(type_url.unwrap_or_default()).or_default().push(resource);
+        }
+        let mut restored = Vec::new();
+        for subscription in &mut self.subscriptions {
+            let Some(resources) = by_type.remove(&*subscription.type_url) else { continue };
+            let mut received = Received::of(&subscription.type_url);
+            for resource in resources {
+                subscription.put(resource, decoder, &mut received);
+            }
+            subscription.is_restored = true;
+            restored.push(received);
+        }
+        restored
+    }
+
+    /// The first requests of a connection: one subscription per type, with what is held. It is to everything, or, where
+    /// names are asked for, to what is held and to these names (facts: the ztunnel's on-demand mode subscribes to
+    /// everything and unsubscribes from it, and what is waited for has the version "").
+    pub(crate) fn connect(&self, waiting: &[String]) -> Vec<DeltaDiscoveryRequest> {
         let version = |(name, held): (&String, &Held)| (name.clone(), held.version.to_string());
         let request = |subscription: &Subscription| DeltaDiscoveryRequest {
             node: Some(self.node.clone()),
             type_url: subscription.type_url.to_string(),
-            initial_resource_versions: subscription.held.iter().map(version).collect(),
+            // What was kept on disk is replaced whole: nobody vouches that this server remembers what is gone since.
+            initial_resource_versions: match subscription.is_restored {
+                true => Default::default(),
+                false => subscription.held.iter().map(version).collect(),
+            },
             ..DeltaDiscoveryRequest::default()
         };
-        self.subscriptions.iter().map(request).collect()
+        let by_name = |subscription: &Subscription| {
+            let mut request = request(subscription);
+            if subscription.is_on_demand {
+                request.resource_names_subscribe = vec![EVERYTHING.to_owned()];
+                request.resource_names_unsubscribe = vec![EVERYTHING.to_owned()];
+                let waiting = waiting.iter().map(|name| (name.clone(), String::new()));
+                request.initial_resource_versions.extend(waiting);
+            }
+            request
+        };
+        self.subscriptions.iter().map(by_name).collect()
     }
 
     /// Takes one response.
@@ -117,18 +205,9 @@ impl Session {
         response: DeltaDiscoveryResponse,
         decoder: Option<&ObjectDecoder>,
     ) -> Received {
-        let mut received = Received {
-            answer: DeltaDiscoveryRequest {
-                type_url: response.type_url.clone(),
-                response_nonce: response.nonce,
-                ..DeltaDiscoveryRequest::default()
-            },
-            subscription: None,
-            changes: Vec::new(),
-            problems: Vec::new(),
-            settled: Vec::new(),
-            generation: generation(&response.system_version_info),
-        };
+        let mut received = Received::of(&response.type_url);
+        received.answer.response_nonce = response.nonce;
+        received.generation = generation(&response.system_version_info);
         let of_type = |subscription: &Subscription| *subscription.type_url == *response.type_url;
         let Some(index) = self.subscriptions.iter().position(of_type) else {
             let reason = "not subscribed".to_owned();
@@ -140,7 +219,16 @@ impl Session {
         };
         received.subscription = Some(index);
         if let Some(subscription) = self.subscriptions.get_mut(index) {
-            for name in response.removed_resources {
+            if subscription.is_on_demand {
+                let removed = response.removed_resources.iter().map(|name| (name.clone(), false));
+                received.answered.extend(removed);
+                for resource in &response.resources {
+                    let names = resource.aliases.iter().chain([&resource.name]);
+                    received.answered.extend(names.map(|name| (name.clone(), true)));
+                }
+            }
+            let unsaid = subscription.unsaid(&response.resources);
+            for name in response.removed_resources.into_iter().chain(unsaid) {
                 subscription.remove(name, decoder, &mut received);
             }
             for resource in response.resources {
@@ -155,7 +243,32 @@ impl Session {
     }
 }
 
+impl Received {
+    /// Nothing yet, of this type.
+    fn of(type_url: &str) -> Self {
+        let answer = DeltaDiscoveryRequest { type_url: type_url.to_owned(), ..Default::default() };
+        Self {
+            answer,
+            subscription: None,
+            changes: Vec::new(),
+            problems: Vec::new(),
+            settled: Vec::new(),
+            generation: None,
+            answered: Vec::new(),
+        }
+    }
+}
+
 impl Subscription {
+    /// What was restored and is not in the first word of a server.
+    fn unsaid(&mut self, said: &[Resource]) -> Vec<String> {
+        if !std::mem::take(&mut self.is_restored) {
+            return Vec::new();
+        }
+        let said: HashSet<&str> = said.iter().map(|resource| resource.name.as_str()).collect();
+        self.held.keys().filter(|name| !said.contains(name.as_str())).cloned().collect()
+    }
+
     fn remove(&mut self, name: String, decoder: Option<&ObjectDecoder>, received: &mut Received) {
         let Some(held) = self.held.remove(&name) else {
             received.settled.push(name);
@@ -186,12 +299,13 @@ impl Subscription {
     }
 
     fn put(&mut self, resource: Resource, decoder: Option<&ObjectDecoder>, received: &mut Received) {
+        let record = self.has_records.then(|| resource.encode_to_vec().into());
         let Resource { name, version, resource: content, .. } = resource;
         let content = content.unwrap_or_default();
         match self.read(&name, &content, decoder) {
             Ok(read) => {
                 received.changes.extend(read.changes);
-                self.held.insert(name.clone(), Held { version: version.into(), kind: read.kind });
+                self.held.insert(name.clone(), Held { version: version.into(), kind: read.kind, record });
                 if read.not_understood.is_empty() {
                     received.settled.push(name);
                 } else {
@@ -204,7 +318,7 @@ impl Subscription {
                     && let Some(parsed) = ResourceName::parse(&name)
                 {
                     received.changes.push(Change::Authorization(stand_in(parsed, &content.value)));
-                    let held = Held { version: "".into(), kind: HeldKind::Authorization };
+                    let held = Held { version: "".into(), kind: HeldKind::Authorization, record };
                     self.held.insert(name.clone(), held);
                 }
                 received.problems.push(self.problem(name, error.to_string(), true));

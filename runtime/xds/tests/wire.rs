@@ -5,16 +5,16 @@
 
 use cairn_identity::Authority;
 use cairn_mesh::{
-    Authorization, Change, Identity, Kind, PolicyAction, ResourceKey, ResourceName, Scope, Unenforceable,
-    Workload,
+    Authorization, Change, Identity, Kind, NetworkAddress, PolicyAction, ResourceKey, ResourceName, Scope,
+    Service, Unenforceable, Wanted, Workload,
 };
 use cairn_proto::ca::IstioCertificateRequest;
 use cairn_proto::ca::istio_certificate_service_client::IstioCertificateServiceClient;
 use cairn_proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use cairn_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Status as Detail};
 use cairn_xds::{
-    ADDRESS_TYPE, AUTHORIZATION_TYPE, FollowSettings, Mesh, Object, ObjectDecoder, ObjectEvent, Role, Served,
-    Server, Tokens, follow,
+    ADDRESS_TYPE, AUTHORIZATION_TYPE, FollowSettings, KeepSettings, Mesh, Object, ObjectDecoder, ObjectEvent,
+    Role, Served, Server, Tokens, follow,
 };
 use rcgen::{CertificateParams, KeyPair, SanType};
 use serde_json::json;
@@ -152,7 +152,10 @@ struct Follower {
 
 impl Follower {
     fn start(settings: FollowSettings, decoder: Option<ObjectDecoder>) -> Self {
-        let mesh = Mesh::new();
+        Self::start_with(Mesh::new(), settings, decoder)
+    }
+
+    fn start_with(mesh: Arc<Mesh>, settings: FollowSettings, decoder: Option<ObjectDecoder>) -> Self {
         let task = tokio::spawn(follow(settings, decoder, Arc::clone(&mesh), std::future::pending()));
         Self { mesh, task }
     }
@@ -256,6 +259,114 @@ async fn a_follower_has_what_is_published_and_loses_what_is_not() {
     assert_eq!(snapshot.workload("a").unwrap().capacity, 7, "one generation is one snapshot");
     assert!(snapshot.authorization(&ResourceName::new("ns", "p")).is_none());
     assert_eq!(follower.mesh.problems(), []);
+}
+
+/// A start without the control plane goes by what was kept of it, until it is there again.
+#[tokio::test]
+async fn what_was_kept_serves_until_the_control_plane_is_there() {
+    let plane = Plane::start().await;
+    let (silent, home) = (TcpListener::bind("127.0.0.1:0").await.unwrap(), tempfile::tempdir().unwrap());
+    let settings = |address| {
+        let mut settings = plane.settings("node-1", address);
+        settings.keep = Some(KeepSettings {
+            wait: Duration::from_millis(100),
+            interval: Duration::ZERO,
+            ..KeepSettings::new(home.path().join("state"), "node-1")
+        });
+        settings
+    };
+    plane.server.publish(Served { authorizations: vec![policy("p")], ..workloads(&[("a", 1), ("b", 1)]) });
+    let first = Follower::start(settings(plane.address), None);
+    soon(first.mesh.ready()).await;
+    assert_eq!(first.mesh.restored(), None);
+    soon(async {
+        while first.mesh.kept().is_none() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+    drop(first);
+
+    let nowhere = silent.local_addr().unwrap();
+    let second = Follower::start(settings(nowhere), None);
+    soon(second.mesh.ready()).await;
+    assert!(second.mesh.restored().is_some());
+    let snapshot = second.mesh.snapshot();
+    assert_eq!(**snapshot.workload("a").unwrap(), workload("a", 1));
+    assert_eq!(**snapshot.authorization(&ResourceName::new("ns", "p")).unwrap(), policy("p"));
+    drop(second);
+
+    // Whatever the server remembers of `b`, it is gone when its first word does not name it.
+    plane.server.publish(workloads(&[("a", 7)]));
+    let front = Forwarder::start(nowhere).await;
+    let third = Follower::start(settings(front.address), None);
+    third.until(|now| now.workload("b").is_some()).await;
+    assert!(third.mesh.restored().is_some());
+    front.backend.send_replace(plane.address);
+    third.until(|now| now.workload("b").is_none()).await;
+    assert_eq!(third.mesh.snapshot().workload("a").unwrap().capacity, 7);
+    assert!(third.mesh.snapshot().authorization(&ResourceName::new("ns", "p")).is_none());
+    assert_eq!(third.mesh.restored(), None);
+}
+
+/// Only what is asked for is known, changes of it are told, and what is absent is told when it comes to be.
+#[tokio::test]
+async fn workloads_and_services_are_known_when_they_were_asked_for() {
+    let plane = Plane::start().await;
+    let front = Forwarder::start(plane.address).await;
+    let at = |address: &str| NetworkAddress { network: "".into(), address: address.parse().unwrap() };
+    let behind = |name: &str, address: &str, capacity| Workload {
+        addresses: vec![address.parse().unwrap()],
+        services: vec![(ResourceName::new("ns", "echo"), vec![])],
+        ..workload(name, capacity)
+    };
+    let echo = || Service {
+        name: "echo".into(),
+        namespace: "ns".into(),
+        hostname: "echo".into(),
+        vips: vec![at("10.96.0.1")],
+        ..Service::default()
+    };
+    let served = |more: Vec<Workload>| Served {
+        workloads: [workload("other", 1), workload("own", 1)].into_iter().chain(more).collect(),
+        services: vec![echo()],
+        authorizations: vec![policy("p")],
+        ..Served::default()
+    };
+    plane.server.publish(served(vec![behind("e1", "10.0.0.11", 1)]));
+    let settings = plane.settings("node-1", front.address);
+    let follower = Follower::start_with(Mesh::on_demand(MeshSettings::default()), settings, None);
+    soon(follower.mesh.ready()).await;
+    let names = || {
+        let snapshot = follower.mesh.snapshot();
+        let mut names: Vec<String> = snapshot.workloads().map(|workload| workload.uid.to_string()).collect();
+        names.extend(snapshot.services().map(|state| state.service.key().to_string()));
+        names.sort();
+        names.join(" ")
+    };
+    assert_eq!((names().as_str(), follower.mesh.snapshot().authorizations().count()), ("", 1));
+    for (wanted, expected) in [
+        (Wanted::Workload("own".into()), "own"),
+        (Wanted::Address(at("10.96.0.1")), "e1 ns/echo own"),
+        (Wanted::Name(ResourceName::new("ns", "echo")), "e1 ns/echo own"),
+        (Wanted::Address(at("10.0.0.12")), "e1 ns/echo own"),
+        (Wanted::Name(ResourceName::new("ns", "none")), "e1 ns/echo own"),
+    ] {
+        follower.mesh.ask(&wanted).await.unwrap();
+        assert_eq!(names(), expected, "{wanted}");
+    }
+    // A new endpoint of the service has the address that was absent; the other has changed.
+    plane.server.publish(served(vec![behind("e1", "10.0.0.11", 7), behind("e2", "10.0.0.12", 1)]));
+    follower.until(|now| now.workload("e2").is_some()).await;
+    assert_eq!(follower.mesh.snapshot().workload("e1").unwrap().capacity, 7);
+    assert!(Wanted::Address(at("10.0.0.12")).is_known(&follower.mesh.snapshot()));
+    // What is held is held over connections, and what is gone meanwhile is gone.
+    front.backend.send_replace(plane.address);
+    plane.server.publish(served(vec![behind("e2", "10.0.0.12", 1)]));
+    follower.until(|now| now.workload("e1").is_none()).await;
+    assert_eq!(names(), "e2 ns/echo own");
+    follower.mesh.ask(&Wanted::Workload("other".into())).await.unwrap();
+    assert_eq!(names(), "e2 ns/echo other own");
 }
 
 #[tokio::test]

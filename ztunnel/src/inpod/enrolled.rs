@@ -4,9 +4,10 @@
 use super::message::PodName;
 use crate::Proxy;
 use crate::dns::{self, DNS_PORT, Forwarder, servers_of};
+use crate::handover::Owner;
 use crate::pods::{self, Pod, Spoofing, Way};
 use crate::settings::{InPod, OriginalSource};
-use cairn_mesh::{HBONE_PORT, OUTBOUND_PORT, PLAINTEXT_PORT, SOCKS_PORT, Snapshot, Workload};
+use cairn_mesh::{HBONE_PORT, OUTBOUND_PORT, PLAINTEXT_PORT, SOCKS_PORT, Snapshot, Wanted, Workload};
 use cairn_net::{Drain, DrainTrigger, ListenOptions, Namespace, NetError};
 use parking_lot::Mutex;
 use std::io::ErrorKind;
@@ -92,14 +93,10 @@ pub fn serve(
     place: &Place<'_>,
     ways: &[(u16, Way)],
 ) -> Result<Served, NetError> {
-    let within = |port| match place.namespace {
-        Some(namespace) => namespace.within(|| listen(port, settings))?,
-        None => listen(port, settings),
-    };
     let mut is_transparent = true;
     let mut bound = Vec::with_capacity(ways.len());
     for (port, way) in ways {
-        let (listener, transparent) = within(*port)?;
+        let (listener, transparent) = listen(proxy, place.owner(), *port, settings)?;
         is_transparent &= transparent;
         bound.push((listener, *way));
     }
@@ -129,18 +126,21 @@ pub fn serve(
     })
 }
 
-/// Listens on a port of all addresses of the namespace that the thread is in. Returns as well whether sockets here may
-/// take others' addresses.
-fn listen(port: u16, settings: &InPod) -> Result<(TcpListener, bool), NetError> {
-    if port == SOCKS_PORT {
+/// Listens on a port of all addresses of the pod's namespace. Returns as well whether sockets there may take others'
+/// addresses.
+fn listen(
+    proxy: &Proxy,
+    owner: Owner<'_>,
+    port: u16,
+    settings: &InPod,
+) -> Result<(Arc<TcpListener>, bool), NetError> {
+    let address: IpAddr = match port {
         // An identity without a password: for the pod itself only.
-        return listen_at(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port), settings);
-    }
-    let any: IpAddr = if settings.ipv6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
-    listen_at(SocketAddr::new(any, port), settings)
-}
-
-fn listen_at(address: SocketAddr, settings: &InPod) -> Result<(TcpListener, bool), NetError> {
+        SOCKS_PORT => Ipv4Addr::LOCALHOST.into(),
+        _ if settings.ipv6 => Ipv6Addr::UNSPECIFIED.into(),
+        _ => Ipv4Addr::UNSPECIFIED.into(),
+    };
+    let address = SocketAddr::new(address, port);
     let transparent = settings.original_source != OriginalSource::Never;
     let options = ListenOptions {
         transparent,
@@ -148,13 +148,13 @@ fn listen_at(address: SocketAddr, settings: &InPod) -> Result<(TcpListener, bool
         mark: settings.mark,
         ..ListenOptions::default()
     };
-    match cairn_net::listen(address, &options) {
+    let listen = |options: &ListenOptions| proxy.sockets.listen(owner, address, options);
+    match listen(&options) {
         Err(NetError::Listen { source, .. })
             if settings.original_source == OriginalSource::IfPermitted
                 && source.kind() == ErrorKind::PermissionDenied =>
         {
-            let listener = cairn_net::listen(address, &ListenOptions { transparent: false, ..options })?;
-            Ok((listener, false))
+            Ok((listen(&ListenOptions { transparent: false, ..options })?, false))
         }
         other => Ok((other?, transparent)),
     }
@@ -172,10 +172,9 @@ fn answer_names(
         ListenOptions { reuse_port: settings.reuse_port, mark: settings.mark, ..ListenOptions::default() };
     let open = |address: IpAddr| {
         let at = SocketAddr::new(address, DNS_PORT);
-        let both = || -> Result<(UdpSocket, TcpListener), NetError> {
-            Ok((cairn_net::listen_datagram(at, &options)?, cairn_net::listen(at, &options)?))
-        };
-        place.namespace.map_or_else(both, |namespace| namespace.within(both)?)
+        let (sockets, owner) = (&proxy.sockets, place.owner());
+        let packets = sockets.listen_datagram(owner, at, &options)?;
+        Ok::<_, NetError>((at, packets, sockets.listen(owner, at, &options)?))
     };
     let mut sockets = vec![open(Ipv4Addr::LOCALHOST.into())?];
     if settings.ipv6 {
@@ -188,15 +187,10 @@ fn answer_names(
         mark: settings.mark,
     });
     let mut tasks = Vec::new();
-    for (packets, listener) in sockets {
+    for (at, packets, listener) in sockets {
         let client = who(proxy, pod);
-        tasks.push(tokio::spawn(answer_packets(
-            Arc::clone(proxy),
-            packets,
-            Arc::clone(&forwarder),
-            client.clone(),
-            pod.life.clone(),
-        )));
+        let asked = Asked { pod: Arc::clone(pod), at, packets, forwarder: Arc::clone(&forwarder) };
+        tasks.push(tokio::spawn(answer_packets(Arc::clone(proxy), asked, client.clone())));
         let (shared, forwarder) = (Arc::clone(proxy), Arc::clone(&forwarder));
         tasks.push(pods::accept_with(proxy, Arc::clone(&pod.uid), "DNS", listener, move |_, stream, _| {
             let (proxy, forwarder, client) = (Arc::clone(&shared), Arc::clone(&forwarder), client.clone());
@@ -206,26 +200,33 @@ fn answer_names(
     Ok(tasks)
 }
 
-/// Has a worker answer questions in packets until the pod is removed.
-async fn answer_packets<C, F>(
-    proxy: Arc<Proxy>,
+/// Where a pod's questions in packets arrive.
+struct Asked {
+    pod: Arc<Enrolled>,
+    at: SocketAddr,
     packets: UdpSocket,
     forwarder: Arc<Forwarder>,
-    client: C,
-    life: Drain,
-) where
+}
+
+/// Has a worker answer questions in packets until the pod is removed.
+async fn answer_packets<C, F>(proxy: Arc<Proxy>, asked: Asked, client: C)
+where
     C: Fn() -> F + Send + Sync + 'static,
     F: Future<Output = Option<Arc<Workload>>> + Send + 'static,
 {
+    let Asked { pod, at, packets, forwarder } = asked;
     let Ok(packets) = packets.into_std() else { return };
     let workers = proxy.workers.clone();
+    let life = pod.life.clone();
     let start = move |_worker| async move {
-        match UdpSocket::from_std(packets) {
-            Ok(packets) => tokio::select! {
-                () = dns::serve_packets(proxy, packets, forwarder, client) => {}
-                () = life.cut() => {}
-            },
-            Err(error) => tracing::warn!(%error, "names cannot be answered"),
+        let packets = match UdpSocket::from_std(packets) {
+            Ok(packets) => Arc::new(packets),
+            Err(error) => return tracing::warn!(%error, "names cannot be answered"),
+        };
+        proxy.sockets.remember_datagram(pod.owner(), at, &packets);
+        tokio::select! {
+            () = dns::serve_packets(proxy, packets, forwarder, client) => {}
+            () = life.cut() => {}
         }
     };
     workers.run(start).await;
@@ -266,7 +267,7 @@ fn who(
 
 type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
-fn accept(proxy: &Arc<Proxy>, pod: &Arc<Enrolled>, listener: TcpListener, way: Way) -> JoinHandle<()> {
+fn accept(proxy: &Arc<Proxy>, pod: &Arc<Enrolled>, listener: Arc<TcpListener>, way: Way) -> JoinHandle<()> {
     let (of, label) = (Arc::clone(pod), Arc::clone(&pod.uid));
     let shared = Arc::clone(proxy);
     pods::accept_with(proxy, label, way.as_str(), listener, move |worker, stream, peer| {
@@ -328,7 +329,17 @@ fn own_address(
     })
 }
 
+impl Place<'_> {
+    fn owner(&self) -> Owner<'_> {
+        Owner { uid: self.uid, namespace: self.namespace }
+    }
+}
+
 impl Enrolled {
+    fn owner(&self) -> Owner<'_> {
+        Owner { uid: &self.uid, namespace: self.namespace.as_ref() }
+    }
+
     /// The pod's workload, waiting for it while the mesh does not know it; `None` when it does not come to know it.
     async fn workload_when_known(&self, proxy: &Proxy) -> Option<Arc<Workload>> {
         let mut changes = proxy.mesh.changes();
@@ -338,8 +349,15 @@ impl Enrolled {
             if let Some(workload) = self.workload(proxy, &proxy.mesh.snapshot()) {
                 return Some(workload);
             }
+            proxy.mesh.mention(&Wanted::Workload(self.usual_uid(proxy).into()));
             tokio::time::timeout_at(deadline, changes.changed()).await.ok()?.ok()?;
         }
+    }
+
+    /// What the control plane calls a pod (facts: forms of uid).
+    fn usual_uid(&self, proxy: &Proxy) -> String {
+        let PodName { name, namespace, .. } = &self.name;
+        format!("{}//Pod/{namespace}/{name}", proxy.settings.cluster_id)
     }
 
     /// The workload on our node with the pod's name and service account.
@@ -350,8 +368,7 @@ impl Enrolled {
         if let Some(workload) = likely.filter(|workload| self.name.is_of(workload, node)) {
             return Some(Arc::clone(workload));
         }
-        let PodName { name, namespace, .. } = &self.name;
-        let usual = snapshot.workload(&format!("{}//Pod/{namespace}/{name}", proxy.settings.cluster_id));
+        let usual = snapshot.workload(&self.usual_uid(proxy));
         let usual = usual.filter(|workload| self.name.is_of(workload, node));
         if usual.is_none() && known.searched == Some(snapshot.generation()) {
             return None;

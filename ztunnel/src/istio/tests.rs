@@ -62,6 +62,11 @@ const EXAMPLES: &[Example] = &[
     ("UNSTABLE_ENABLE_SOCKS5", "true", &[]),
     ("CAIRN_ACCESS_LOG_FILTER", "direction=inbound", &[]),
     ("CAIRN_ACCESS_LOG_SHARE", "10%", &[]),
+    ("CAIRN_HANDOVER_SOCKET", "/handover.sock", &[]),
+    ("CAIRN_XDS_SNAPSHOT", "/state", &[]),
+    ("CAIRN_XDS_SNAPSHOT_SECONDS", "60", &[("CAIRN_XDS_SNAPSHOT", "/state")]),
+    ("CAIRN_XDS_SNAPSHOT_WAIT_SECONDS", "0", &[("CAIRN_XDS_SNAPSHOT", "/state")]),
+    ("XDS_ON_DEMAND", "true", &[("ISTIO_META_DNS_CAPTURE", "false")]),
     ("RUST_LOG", "debug", &[]),
     ("LOG_FORMAT", "json", &[]),
 ];
@@ -212,7 +217,12 @@ fn the_drain_ends_before_the_grace_period() {
 
 #[test]
 fn what_cannot_be_understood_is_refused() {
+    let on_demand = [("XDS_ON_DEMAND", "true"), ("ISTIO_META_DNS_CAPTURE", "false")];
+    assert!(of(&on_demand).on_demand);
+    let with_file: Vec<_> = on_demand.into_iter().chain([("CAIRN_XDS_SNAPSHOT", "/state")]).collect();
+    assert!(settings(&environment(&with_file)).is_err(), "no state is kept of what is asked for");
     for pair in [
+        ("XDS_ON_DEMAND", "true"),
         ("PROXY_MODE", "both"),
         ("PROXY_MODE", "dedicated"),
         ("IPV6_ENABLED", "perhaps"),
@@ -258,4 +268,17 @@ fn the_names_of_the_trust_domain_are_the_meshs_unless_the_environment_says_other
     }
     let plain = of(&[]).mesh;
     assert_eq!(plain, MeshSettings::default());
+}
+
+#[test]
+fn a_ztunnel_that_was_succeeded_stays_where_it_would_be_started_anew() {
+    let socket = ("CAIRN_HANDOVER_SOCKET", "/run/handover.sock");
+    for (name, pairs, expected) in [
+        ("not asked for", vec![], None),
+        ("on a machine", vec![socket], Some(Afterwards::End)),
+        ("in a cluster", vec![socket, ("KUBERNETES_SERVICE_HOST", "10.96.0.1")], Some(Afterwards::Stay)),
+    ] {
+        let handover = of(&pairs).handover;
+        assert_eq!(handover.map(|handover| handover.afterwards), expected, "{name}");
+    }
 }

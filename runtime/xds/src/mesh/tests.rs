@@ -12,6 +12,7 @@ fn received(index: usize, generation: Option<u64>, changes: Vec<Change>) -> Rece
         problems: vec![],
         settled: vec![],
         generation,
+        answered: vec![],
     }
 }
 
@@ -138,4 +139,74 @@ fn what_was_known_of_the_mesh_at_first_stays_while_nobody_says_otherwise() {
     let changed = vec![Change::Settings(MeshSettings::default())];
     writer.take(received(0, Some(2), changed), Instant::now());
     assert_eq!(**mesh.snapshot().settings(), MeshSettings::default());
+}
+
+fn kept() -> Vec<Received> {
+    vec![received(0, None, vec![workload(&["there"])]), received(1, None, vec![policy("there")])]
+}
+
+#[test]
+fn what_was_kept_is_shown_when_the_control_plane_does_not_come() {
+    let (mesh, now) = (Mesh::new(), Instant::now());
+    let mut writer = Writer::new(Arc::clone(&mesh), 2);
+    let (written, show_at) = (SystemTime::now(), now + Duration::from_secs(5));
+    writer.restore(kept(), written, show_at);
+    assert_eq!(writer.deadline(), Some(show_at));
+    writer.tick(now);
+    assert!(!mesh.is_ready());
+    writer.tick(show_at);
+    assert!(mesh.is_ready() && !writer.is_live());
+    assert_eq!((policies(&mesh), mesh.restored()), (vec!["ns/there".to_owned()], Some(written)));
+    // One type is not all: nothing of it is shown before the other.
+    writer.take(received(0, None, vec![Change::WorkloadRemoved("u".into())]), show_at);
+    assert_eq!((policies(&mesh).len(), mesh.restored()), (1, Some(written)));
+    writer.take(received(1, None, vec![]), show_at);
+    assert!(mesh.snapshot().workload("u").is_none() && writer.is_live());
+    assert_eq!(mesh.restored(), None);
+}
+
+#[test]
+fn what_was_kept_is_not_shown_when_the_control_plane_comes() {
+    let (mesh, now) = (Mesh::new(), Instant::now());
+    let mut writer = Writer::new(Arc::clone(&mesh), 2);
+    let show_at = now + Duration::from_secs(5);
+    writer.restore(kept(), SystemTime::now(), show_at);
+    writer.take(received(0, None, vec![]), now);
+    writer.take(received(1, None, vec![Change::WorkloadRemoved("u".into())]), now);
+    assert!(mesh.is_ready() && mesh.snapshot().workload("u").is_none());
+    writer.tick(show_at);
+    assert_eq!((mesh.restored(), writer.deadline()), (None, None));
+}
+
+/// A workload that names a policy which was not kept is denied: it has no earlier policies to go by.
+#[test]
+fn a_policy_that_was_not_kept_denies() {
+    let (mesh, now) = (Mesh::new(), Instant::now());
+    let mut writer = Writer::new(Arc::clone(&mesh), 2);
+    writer.restore(vec![received(0, None, vec![workload(&["lost"])])], SystemTime::now(), now);
+    writer.tick(now);
+    let snapshot = mesh.snapshot();
+    let peer = cairn_mesh::L4Peer {
+        identity: None,
+        source: "10.0.0.1:1".parse().expect("valid"),
+        destination: "10.0.0.2:80".parse().expect("valid"),
+    };
+    let decision = cairn_mesh::decide(&snapshot, snapshot.workload("u").expect("known"), &peer);
+    assert!(
+        matches!(&decision, cairn_mesh::Decision::Deny(cairn_mesh::DenyReason::MissingPolicy(name))
+            if name.to_string() == "ns/lost"),
+        "{decision:?}"
+    );
+}
+
+#[test]
+fn a_type_that_is_asked_for_by_name_is_not_waited_for() {
+    let mesh = Mesh::on_demand(MeshSettings::default());
+    let mut writer = Writer::new(Arc::clone(&mesh), 2);
+    writer.expect_nothing_of(1);
+    let now = Instant::now();
+    writer.take(received(0, None, vec![policy("p")]), now);
+    assert!(mesh.is_ready() && writer.is_settled());
+    writer.take(received(1, None, vec![workload(&["p"])]), now);
+    assert!(mesh.snapshot().workload("u").is_some());
 }

@@ -115,14 +115,14 @@ fn words(changes: &[Change]) -> Vec<String> {
 }
 
 fn held(session: &Session, type_url: &str) -> Vec<String> {
-    let request = session.connect().into_iter().find(|request| request.type_url == type_url).unwrap();
+    let request = session.connect(&[]).into_iter().find(|request| request.type_url == type_url).unwrap();
     let versions = request.initial_resource_versions.iter();
     versions.map(|(name, version)| format!("{name}={version}")).collect()
 }
 
 #[test]
 fn a_connection_begins_with_one_wildcard_per_type_policies_first() {
-    let requests = session().connect();
+    let requests = session().connect(&[]);
     let types: Vec<&str> = requests.iter().map(|request| request.type_url.as_str()).collect();
     assert_eq!(types, [AUTHORIZATION_TYPE, ADDRESS_TYPE, ROUTES]);
     for request in &requests {
@@ -296,4 +296,81 @@ fn only_our_own_server_has_generations() {
         assert_eq!(generation(text), expected, "{text}");
     }
     assert_eq!(generation(&generation_text(9)), Some(9));
+}
+
+#[test]
+fn the_first_word_of_a_server_replaces_what_was_restored() {
+    let (mut before, decoder) = (session(), decoder());
+    before.hold_records();
+    // A policy that cannot be read denies what it guards, before a restart and after it.
+    let policies = vec![policy("stays", 0), policy("goes", 0), policy("bad", 99)];
+    before.receive(response(AUTHORIZATION_TYPE, policies, &[]), Some(&decoder));
+    before.receive(response(ADDRESS_TYPE, vec![workload("u1"), workload("u2"), service("s")], &[]), None);
+    before.receive(response(ADDRESS_TYPE, vec![workload("u3")], &["u2"]), None);
+    before.receive(response(ROUTES, vec![route("r")], &[]), Some(&decoder));
+    let kept: Vec<Resource> =
+        before.records().iter().map(|record| Resource::decode(&**record).unwrap()).collect();
+
+    let mut after = session();
+    let restored: Vec<String> =
+        after.restore(kept, Some(&decoder)).iter().flat_map(|received| words(&received.changes)).collect();
+    let mut sorted = restored.clone();
+    sorted.sort();
+    assert_eq!(
+        sorted,
+        [
+            "+deny-all ns/bad",
+            "+object ns/r",
+            "+policy ns/goes",
+            "+policy ns/stays",
+            "+service ns/s",
+            "+workload u1",
+            "+workload u3",
+        ]
+    );
+    for type_url in [AUTHORIZATION_TYPE, ADDRESS_TYPE, ROUTES] {
+        assert!(held(&after, type_url).is_empty(), "{type_url}: a server is asked for all of it");
+    }
+    let first = after.receive(response(AUTHORIZATION_TYPE, vec![policy("stays", 0)], &[]), None);
+    let mut changes = words(&first.changes);
+    changes.sort();
+    assert_eq!(changes, ["+policy ns/stays", "-policy ns/bad", "-policy ns/goes"]);
+    assert_eq!(held(&after, AUTHORIZATION_TYPE), ["ns/stays=v1"]);
+    assert!(held(&after, ADDRESS_TYPE).is_empty(), "of this type nothing was said");
+    // From then on only differences are said.
+    let second = after.receive(response(AUTHORIZATION_TYPE, vec![policy("new", 0)], &[]), None);
+    assert_eq!(words(&second.changes), ["+policy ns/new"]);
+}
+
+#[test]
+fn resources_are_held_as_they_came_only_when_asked_for() {
+    let mut session = session();
+    session.receive(response(ADDRESS_TYPE, vec![workload("u")], &[]), None);
+    assert!(session.records().is_empty());
+}
+
+#[test]
+fn what_is_asked_for_by_name_is_held_and_waited_for_over_connections() {
+    let mut session = session();
+    assert_eq!(session.ask_by_name(), Some(1));
+    let addresses = |session: &Session, waiting: &[&str]| {
+        let waiting: Vec<String> = waiting.iter().map(|name| (*name).to_owned()).collect();
+        let requests = session.connect(&waiting);
+        requests.into_iter().find(|request| request.type_url == ADDRESS_TYPE).unwrap()
+    };
+    let first = addresses(&session, &[]);
+    assert_eq!(first.resource_names_subscribe, ["*"]);
+    assert_eq!(first.resource_names_unsubscribe, ["*"]);
+    assert!(first.initial_resource_versions.is_empty());
+    let policies = session.connect(&[]).into_iter().find(|it| it.type_url == AUTHORIZATION_TYPE).unwrap();
+    assert!(policies.resource_names_unsubscribe.is_empty(), "of policies all are wanted");
+
+    let named = Resource { aliases: vec!["/10.0.0.1".into()], ..workload("u") };
+    let received = session.receive(response(ADDRESS_TYPE, vec![named, workload("v")], &["/1.1.1.1"]), None);
+    let answered: Vec<_> = received.answered.iter().map(|(name, there)| (name.as_str(), *there)).collect();
+    assert_eq!(answered, [("/1.1.1.1", false), ("/10.0.0.1", true), ("u", true), ("v", true)]);
+    let again = addresses(&session, &["/10.0.0.9"]);
+    let versions: Vec<_> = again.initial_resource_versions.iter().map(|(a, b)| (&**a, &**b)).collect();
+    assert_eq!(versions, [("/10.0.0.9", ""), ("u", "v1"), ("v", "v1")]);
+    assert_eq!(again.resource_names_unsubscribe, ["*"]);
 }

@@ -119,3 +119,60 @@ fn a_client_that_does_not_answer_is_told_nothing_new() {
     subscriber.hear(answer(&last.unwrap(), None));
     assert!(subscriber.next().is_some());
 }
+
+fn by_name(names: &[&str], held: &[(&str, &str)]) -> DeltaDiscoveryRequest {
+    DeltaDiscoveryRequest {
+        resource_names_subscribe: names.iter().map(|name| (*name).to_owned()).collect(),
+        resource_names_unsubscribe: vec!["*".to_owned()],
+        initial_resource_versions: held
+            .iter()
+            .map(|(name, version)| ((*name).to_owned(), (*version).to_owned()))
+            .collect(),
+        ..subscribe(ADDRESS_TYPE)
+    }
+}
+
+fn more(names: &[&str], fewer: &[&str]) -> DeltaDiscoveryRequest {
+    DeltaDiscoveryRequest {
+        resource_names_unsubscribe: fewer.iter().map(|name| (*name).to_owned()).collect(),
+        ..by_name(names, &[])
+    }
+}
+
+/// What a response puts, `+`, and removes, `-`.
+fn words(response: &DeltaDiscoveryResponse) -> Vec<String> {
+    let put = response.resources.iter().map(|resource| format!("+{}", resource.name));
+    put.chain(response.removed_resources.iter().map(|name| format!("-{name}"))).collect()
+}
+
+#[test]
+fn what_is_asked_for_by_name_is_answered_each_time() {
+    let first = published(&Published::default(), &["a", "b", "c"]);
+    let mut subscriber = subscriber(Arc::clone(&first));
+    subscriber.hear(by_name(&["*"], &[]));
+    assert!(words(&subscriber.next().unwrap()).is_empty(), "nothing is asked for yet");
+    assert_eq!(subscriber.next(), None);
+    for (name, asked, fewer, expected) in [
+        ("there", &["a"][..], &[][..], &["+a"][..]),
+        ("there, once more", &["a"], &[], &["+a"]),
+        ("absent", &["/10.0.0.1"], &[], &["-/10.0.0.1"]),
+        ("both", &["b", "x"], &[], &["+b", "-x"]),
+    ] {
+        subscriber.hear(more(asked, fewer));
+        assert_eq!(words(&subscriber.next().unwrap()), expected, "{name}");
+        assert_eq!(subscriber.next(), None, "{name}");
+    }
+    subscriber.hear(more(&[], &["b"]));
+    // What was absent and comes to be is told; what nobody asks for any more is taken away.
+    subscriber.advance(published(&first, &["a", "b", "c", "x"]));
+    assert_eq!(words(&subscriber.next().unwrap()), ["+x", "-b"]);
+}
+
+#[test]
+fn what_is_held_and_waited_for_is_said_with_a_new_connection() {
+    let now = published(&Published::default(), &["a", "b", "c"]);
+    let mut subscriber = subscriber(now);
+    subscriber.hear(by_name(&["*"], &[("a", "old"), ("gone", "v"), ("b", ""), ("/10.0.0.1", "")]));
+    assert_eq!(words(&subscriber.next().unwrap()), ["+a", "+b", "-gone", "-/10.0.0.1"]);
+    assert_eq!(subscriber.next(), None);
+}
