@@ -91,7 +91,9 @@ fn changed(random: &mut fastrand::Rng, corpus: &[Vec<u8>]) -> Vec<u8> {
         let at = random.usize(..=bytes.len());
         match random.u8(..8) {
             0 => bytes.insert(at, random.u8(..)),
-            1 if at < bytes.len() => drop(bytes.remove(at)),
+            1 if at < bytes.len() => {
+                bytes.remove(at);
+            }
             2 => {
                 let other = any(random);
                 bytes.truncate(at);

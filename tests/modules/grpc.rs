@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt};
 use http::{HeaderMap, HeaderValue, Request, Response};
-use http_body_util::{BodyExt, StreamBody, combinators::BoxBody};
+use http_body_util::{BodyExt, Empty, StreamBody, combinators::BoxBody};
 use hyper::body::{Frame, Incoming};
 use hyper::server::conn::http2;
 use hyper::service::service_fn;
@@ -200,14 +200,16 @@ async fn respond(request: Request<Incoming>) -> Result<Response<BoxBody<Bytes, B
         Silent => pending().await,
         Trailers(_) | Plainly | Reset | Never => {}
     }
-    let data = answer.body.iter().map(|piece| Ok(Frame::data(Bytes::from_static(piece))));
-    let data = stream::iter(data.collect::<Vec<_>>());
-    let end = |frame| stream::iter([frame]);
+    let data: Vec<Result<Frame<Bytes>, Broken>> =
+        answer.body.iter().map(|piece| Ok(Frame::data(Bytes::from_static(piece)))).collect();
+    let data = stream::iter(data);
     let body = match answer.ends {
-        Trailers(list) => data.chain(end(Ok(Frame::trailers(map(list))))).boxed_body(),
+        Trailers(list) => data.chain(stream::iter([Ok(Frame::trailers(map(list)))])).boxed_body(),
         // Time for what was sent before to arrive.
         Reset => data.chain(stream::once(broken())).boxed_body(),
         Never | Silent => data.chain(stream::pending()).boxed_body(),
+        // The head is the end.
+        Plainly if answer.body.is_empty() => BodyExt::boxed(Empty::new().map_err(|never| match never {})),
         Plainly | Refused => data.boxed_body(),
     };
     let mut response = Response::new(body);

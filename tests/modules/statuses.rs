@@ -140,6 +140,9 @@ fn functions(is_older: bool) -> Vec<Function> {
     rows.map(function).collect()
 }
 
+/// A call is made in the second request, and told with the third, where it answers the second.
+const TELLING_MAX: usize = 2;
+
 struct Asking {
     envoy: Envoy,
     upstream: Upstream,
@@ -152,10 +155,13 @@ impl Asking {
         let first = self.ask(guest, &[("x-in", "hello"), ("x-cell", &code)]).await?;
         // What comes later, and what lets the request go, is told with the next one.
         let is_at_once = matches!(cell.when, When::Configure | When::Headers);
-        let told = match first.filter(|_| is_at_once) {
-            Some(told) => told,
-            None => self.ask(guest, &[("x-in", "hello")]).await?.context("it is not told")?,
-        };
+        let mut told = first.filter(|_| is_at_once);
+        for _ in 0..TELLING_MAX {
+            if told.is_none() {
+                told = self.ask(guest, &[("x-in", "hello")]).await?;
+            }
+        }
+        let told = told.context("it is not told")?;
         let told = told.trim_start_matches('0');
         Ok(if told.is_empty() { "0".to_owned() } else { told.to_owned() })
     }
@@ -165,7 +171,7 @@ impl Asking {
         self.upstream.prepare(&Default::default());
         // Without a length, which changes of the body would make wrong.
         let ask = Ask::post("/echo", "").pieces(&["hel", "lo"]);
-        let ask = headers.iter().fold(ask, |ask, (name, value)| ask.header(name, *value));
+        let ask = headers.iter().fold(ask, |ask, (name, value)| ask.header(*name, *value));
         client::send(self.envoy.listener(guest)?, &ask).await?;
         self.envoy.idle().await?;
         let seen = self.upstream.seen();

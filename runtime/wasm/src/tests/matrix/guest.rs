@@ -258,6 +258,8 @@ const FRAME: &str = r#"
           (global.set $status (i32.load8_u (i32.add (i32.const {statuses}) (global.get $cell))))))))))
     (global.set $context (local.get $own))
     (call $now (i32.const 104)) ;; h
+    ;; Once: what lets this request go is told with the next one.
+    (if (i32.eq (global.get $when) (i32.const 104)) (then (global.set $when (i32.const 0))))
     (i32.store8 (i32.const 24) (i32.add (i32.const 48) (i32.div_u (global.get $status) (i32.const 10))))
     (i32.store8 (i32.const 25) (i32.add (i32.const 48) (i32.rem_u (global.get $status) (i32.const 10))))
     (drop (call $replace (i32.const 0) (i32.const 8) (i32.const 8) (i32.const 24) (i32.const 2)))
