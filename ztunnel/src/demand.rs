@@ -69,6 +69,7 @@ async fn ask_for_all(mesh: &Mesh, wanted: impl Fn(&Snapshot) -> Vec<Wanted>) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use cairn_mesh::MeshSettings;
 
     fn name(number: usize) -> Wanted {
         Wanted::Workload(number.to_string().into())

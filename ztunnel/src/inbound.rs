@@ -6,7 +6,7 @@ use crate::live::Connected;
 use crate::onward::chain;
 use crate::pods::Pod;
 use crate::proxy_protocol;
-use cairn_hbone::{Authority, Connect, ServeError};
+use cairn_hbone::{Authority, Connect, Downstream, ServeError};
 use cairn_mesh::{
     Arrival, ArrivalTarget, Decision, DenyReason, HBONE_PORT, Identity, L4Peer, NetworkAddress, Service,
     Snapshot, Unwelcome, Wanted, Workload, arrive, decide, wanted_inbound,

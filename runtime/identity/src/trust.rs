@@ -49,9 +49,9 @@ mod tests {
     #[test]
     fn who_is_written_with_an_alias_is_the_same_and_others_are_not() {
         let trust = Trust::default();
-        let id = |domain, account| Identity::new(domain, "a", account).unwrap();
+        let id = |domain: &str, account: &str| Identity::new(domain, "a", account).unwrap();
         let is_same =
-            |one: &str, other: &str, account| trust.is_same("corp", &id(one, "x"), &id(other, account));
+            |one: &str, other: &str, account: &str| trust.is_same("corp", &id(one, "x"), &id(other, account));
         assert!(is_same("corp", "corp", "x"));
         assert!(!is_same("corp", "old", "x"));
         trust.set_aliases(["old".into(), "older".into()]);

@@ -228,6 +228,7 @@ fn open_metrics(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     #[test]
     fn scrapers_get_the_form_that_they_ask_for() {
@@ -253,12 +254,6 @@ mod tests {
             assert!(kind.starts_with(expected), "{kind}");
         }
     }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     async fn ask(address: SocketAddr) -> std::io::Result<String> {
         let mut stream = TcpStream::connect(address).await?;

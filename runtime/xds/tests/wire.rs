@@ -5,8 +5,8 @@
 
 use cairn_identity::Authority;
 use cairn_mesh::{
-    Authorization, Change, Identity, Kind, NetworkAddress, PolicyAction, ResourceKey, ResourceName, Scope,
-    Service, Unenforceable, Wanted, Workload,
+    Authorization, Change, Identity, Kind, MeshSettings, NetworkAddress, PolicyAction, ResourceKey,
+    ResourceName, Scope, Service, Unenforceable, Wanted, Workload,
 };
 use cairn_proto::ca::IstioCertificateRequest;
 use cairn_proto::ca::istio_certificate_service_client::IstioCertificateServiceClient;

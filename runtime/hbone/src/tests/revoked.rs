@@ -30,7 +30,8 @@ impl Scene {
 
     async fn certificate(&self, name: &str) -> Arc<WorkloadCertificate> {
         let trust = Arc::clone(&self.trust);
-        let made = WorkloadCertificate::request_with(&self.ca.authority, &identity(name), DAY, trust);
+        let identity = identity(name);
+        let made = WorkloadCertificate::request_with(&self.ca.authority, &identity, DAY, trust);
         Arc::new(made.await.unwrap())
     }
 
