@@ -287,7 +287,8 @@ spec:
     let counted = "cairn_dry_run_connections_total{namespace=\"app\",policy=\"trial\",decision=\"deny\"} 1";
     let text = metrics(mesh.ztunnel()).await?;
     ensure!(text.lines().any(|line| line == counted), "`{counted}` is not in\n{text}");
-    ensure!(mesh.log("ztunnel")?.contains("app/trial rule 0 would deny"), "the log says nothing of it");
+    let is_logged = || async { Ok(mesh.log("ztunnel")?.contains("app/trial rule 0 would deny")) };
+    crate::observe::until_true("a line of it in the log", is_logged).await?;
     Ok(())
 }
 

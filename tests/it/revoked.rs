@@ -118,7 +118,8 @@ async fn who_is_revoked_is_out_and_stays_out_until_a_list_says_otherwise() -> Re
     replace(&list, "-----BEGIN X509 CRL-----\nMII\n")?;
     wait_for_metric(ztunnel, "cairn_crl_failures_total 1").await?;
     assert!(connect(web, to).await.is_err(), "what was revoked stays so");
-    assert!(mesh.log("ztunnel")?.contains("those known before stay revoked"));
+    let is_logged = || async { Ok(mesh.log("ztunnel")?.contains("those known before stay revoked")) };
+    crate::observe::until_true("a line of it in the log", is_logged).await?;
 
     // The server's: the client leaves it.
     let server = serial(ztunnel, "own").await?;

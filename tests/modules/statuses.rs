@@ -171,7 +171,7 @@ impl Asking {
         self.upstream.prepare(&Default::default());
         // Without a length, which changes of the body would make wrong.
         let ask = Ask::post("/echo", "").pieces(&["hel", "lo"]);
-        let ask = headers.iter().fold(ask, |ask, (name, value)| ask.header(*name, *value));
+        let ask = headers.iter().fold(ask, |ask, (name, value)| ask.header(name, *value));
         client::send(self.envoy.listener(guest)?, &ask).await?;
         self.envoy.idle().await?;
         let seen = self.upstream.seen();

@@ -116,11 +116,11 @@ impl Session {
         self.subscriptions.len()
     }
 
-    /// Holds resources in their wire form from now on.
+    /// Holds policies, workloads and services in their wire form from now on. Objects are not: what is in them does not say
+    /// which subscription they came by.
     pub(crate) fn hold_records(&mut self) {
-        for subscription in &mut self.subscriptions {
-            subscription.has_records = true;
-        }
+        let own = |it: &&mut Subscription| [AUTHORIZATION_TYPE, ADDRESS_TYPE].contains(&&*it.type_url);
+        self.subscriptions.iter_mut().filter(own).for_each(|subscription| subscription.has_records = true);
     }
 
     /// Asks for workloads and services by name from now on. Returns which subscription that is.
@@ -140,7 +140,7 @@ impl Session {
         }
     }
 
-    /// Every resource that is held, in its wire form.
+    /// Every resource that is held in its wire form.
     pub(crate) fn records(&self) -> Vec<Arc<[u8]>> {
         let held = self.subscriptions.iter().flat_map(|subscription| subscription.held.values());
         held.filter_map(|held| held.record.clone()).collect()

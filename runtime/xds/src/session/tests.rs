@@ -320,7 +320,6 @@ fn the_first_word_of_a_server_replaces_what_was_restored() {
         sorted,
         [
             "+deny-all ns/bad",
-            "+object ns/r",
             "+policy ns/goes",
             "+policy ns/stays",
             "+service ns/s",
