@@ -145,17 +145,28 @@ impl Run<'_> {
 
     fn lines(&self, host: &impl Logged) -> Vec<Line> {
         let mut lines = self.module.of_requests(host.lines());
-        lines.iter_mut().for_each(|line| line.text = without_random_ids(&line.text));
+        lines.iter_mut().for_each(|line| line.text = without_chance(&line.text));
         lines
     }
 }
 
-/// A line of coraza's names its transaction by random letters.
-fn without_random_ids(text: &str) -> String {
+/// A line of coraza's names its transaction by random letters, when it was, and by which address and port it came.
+fn without_chance(text: &str) -> String {
+    const TEXTS: [&str; 7] = [
+        "tx_id=\"",
+        "[unique_id \"",
+        "[hostname \"",
+        "\"timestamp\":\"",
+        "\"id\":\"",
+        "\"host_ip\":\"",
+        "\"stopwatch\":\"",
+    ];
+    const NUMBERS: [&str; 3] = ["\"unix_timestamp\":", "\"client_port\":", "\"host_port\":"];
     let mut masked = text.to_owned();
-    for before in ["tx_id=\"", "[unique_id \""] {
+    let all = TEXTS.iter().map(|before| (before, &['"'][..]));
+    for (before, ends) in all.chain(NUMBERS.iter().map(|before| (before, &[',', '}'][..]))) {
         let Some(start) = masked.find(before).map(|at| at + before.len()) else { continue };
-        let length = masked.get(start..).and_then(|rest| rest.find('"')).unwrap_or_default();
+        let length = masked.get(start..).and_then(|rest| rest.find(ends)).unwrap_or_default();
         masked.replace_range(start..start + length, "…");
     }
     masked

@@ -33,7 +33,8 @@ fn a_ztunnel_starts_without_its_control_plane() {
     let dump = cluster.json(2, "/config_dump").unwrap();
     assert!(dump["restored"].is_string(), "{}", dump["restored"]);
     assert_eq!(metric(&cluster, "cairn_xds_restored"), Some(1));
-    assert!(cluster.node(2).ztunnel.log().contains("the state that was kept is in force"));
+    let is_logged = || cluster.node(2).ztunnel.log().contains("the state that was kept is in force");
+    assert!(within(SOON, is_logged), "{}", cluster.node(2).ztunnel.log());
 
     cluster.talk("outside-far", cluster.application("far")).unwrap().echo("a question").unwrap();
     assert!(cluster.talk("outside-far", cluster.application("guarded")).is_err(), "its policy was lost");
