@@ -399,7 +399,7 @@ async fn a_cut_ends_tunnels_at_once_and_says_so_first() {
     let mut server =
         Server::start(&pair.server, ServerSettings::default(), move |_| part.clone(), spawn_echo);
     let tcp = TcpStream::connect(server.address).await.unwrap();
-    let config = pair.client.client_config(&[pair.server.identity.clone()]);
+    let config = pair.client.client_config(std::slice::from_ref(&pair.server.identity));
     let name = ServerName::try_from("127.0.0.1").unwrap();
     let tls = TlsConnector::from(config).connect(name, tcp).await.unwrap();
     let (requests, connection) = h2::client::handshake(tls).await.unwrap();
