@@ -7,7 +7,7 @@ use crate::transport::Transport;
 use crate::wire::Wire;
 use crate::{Authority, Revocation, TunnelError, TunnelStream};
 use bytes::Bytes;
-use cairn_identity::{WorkloadCertificate, peer_identity};
+use cairn_identity::{WorkloadCertificate, is_in_force, peer_identity};
 use cairn_mesh::Identity;
 use cairn_net::Drain;
 use h2::server::{Connection, SendResponse};
@@ -79,7 +79,7 @@ pub enum ServeError {
     /// The certificate has no identity in it.
     #[error("the peer has no identity")]
     NoIdentity,
-    /// The peer resumed a session from when its certificate was not revoked and its trust domain ours.
+    /// The peer resumed a session from when its certificate was valid and not revoked, and its trust domain ours.
     #[error("the peer is not believed any more")]
     NotBelieved,
     /// The peer's certificate was revoked while the connection was open.
@@ -147,7 +147,7 @@ async fn handshake(
         TlsAcceptor::from(certificate.server_config()).accept(Transport::Tcp(ReadAhead::new(tcp)));
     let wire = Wire::new(accepting.await.map_err(ServeError::Tls)?);
     let identity = wire.with_peer(peer_identity).ok_or(ServeError::NoIdentity)?;
-    if !certificate.welcomes(&identity) {
+    if !certificate.welcomes(&identity) || !wire.with_peer(is_in_force) {
         return Err(ServeError::NotBelieved);
     }
     let guard = Guard::new(&wire, certificate.watch_client()).map_err(|_| ServeError::NotBelieved)?;

@@ -330,8 +330,8 @@ fn server_config(
         .with_client_cert_verifier(verifier)
         .with_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(own))));
     config.alpn_protocols = vec![ALPN_H2.to_vec()];
-    // Sessions are kept with this certificate and end with it. Each holds the chain that the client proved itself by, and
-    // is good for so short a time that nobody outlives a certificate by it.
+    // Sessions are kept with this certificate and end with it. Each holds the chain that the client proved itself by; who
+    // accepts must look whether that is in force still ([`crate::is_in_force`]).
     config.session_storage = Arc::new(Sessions::default());
     config.send_tls13_tickets = 1;
     Ok(config)

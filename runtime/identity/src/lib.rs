@@ -23,7 +23,7 @@ pub use issuer::{IssueError, Issuer};
 pub use material::{Roots, Token};
 pub use revocation::{PeerWatch, RevocationCounts, RevocationError, Revocations};
 pub use trust::Trust;
-pub use verify::peer_identity;
+pub use verify::{is_in_force, peer_identity};
 
 #[cfg(test)]
 mod tests;

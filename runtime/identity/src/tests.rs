@@ -2,7 +2,7 @@
 
 use crate::{
     Authority, AuthorityError, CaClient, CaSettings, ChainError, IssueError, Issuer, SignError, Trust,
-    WorkloadCertificate, peer_identity,
+    WorkloadCertificate, is_in_force, peer_identity,
 };
 use cairn_mesh::Identity;
 use cairn_proto::ca::istio_certificate_service_server::{
@@ -112,6 +112,20 @@ async fn both_sides_prove_who_they_are() {
     assert_eq!(far.alpn_protocol(), Some(&b"h2"[..]));
     assert_eq!(far.negotiated_cipher_suite().unwrap().suite(), CipherSuite::TLS13_AES_256_GCM_SHA384);
     assert_eq!(far.server_name(), None);
+}
+
+#[tokio::test]
+async fn who_has_proven_itself_is_in_force_until_its_certificate_is_over() {
+    let ca = Ca::new();
+    let ttl = Duration::from_secs(2);
+    let client = WorkloadCertificate::request(&*ca.authority, &id(CLIENT), ttl).await.unwrap();
+    let server = ca.certificate(SERVER).await;
+    let (_, accepted) = handshake(client.client_config(&[id(SERVER)]), server.server_config()).await;
+    let (_near, far) = accepted.unwrap();
+    let chain = far.get_ref().1.peer_certificates().unwrap();
+    assert!(is_in_force(chain) && !is_in_force(&[]));
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert!(!is_in_force(chain));
 }
 
 #[tokio::test]

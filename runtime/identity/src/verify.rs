@@ -20,6 +20,13 @@ pub fn peer_identity(certificates: &[CertificateDer<'_>]) -> Option<Identity> {
     identities(certificates.first()?).into_iter().next()
 }
 
+/// Whether the leaf of `certificates` is valid at this time. A resumed session skips the look at that, and may itself be
+/// resumed again and again.
+pub fn is_in_force(certificates: &[CertificateDer<'_>]) -> bool {
+    let leaf = certificates.first().map(|leaf| parse_x509_certificate(leaf));
+    leaf.is_some_and(|leaf| leaf.is_ok_and(|(_, leaf)| leaf.validity().is_valid()))
+}
+
 /// All identities among the URI names of a certificate, in order.
 pub(crate) fn identities(certificate: &CertificateDer<'_>) -> Vec<Identity> {
     let Ok((_, parsed)) = parse_x509_certificate(certificate) else { return Vec::new() };
