@@ -341,13 +341,13 @@ fn the_worker_goes_on_while_a_plugin_of_connections_spins() {
         let line = Line::away(SPINS, strategy);
         let (mut spins, mut waits, mut ends) = (line.open(), line.open(), line.open());
         for open in [&mut waits, &mut ends] {
-            assert_eq!(open.data(Side::Response, "here"), "hold 4");
-            assert_eq!(open.after(Side::Response), "pass here");
+            assert!(open.data(Side::Response, "here").starts_with("hold "));
+            open.until(Side::Response, "pass here");
         }
-        assert_eq!(spins.data(Side::Request, "hello"), "hold 5");
+        assert!(spins.data(Side::Request, "hello").starts_with("hold "));
         // These would wait for the guest if they met it here.
-        assert_eq!(waits.data(Side::Response, "there"), "hold 5");
-        assert_eq!(waits.woken(Side::Response), "hold 5");
+        assert!(waits.data(Side::Response, "there").starts_with("hold "));
+        assert!(waits.woken(Side::Response).starts_with("hold "));
         ends.closed();
         drop(ends);
         assert!(!line.counts("cairn_wasm_traps_total{plugin=\"ns/test\"} 1\n"), "it spins on: {strategy:?}");
