@@ -161,11 +161,16 @@ impl Choice {
 
     /// This workload has failed the connection. Returns whether it is the first time.
     pub fn failed(&mut self, workload: &Workload) -> bool {
-        let is_new = !self.is_tried(workload);
+        let is_new = !self.has_failed(workload);
         if is_new {
             self.tried.push(Arc::clone(&workload.uid));
         }
         is_new
+    }
+
+    /// Whether this workload has failed the connection.
+    pub fn has_failed(&self, workload: &Workload) -> bool {
+        self.tried.contains(&workload.uid)
     }
 
     /// What DNS says of a name.
@@ -183,8 +188,8 @@ impl Chooser for Choice {
         Some(self.loads.of(workload))
     }
 
-    fn is_tried(&self, workload: &Workload) -> bool {
-        self.tried.contains(&workload.uid)
+    fn is_tried(&self, workload: &Workload, _port: u16) -> bool {
+        self.has_failed(workload)
     }
 
     fn addresses(&self, hostname: &str) -> Option<&[IpAddr]> {

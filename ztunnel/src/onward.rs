@@ -130,7 +130,7 @@ pub async fn open(
         }
         let next = next_hop(&plan).cloned();
         // Where there is no choice, what has failed is not asked again.
-        if let Some(failure) = last.take_if(|_| next.as_ref().is_some_and(|next| choice.is_tried(next))) {
+        if let Some(failure) = last.take_if(|_| next.as_ref().is_some_and(|next| choice.has_failed(next))) {
             return Err(failure);
         }
         let opening = Opening { ways, client, source };

@@ -4,7 +4,7 @@ use crate::host::{Active, Host};
 use crate::route::Target;
 use crate::worker::Balancer;
 use crate::{Failure, Worker};
-use cairn_mesh::{AppProtocol, Service, ServiceState, TunnelProtocol, Workload, pick};
+use cairn_mesh::{AppProtocol, Chooser, Service, ServiceState, TunnelProtocol, Workload, pick};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -15,9 +15,6 @@ pub(crate) struct Chosen {
     /// What its port is declared to carry.
     pub(crate) protocol: AppProtocol,
 }
-
-/// How often another endpoint is drawn when one has been tried already (Envoy `host_selection_retry_max_attempts`).
-const DRAWS_MAX: usize = 5;
 
 /// From where an endpoint is looked for.
 pub(crate) struct Reach<'a> {
@@ -51,27 +48,43 @@ pub(crate) fn choose(reach: &Reach<'_>, target: &Target, tried: &[SocketAddr]) -
     let declared = |service: &Service| service.port(port).map(|port| port.protocol);
     let protocol =
         declared(&state.service).ok_or_else(|| unusable(format!("service {key} has no port {port}")))?;
-    let draw = || draw(reach, state, port);
-    let mut best = draw().ok_or(Failure::NoEndpoint)?;
-    for _ in 0..DRAWS_MAX {
-        if !tried.contains(&best.1.address) {
-            break;
-        }
-        best = draw().unwrap_or(best);
-    }
+    let draw = |tried| draw(reach, state, port, tried);
+    let mut best = draw(tried).or_else(|| draw(&[])).ok_or(Failure::NoEndpoint)?;
     if state.endpoints.len() > 1 && worker.settings.balancer == Balancer::LeastRequest {
-        let other = draw().filter(|other| !tried.contains(&other.1.address));
-        best = other.filter(|other| other.1.active() < best.1.active()).unwrap_or(best);
+        let other = draw(tried).filter(|other| other.1.active() < best.1.active());
+        best = other.unwrap_or(best);
     }
     let (workload, host) = best;
     Ok(Chosen { active: Active::new(host), workload: Arc::clone(workload), protocol })
 }
 
-fn draw<'a>(reach: &Reach<'_>, state: &'a ServiceState, port: u16) -> Option<(&'a Arc<Workload>, Arc<Host>)> {
-    let worker = reach.worker;
-    let (endpoint, target) = pick(state, port, reach.viewpoint, &mut |bound| worker.draw(bound))?;
+fn draw<'a>(
+    reach: &Reach<'_>,
+    state: &'a ServiceState,
+    port: u16,
+    tried: &[SocketAddr],
+) -> Option<(&'a Arc<Workload>, Arc<Host>)> {
+    let (endpoint, target) = pick(state, port, reach.viewpoint, &mut Draw { reach, tried })?;
     let ip = address_of(&endpoint.workload, reach.destination.ip())?;
-    Some((&endpoint.workload, host_of(worker, &endpoint.workload, SocketAddr::new(ip, target))))
+    Some((&endpoint.workload, host_of(reach.worker, &endpoint.workload, SocketAddr::new(ip, target))))
+}
+
+/// Draws as the worker's balancer does, and never what has been tried (Envoy's retry predicate `previous_hosts`, which
+/// gives up after a few draws).
+struct Draw<'a, 'r> {
+    reach: &'a Reach<'r>,
+    tried: &'a [SocketAddr],
+}
+
+impl Chooser for Draw<'_, '_> {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.reach.worker.draw(bound)
+    }
+
+    fn is_tried(&self, workload: &Workload, port: u16) -> bool {
+        let ip = address_of(workload, self.reach.destination.ip());
+        ip.is_some_and(|ip| self.tried.contains(&SocketAddr::new(ip, port)))
+    }
 }
 
 fn host_of(worker: &Worker, workload: &Workload, address: SocketAddr) -> Arc<Host> {

@@ -21,8 +21,8 @@ pub trait Chooser {
         None
     }
 
-    /// Whether a workload is not to be picked: it has just failed the connection that is asked for.
-    fn is_tried(&self, _workload: &Workload) -> bool {
+    /// Whether a port of a workload is not to be picked: it has just failed the connection that is asked for.
+    fn is_tried(&self, _workload: &Workload, _port: u16) -> bool {
         false
     }
 
@@ -147,8 +147,8 @@ impl<'a> Asked<'a, '_> {
             (Purpose::Waypoint, Some(tunnel)) => mapped.or(tunnel.port.map(|_| self.port)),
             (Purpose::Waypoint, None) => mapped.filter(|_| self.state.service.port(self.port).is_some()),
             (Purpose::Address | Purpose::Service, _) => mapped,
-        };
-        (!chooser.is_tried(workload)).then_some((endpoint, target?))
+        }?;
+        (!chooser.is_tried(workload, target)).then_some((endpoint, target))
     }
 
     /// Whether there is a way to a workload without addresses. The gateway of its network is none from within that.

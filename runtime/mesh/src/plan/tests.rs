@@ -315,7 +315,7 @@ impl Chooser for Knowing {
         self.load.map(|(busy, load)| if *workload.uid == *busy { load } else { 0 })
     }
 
-    fn is_tried(&self, workload: &Workload) -> bool {
+    fn is_tried(&self, workload: &Workload, _port: u16) -> bool {
         self.tried.contains(&&*workload.uid)
     }
 
