@@ -103,7 +103,7 @@ pub const VARIABLES: &[(&str, Use)] = &[
     ("LOCALHOST_APP_TUNNEL", Without("tunnels are always announced to applications on loopback")),
     ("ENABLE_RESPONSE_BAGGAGE", Without("it is always sent")),
     ("TLS12_ENABLED", Without("tunnels are TLS 1.3 only")),
-    ("COMPLIANCE_POLICY", Without("key exchange is what the provider prefers")),
+    ("COMPLIANCE_POLICY", Followed),
     ("AUTHZ_POLICY_INFO_LOGGING", Without("/connections says which policy decided")),
 ];
 
@@ -164,6 +164,7 @@ pub fn settings(environment: &Environment) -> Result<Settings> {
         },
         token: Some(token(read.text("AUTH_TOKEN"))),
         revoked: read.text("CRL_PATH").map(Into::into),
+        compliance: read.text("COMPLIANCE_POLICY").unwrap_or_default().parse()?,
         mesh: mesh_settings(&read, &mesh),
         node: read.text("NODE_NAME").unwrap_or_default().to_owned(),
         cluster_id: cluster_id.to_owned(),

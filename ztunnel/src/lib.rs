@@ -181,6 +181,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
 }
 
 fn run_with(settings: Settings, log: LogControl) -> anyhow::Result<()> {
+    settings.compliance.enforce()?;
     let workers = Workers::start(settings.workers)?;
     let runtime = cairn_process::control_runtime()?;
     let result = runtime.block_on(serve(settings, workers, log));

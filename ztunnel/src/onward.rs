@@ -7,7 +7,7 @@ use crate::choice::{Choice, Load, Loads, Names};
 use crate::socks::Reply;
 use cairn_hbone::{ConnectError, NestedTarget, Pool, PoolSettings, PoolTarget, TunnelStream};
 use cairn_identity::{Certificates, WorkloadCertificate};
-use cairn_mesh::{Chooser, Crossing, Identity, Plan, Snapshot, Tunnel, Workload, plan, wanted_outbound};
+use cairn_mesh::{Crossing, Identity, Plan, Snapshot, Tunnel, Workload, plan, wanted_outbound};
 use cairn_net::ConnectOptions;
 use cairn_xds::Mesh;
 use http::{HeaderMap, HeaderValue, StatusCode};

@@ -5,7 +5,7 @@ use crate::collector::CollectorSettings;
 use crate::inpod::PodName;
 use anyhow::Context;
 use cairn_hbone::{PoolSettings, ServerSettings};
-use cairn_identity::{Roots, Token};
+use cairn_identity::{Compliance, Roots, Token};
 use cairn_mesh::MeshSettings;
 use cairn_process::LogFormat;
 use cairn_xds::KeepSettings;
@@ -52,6 +52,9 @@ pub struct Options {
     /// if they used the mesh's own.
     #[arg(long, env = "TRUST_DOMAIN_ALIASES", value_delimiter = ',')]
     pub trust_domain_aliases: Vec<String>,
+    /// What all TLS of the ztunnel is restricted to: `pqc` is X25519MLKEM768 alone [default: nothing].
+    #[arg(long, env = "COMPLIANCE_POLICY")]
+    pub compliance_policy: Option<Compliance>,
     /// The node whose pods this ztunnel serves [default: node].
     #[arg(long, env = "NODE_NAME")]
     pub node: Option<String>,
@@ -354,6 +357,8 @@ pub struct Settings {
     pub token: Option<Token>,
     /// The lists of revoked certificates.
     pub revoked: Option<PathBuf>,
+    /// What all TLS is restricted to.
+    pub compliance: Compliance,
     /// What is known of the mesh before the control plane says anything, and for as long as it does not.
     pub mesh: MeshSettings,
     /// The node served.
@@ -441,6 +446,7 @@ impl Options {
             ca,
             token: self.token.or(file.token).map(Token::File),
             revoked: self.revoked.or(file.revoked),
+            compliance: self.compliance_policy.or(file.compliance_policy).unwrap_or_default(),
             mesh: MeshSettings {
                 trust_domain_aliases: if self.trust_domain_aliases.is_empty() {
                     file.trust_domain_aliases.into_iter().map(Into::into).collect()

@@ -22,18 +22,23 @@ pub(crate) fn verified(own: Option<&Path>) -> Result<ClientConfig, FetchError> {
         let own: Vec<_> = own.collect::<Result<_, _>>().map_err(FetchError::Roots)?;
         roots.add_parsable_certificates(own);
     }
-    let builder = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()));
+    let builder = ClientConfig::builder_with_provider(provider());
     let builder = builder.with_safe_default_protocol_versions().map_err(FetchError::Setup)?;
     Ok(speaking_http1(builder.with_root_certificates(roots).with_no_client_auth()))
 }
 
 /// Servers are believed, for the operator has said that they may be.
 pub(crate) fn unverified() -> Result<ClientConfig, FetchError> {
-    let provider = Arc::new(aws_lc_rs::default_provider());
+    let provider = provider();
     let builder = ClientConfig::builder_with_provider(Arc::clone(&provider));
     let builder = builder.with_safe_default_protocol_versions().map_err(FetchError::Setup)?;
     let builder = builder.dangerous().with_custom_certificate_verifier(Arc::new(AnyServer(provider)));
     Ok(speaking_http1(builder.with_no_client_auth()))
+}
+
+/// What the process has settled on, if it has.
+fn provider() -> Arc<CryptoProvider> {
+    CryptoProvider::get_default().cloned().unwrap_or_else(|| Arc::new(aws_lc_rs::default_provider()))
 }
 
 fn speaking_http1(mut config: ClientConfig) -> ClientConfig {

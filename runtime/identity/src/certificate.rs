@@ -1,5 +1,6 @@
 //! One workload's certificate, and the TLS configurations made from it.
 
+use crate::compliance::mesh_provider;
 use crate::pem;
 use crate::sessions::Sessions;
 use crate::verify::{Accept, Peer, PeerVerifier, Verification, identities};
@@ -11,7 +12,6 @@ use parking_lot::Mutex;
 use rcgen::{CertificateParams, DistinguishedName, KeyPair, SanType};
 use rustls::client::Resumption;
 use rustls::crypto::CryptoProvider;
-use rustls::crypto::aws_lc_rs::{self, cipher_suite};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::version::TLS13;
 use rustls::{ClientConfig, ServerConfig};
@@ -22,13 +22,8 @@ use std::sync::{Arc, LazyLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use x509_parser::parse_x509_certificate;
 
-/// TLS as the mesh speaks it: two suites, the stronger first.
-pub(crate) static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
-    Arc::new(CryptoProvider {
-        cipher_suites: vec![cipher_suite::TLS13_AES_256_GCM_SHA384, cipher_suite::TLS13_AES_128_GCM_SHA256],
-        ..aws_lc_rs::default_provider()
-    })
-});
+/// TLS as the mesh speaks it.
+pub(crate) static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(mesh_provider);
 
 /// The only application protocol between proxies.
 pub(crate) const ALPN_H2: &[u8] = b"h2";

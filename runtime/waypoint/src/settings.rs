@@ -1,6 +1,7 @@
 //! What a waypoint is told: flags and environment first, then the settings file, then defaults.
 
 use anyhow::Context;
+use cairn_identity::Compliance;
 use cairn_mesh::ResourceName;
 use cairn_process::LogFormat;
 use ipnet::IpNet;
@@ -36,6 +37,9 @@ pub struct Options {
     /// The trust domain of the waypoint's own identity [default: cluster.local].
     #[arg(long, env = "TRUST_DOMAIN")]
     pub trust_domain: Option<String>,
+    /// What all TLS of the waypoint is restricted to: `pqc` is X25519MLKEM768 alone [default: nothing].
+    #[arg(long, env = "COMPLIANCE_POLICY")]
+    pub compliance_policy: Option<Compliance>,
     /// The waypoint's service account [default: the Gateway's name].
     #[arg(long, env = "SERVICE_ACCOUNT")]
     pub service_account: Option<String>,
@@ -179,6 +183,8 @@ pub struct Settings {
     pub token: Option<PathBuf>,
     /// The waypoint's own identity.
     pub identity: cairn_mesh::Identity,
+    /// What all TLS is restricted to.
+    pub compliance: Compliance,
     /// The cluster's name.
     pub cluster_id: String,
     /// Where HBONE is accepted.
@@ -239,6 +245,7 @@ impl Options {
             xds_address,
             xds_root: self.xds_root.or(file.xds_root).context("--xds-root (XDS_ROOT_CA) is needed")?,
             token: self.token.or(file.token),
+            compliance: self.compliance_policy.or(file.compliance_policy).unwrap_or_default(),
             cluster_id: self.cluster_id.or(file.cluster_id).unwrap_or_else(|| "Kubernetes".to_owned()),
             hbone: SocketAddr::new(address, port),
             admin_address: self.admin_address.or(file.admin_address).unwrap_or(local),

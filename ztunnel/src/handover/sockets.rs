@@ -253,6 +253,7 @@ mod tests {
         drop((first, anew));
         let same = new.listen(pod, at, &options).unwrap();
         drop(named);
+        assert_eq!(new.close_left(), 1, "the first, which was asked for by another name");
         let client = tokio::net::TcpStream::connect(at).await.unwrap();
         assert_eq!(same.accept().await.unwrap().1, client.local_addr().unwrap());
     }

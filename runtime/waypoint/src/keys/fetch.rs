@@ -13,6 +13,7 @@ use http_body::Body;
 use http_body_util::Empty;
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
+use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
@@ -245,7 +246,9 @@ impl Fetcher {
             let own: Vec<_> = own.collect::<Result<_, _>>().map_err(FetchError::Roots)?;
             roots.add_parsable_certificates(own);
         }
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        // What the process has settled on, if it has.
+        let provider = CryptoProvider::get_default().cloned();
+        let provider = provider.unwrap_or_else(|| Arc::new(aws_lc_rs::default_provider()));
         let builder = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .map_err(FetchError::Setup)?;
