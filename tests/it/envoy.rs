@@ -154,6 +154,34 @@ fn envoy_and_our_ztunnel_refuse_identities_that_they_do_not_expect() -> Result<(
     Ok(())
 }
 
+/// Everything of ours keeps the policy: the control plane's connections too, or the ztunnel would not be ready.
+#[test]
+fn under_the_post_quantum_policy_only_peers_that_can_do_it_are_spoken_with() -> Result<()> {
+    let Some(mesh) = Mesh::start_with(KeyExchange::PostQuantum)? else { return Ok(()) };
+    let (status, _) = get(connect(LOCAL, AS_ENVOY)?).with_context(|| mesh.logs())?;
+    ensure!(status == 200, "in: {status}");
+    let stream = socks(CLIENT, SocketAddr::from((ENVOY, 8080)))?;
+    let stream = stream.map_err(|reply| anyhow::anyhow!("out: SOCKS5 {reply}\n{}", mesh.logs()))?;
+    ensure!(get(stream)?.0 == 200, "out");
+    let (_, stats) = ask(connect(LOCAL, ADMIN)?, "/stats?filter=ssl.curves")?;
+    let exchanged: Vec<_> = stats.lines().filter(|line| !line.ends_with(": 0")).collect();
+    ensure!(!exchanged.is_empty(), "{stats}");
+    ensure!(exchanged.iter().all(|line| line.contains("X25519MLKEM768")), "{stats}");
+
+    let answer = get(connect(LOCAL, AS_STRANGER)?);
+    ensure!(answer.is_err(), "a classical key exchange was accepted: {answer:?}");
+    let (_, stats) = ask(connect(LOCAL, ADMIN)?, "/stats?filter=cluster.as-stranger.ssl.handshake$")?;
+    ensure!(stats.trim() == "cluster.as-stranger.ssl.handshake: 0", "{stats}");
+    ensure!(
+        socks(CLIENT, SocketAddr::from((IMPOSTOR, 8080)))?.is_err(),
+        "a classical key exchange was offered"
+    );
+    let record = mesh.connection(|record| record["destination"] == format!("{IMPOSTOR}:15008"))?;
+    let error = record["error"].as_str().unwrap_or_default();
+    ensure!(error.contains("HandshakeFailure"), "not for its key exchange: {record}");
+    Ok(())
+}
+
 fn spiffe(account: &str) -> String {
     format!("spiffe://cluster.local/ns/shop/sa/{account}")
 }
@@ -168,6 +196,10 @@ struct Mesh {
 impl Mesh {
     /// Starts it; `None`, having said why, where there is no Envoy.
     fn start() -> Result<Option<Self>> {
+        Self::start_with(KeyExchange::Any)
+    }
+
+    fn start_with(keys: KeyExchange) -> Result<Option<Self>> {
         let Some(envoy) = envoy() else {
             cairn_tests::skipped("no Envoy in target/peers; `tests/peers` installs it");
             return Ok(None);
@@ -179,6 +211,9 @@ impl Mesh {
         let cairn = cairn()?;
         let mut up = Command::new(&cairn);
         up.args(["up", "--block", "100", "--state"]).arg(&state).arg(&manifests);
+        if keys == KeyExchange::PostQuantum {
+            up.env("COMPLIANCE_POLICY", "pqc");
+        }
         mesh.run(up, "cairn.log")?;
         let mut echo = Command::new(&cairn);
         echo.args(["echo", "--name", "behind-envoy", "--listen", &format!("{BEHIND_ENVOY}:8080")]);
@@ -200,7 +235,8 @@ impl Mesh {
         }
         let configuration = mesh.path("envoy.yaml");
         // JSON is YAML.
-        fs::write(&configuration, serde_json::to_vec_pretty(&bootstrap(mesh.directory.path(), &state))?)?;
+        let place = Place { directory: mesh.directory.path(), state: &state, keys };
+        fs::write(&configuration, serde_json::to_vec_pretty(&bootstrap(&place))?)?;
         let mut command = Command::new(envoy);
         command.arg("-c").arg(configuration);
         command.args(["--concurrency", "1", "--disable-hot-restart", "--log-level", "info"]);
@@ -305,8 +341,25 @@ fn issue(authority: &Authority, account: &str, directory: &Path) -> Result<()> {
     Ok(())
 }
 
+/// How keys are exchanged.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum KeyExchange {
+    /// As each side likes.
+    Any,
+    /// Our proxies keep `COMPLIANCE_POLICY=pqc`, Envoy does the same under its own identity, and as the stranger it has
+    /// X25519 alone.
+    PostQuantum,
+}
+
+/// What Envoy's configuration is made of.
+struct Place<'a> {
+    directory: &'a Path,
+    state: &'a Path,
+    keys: KeyExchange,
+}
+
 /// Envoy's configuration: a way out under each of two identities, and a way in on two addresses.
-fn bootstrap(directory: &Path, state: &Path) -> Value {
+fn bootstrap(place: &Place<'_>) -> Value {
     json!({
         "admin": { "address": address(LOCAL, ADMIN) },
         "bootstrap_extensions": [{
@@ -317,12 +370,12 @@ fn bootstrap(directory: &Path, state: &Path) -> Value {
             "listeners": [
                 way_out("as-envoy", AS_ENVOY), connect_originate("as-envoy"),
                 way_out("as-stranger", AS_STRANGER), connect_originate("as-stranger"),
-                connect_terminate(ENVOY, directory, state, "envoy"),
-                connect_terminate(IMPOSTOR, directory, state, "stranger"),
+                connect_terminate(ENVOY, place, "envoy"),
+                connect_terminate(IMPOSTOR, place, "stranger"),
             ],
             "clusters": [
-                internal("as-envoy"), hbone(directory, state, "as-envoy", "envoy"),
-                internal("as-stranger"), hbone(directory, state, "as-stranger", "stranger"),
+                internal("as-envoy"), hbone(place, "as-envoy", "envoy"),
+                internal("as-stranger"), hbone(place, "as-stranger", "stranger"),
                 cluster("application", &endpoint(address(BEHIND_ENVOY, 8080)), &json!({})),
             ],
         },
@@ -388,11 +441,11 @@ fn connect_originate(name: &str) -> Value {
 }
 
 /// HTTP/2 over mutual TLS to the server's ztunnel, from Envoy's own address.
-fn hbone(directory: &Path, state: &Path, name: &str, account: &str) -> Value {
+fn hbone(place: &Place<'_>, name: &str, account: &str) -> Value {
     let socket = json!({
         "name": "tls",
         "typed_config": typed("transport_sockets.tls.v3.UpstreamTlsContext", json!({
-            "common_tls_context": tls(directory, state, account, "server"),
+            "common_tls_context": tls(place, account, "server"),
         })),
     });
     let protocol = typed(
@@ -412,11 +465,18 @@ fn hbone(directory: &Path, state: &Path, name: &str, account: &str) -> Value {
     )
 }
 
-fn tls(directory: &Path, state: &Path, account: &str, peer: &str) -> Value {
+fn tls(place: &Place<'_>, account: &str, peer: &str) -> Value {
+    let Place { directory, state, keys } = *place;
     let file = |path: PathBuf| json!({ "filename": path });
+    let mut parameters =
+        json!({ "tls_minimum_protocol_version": "TLSv1_3", "tls_maximum_protocol_version": "TLSv1_3" });
+    if keys == KeyExchange::PostQuantum {
+        parameters["ecdh_curves"] =
+            if account == "envoy" { json!(["X25519MLKEM768"]) } else { json!(["X25519"]) };
+    }
     json!({
         "alpn_protocols": ["h2"],
-        "tls_params": { "tls_minimum_protocol_version": "TLSv1_3", "tls_maximum_protocol_version": "TLSv1_3" },
+        "tls_params": parameters,
         "tls_certificates": [{
             "certificate_chain": file(directory.join(format!("{account}.pem"))),
             "private_key": file(directory.join(format!("{account}.key"))),
@@ -429,7 +489,7 @@ fn tls(directory: &Path, state: &Path, account: &str, peer: &str) -> Value {
 }
 
 /// HBONE from the client pod: a CONNECT for Envoy's port 8080 goes to the application.
-fn connect_terminate(ip: Ipv4Addr, directory: &Path, state: &Path, account: &str) -> Value {
+fn connect_terminate(ip: Ipv4Addr, place: &Place<'_>, account: &str) -> Value {
     let manager = typed(
         "filters.network.http_connection_manager.v3.HttpConnectionManager",
         json!({
@@ -457,7 +517,7 @@ fn connect_terminate(ip: Ipv4Addr, directory: &Path, state: &Path, account: &str
         "transport_sockets.tls.v3.DownstreamTlsContext",
         json!({
             "require_client_certificate": true,
-            "common_tls_context": tls(directory, state, account, "client"),
+            "common_tls_context": tls(place, account, "client"),
         }),
     );
     json!({

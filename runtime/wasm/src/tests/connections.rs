@@ -285,11 +285,12 @@ fn on_threads_of_its_own_a_plugin_sees_and_does_the_same() {
     assert_eq!(open.opened(), "hold 0", "not here");
     open.wait(Side::Request);
     assert_eq!(open.opened(), "pass ");
-    assert_eq!(open.data(Side::Response, "ready"), "hold 5");
-    assert_eq!(open.after(Side::Response), "hold 5", "the guest holds it");
-    assert_eq!(open.data(Side::Request, "ab"), "hold 2");
-    assert_eq!(open.after(Side::Request), "hold 2");
-    assert_eq!(open.data(Side::Request, "c"), "hold 3");
+    // While the guest is called, how much of it is still here is its threads' to say.
+    assert!(open.data(Side::Response, "ready").starts_with("hold "));
+    open.until(Side::Response, "hold 5");
+    assert!(open.data(Side::Request, "ab").starts_with("hold "));
+    open.until(Side::Request, "hold 2");
+    assert!(open.data(Side::Request, "c").starts_with("hold "));
     // The first is replaced.
     open.until(Side::Request, "pass cbc");
     open.until(Side::Response, "pass ready");
