@@ -4,7 +4,7 @@
 use crate::generate::Generator;
 use crate::provider::{DECIDE, DECISIONS};
 use crate::rbac;
-use crate::scenario::{Ask, Scenario};
+use crate::scenario::{Ask, Outcome, Scenario};
 use cairn_manifest::Loaded;
 use cairn_mesh::{AuthorizationProvider, MeshSettings};
 use cairn_tests::envoy::{extension, typed};
@@ -54,6 +54,17 @@ static PROVIDERS: LazyLock<(Vec<Value>, Vec<Arc<AuthorizationProvider>>)> = Lazy
 /// The provider of this name, as we know it.
 pub fn provider(name: &str) -> Option<Arc<AuthorizationProvider>> {
     PROVIDERS.1.iter().find(|provider| *provider.name == *name).cloned()
+}
+
+/// Whether a provider is asked in this scenario, and `outcome` is what becomes of a request whose provider is gone.
+pub fn may_have_lost_its_provider(scenario: &Scenario, outcome: &Outcome) -> bool {
+    let asks = scenario.objects.iter().any(|object| object["spec"]["action"] == "CUSTOM");
+    asks && match outcome {
+        Outcome::Denied { details, .. } => details.contains("ext_authz_error"),
+        // It fails open.
+        Outcome::Allowed { .. } => true,
+        Outcome::Malformed | Outcome::Closed | Outcome::Other(_) => false,
+    }
 }
 
 /// A scenario about providers with this many requests.

@@ -97,7 +97,7 @@ async fn compare(
         let count = (pairs - tally.pairs).div_ceil(ASKS).min(SCENARIOS_MAX);
         let scenarios = (0..count).map(|_| scenario(&mut generator, ASKS)).collect::<Vec<_>>();
         let judged = judge(&program, &ours, &scenarios).await?;
-        tally.add(&ours, &scenarios, &judged).await?;
+        tally.add(&program, &ours, &scenarios, &judged).await?;
     }
     println!("seed {seed}: {tally}");
     let mut shown = String::new();
@@ -172,11 +172,37 @@ struct Tally {
     pairs: usize,
     kinds: BTreeMap<String, usize>,
     intended: BTreeMap<&'static str, usize>,
+    /// How often Envoy lost its provider, and did not when it was asked again.
+    fallen_out: usize,
     differences: Vec<Difference>,
 }
 
+/// Whether Envoy's exchange with its provider came to nothing, which happens to one in some thousand on a busy machine
+/// (Envoy does not ask twice): asked again, it says what ours said both times.
+async fn fell_out(
+    program: &Path,
+    engine: &Arc<Ours>,
+    scenario: &Scenario,
+    envoy: &Outcome,
+    ours: &Outcome,
+) -> Result<bool> {
+    if !custom::may_have_lost_its_provider(scenario, envoy) {
+        return Ok(false);
+    }
+    let again = judge(program, engine, std::slice::from_ref(scenario)).await?;
+    Ok(
+        matches!(&again[..], [outcomes] if matches!(&outcomes[..], [(second, same)] if second == ours && same == ours)),
+    )
+}
+
 impl Tally {
-    async fn add(&mut self, engine: &Ours, scenarios: &[Scenario], judged: &[Judged]) -> Result<()> {
+    async fn add(
+        &mut self,
+        program: &Path,
+        engine: &Arc<Ours>,
+        scenarios: &[Scenario],
+        judged: &[Judged],
+    ) -> Result<()> {
         for (scenario, outcomes) in scenarios.iter().zip(judged) {
             for (ask, (envoy, ours)) in scenario.asks.iter().zip(outcomes) {
                 self.pairs += 1;
@@ -187,6 +213,7 @@ impl Tally {
                 let scenario = only(scenario, ask);
                 match known::intended(engine, &scenario, envoy, ours).await? {
                     Some(name) => *self.intended.entry(name).or_default() += 1,
+                    None if fell_out(program, engine, &scenario, envoy, ours).await? => self.fallen_out += 1,
                     None => {
                         let (envoy, ours) = (envoy.clone(), ours.clone());
                         self.differences.push(Difference { scenario, envoy, ours });
@@ -203,16 +230,17 @@ impl Tally {
             let share = self.kinds.get(*kind).copied().unwrap_or_default() * 100 / self.pairs.max(1);
             ensure!(share >= 5, "only {share} % of requests were {kind}: {self}");
         }
+        ensure!(self.fallen_out * 100 <= self.pairs, "Envoy's provider is hardly ever there: {self}");
         Ok(())
     }
 }
 
 impl std::fmt::Display for Tally {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { pairs, kinds, intended, differences } = self;
+        let Self { pairs, kinds, intended, fallen_out, differences } = self;
         write!(
             f,
-            "{pairs} pairs, {} differences; Envoy: {kinds:?}; intended: {intended:?}",
+            "{pairs} pairs, {} differences; Envoy: {kinds:?}; intended: {intended:?}; provider lost once: {fallen_out}",
             differences.len()
         )
     }

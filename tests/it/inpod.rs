@@ -8,6 +8,7 @@ mod cni;
 mod demand;
 mod handover;
 mod kept;
+mod local;
 mod names;
 mod nodes;
 
@@ -30,7 +31,7 @@ use std::time::Duration;
 const SOON: Duration = Duration::from_secs(60);
 
 /// The pods: name, node, last octet of the address, whether istio-cni has taken it into the mesh.
-const PODS: [(&str, u8, u8, bool); 10] = [
+const PODS: [(&str, u8, u8, bool); 11] = [
     ("client", 1, 21, true),
     ("near", 1, 22, true),
     ("far", 2, 23, true),
@@ -41,7 +42,11 @@ const PODS: [(&str, u8, u8, bool); 10] = [
     ("late", 1, 28, false),
     ("passing", 2, 29, false),
     ("sandwich", 2, 30, true),
+    ("alone", 1, 31, false),
 ];
+
+/// The ztunnels' own pods: name, node, last octet of the address.
+const ZTUNNELS: [(&str, u8, u8); 2] = [("ztunnel1", 1, 2), ("ztunnel2", 2, 2)];
 
 /// The service of `far`, which has a waypoint.
 const SERVICE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 97, 0, 1)), 80);
@@ -258,6 +263,27 @@ fn names_are_answered_from_the_mesh_or_passed_on() {
                 && line.contains("source_canonical_service=\"client\"")
         });
         assert!(found, "{counted}: {metrics}");
+    }
+}
+
+/// A ztunnel's own pod takes tunnels, so that its metrics need not cross the network in the clear.
+#[test]
+fn a_ztunnels_metrics_are_scraped_through_the_mesh() {
+    let Some(cluster) = shared() else { return };
+    for (ztunnel, node, number) in ZTUNNELS {
+        let to = SocketAddr::new(IpAddr::from([10, 77, node, number]), 15020);
+        let mut connection = connect_in(&cluster.network.file("client"), to).unwrap();
+        let source = connection.local_addr().unwrap();
+        let answer = exchange(&mut connection, "/metrics", b"").unwrap();
+        assert!(answer.status == 200 && answer.body.contains("istio_build{"), "{}", answer.body);
+        drop(connection);
+        let out = cluster.record(1, source, "outbound");
+        assert_eq!((&out["way"], &out["authority"]), (&"direct".into(), &to.to_string().into()), "{out}");
+        let arrived = cluster.record_with(node, "inbound", |record| record["authority"] == to.to_string());
+        assert_eq!(
+            arrived["sourceIdentity"], "spiffe://cluster.local/ns/shop/sa/client",
+            "{ztunnel}: {arrived}"
+        );
     }
 }
 
@@ -500,7 +526,7 @@ impl Cluster {
                 cluster.applications.push(Application::start(&cluster.network.open(name)?)?);
             }
         }
-        for (name, node, number) in [("ztunnel1", 1, 2), ("ztunnel2", 2, 2), ("successor", 1, 3)] {
+        for (name, node, number) in ZTUNNELS.into_iter().chain([("successor", 1, 3)]) {
             cluster.network.add_pod(name, node, number)?;
             cluster.network.set_resolvers(name, &format!("nameserver {FABRIC}\n"))?;
         }
@@ -528,6 +554,10 @@ impl Cluster {
                 ("outside-near" | "outside-far", _) => "istio.io/dataplane-mode: none",
                 _ => "",
             };
+            manifests += &pod(name, node, number, labels);
+        }
+        for (name, node, number) in ZTUNNELS {
+            let labels = "istio.io/dataplane-mode: none, networking.istio.io/tunnel: http";
             manifests += &pod(name, node, number, labels);
         }
         std::fs::create_dir_all(self.file("manifests"))?;
@@ -629,6 +659,9 @@ impl Cluster {
             ("INPOD_ENABLED", "true"),
             ("TERMINATION_GRACE_PERIOD_SECONDS", "30"),
         ];
+        if ZTUNNELS.iter().any(|(name, ..)| *name == pod) {
+            environment.extend([("POD_NAME", pod), ("POD_NAMESPACE", "shop"), ("SERVICE_ACCOUNT", pod)]);
+        }
         environment.extend(settings.iter().map(|(name, value)| (*name, value.as_str())));
         environment.extend(more);
         Program::start(&self.network, pod, &command, &environment, self.file(&format!("{log}.log")))

@@ -5,8 +5,8 @@
 
 use crate::inpod::PodName;
 use crate::settings::{
-    ADMIN_PORT, Afterwards, ControlPlane, Handover, InPod, KeptState, METRICS_PORT, OriginalSource, OwnPod,
-    PodSource, Settings, TunnelLimits, access, workers_of,
+    ADMIN_PORT, Afterwards, ControlPlane, Handover, InPod, KeptState, LocalState, METRICS_PORT,
+    OriginalSource, OwnPod, PodSource, Settings, TunnelLimits, access, workers_of,
 };
 use anyhow::{Context, Result, bail};
 use cairn_identity::{Roots, Token};
@@ -91,8 +91,8 @@ pub const VARIABLES: &[(&str, Use)] = &[
     ("INPOD_ENABLED", Without("Istio's ztunnel does not read it either")),
     ("NETWORK", Without("the control plane says of each workload, our own included, in which network it is")),
     ("FAKE_CA", Without("there is no false CA in what is shipped")),
-    ("LOCAL_XDS_PATH", Without("`cairn xds` serves files")),
-    ("LOCAL_XDS", Without("`cairn xds` serves files")),
+    ("LOCAL_XDS_PATH", Followed),
+    ("LOCAL_XDS", Followed),
     ("XDS_ON_DEMAND", Followed),
     ("PREFERED_SERVICE_NAMESPACE", Without("one's own namespace comes first, then the canonical service")),
     ("KEEPALIVE_ENABLED", Without("a vanished peer is always noticed")),
@@ -164,6 +164,7 @@ pub fn settings(environment: &Environment) -> Result<Settings> {
         },
         token: Some(token(read.text("AUTH_TOKEN"))),
         revoked: read.text("CRL_PATH").map(Into::into),
+        local: local_state(&read)?,
         compliance: read.text("COMPLIANCE_POLICY").unwrap_or_default().parse()?,
         mesh: mesh_settings(&read, &mesh),
         node: read.text("NODE_NAME").unwrap_or_default().to_owned(),
@@ -408,6 +409,29 @@ fn pods(read: &Reader<'_>, ipv6: bool) -> Result<PodSource> {
     let name =
         PodName { name: name.into(), namespace: namespace.into(), service_account: service_account.into() };
     Ok(PodSource::Dedicated(name, settings))
+}
+
+/// A mesh in a file is the whole of it.
+fn local_state(read: &Reader<'_>) -> Result<Option<LocalState>> {
+    let state = match (read.text("LOCAL_XDS_PATH"), read.text("LOCAL_XDS")) {
+        (None, None) => return Ok(None),
+        (Some(path), None) => LocalState::File(path.into()),
+        (None, Some(text)) => LocalState::Text(text.to_owned()),
+        (Some(_), Some(_)) => bail!("LOCAL_XDS_PATH and LOCAL_XDS are both set: the mesh is in one of them"),
+    };
+    if read.0.get("XDS_ADDRESS").is_none_or(|address| !address.trim().is_empty()) {
+        bail!(
+            "LOCAL_XDS_PATH and LOCAL_XDS stand for the control plane: set XDS_ADDRESS to nothing beside them"
+        );
+    }
+    for other in ["XDS_ON_DEMAND", "CAIRN_XDS_SNAPSHOT"] {
+        if read.text(other).is_some_and(|text| text != "false") {
+            bail!(
+                "{other} is for a ztunnel with a control plane: it cannot be set beside LOCAL_XDS_PATH or LOCAL_XDS"
+            );
+        }
+    }
+    Ok(Some(state))
 }
 
 /// Names are answered, and a state is kept, of a mesh that is known whole.

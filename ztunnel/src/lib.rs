@@ -21,6 +21,7 @@ mod inpod;
 mod istio;
 mod lifecycle;
 mod live;
+mod local;
 mod onward;
 mod open;
 mod outbound;
@@ -225,6 +226,9 @@ async fn serve(settings: Settings, workers: Workers, log: LogControl) -> anyhow:
         true => Mesh::on_demand(settings.mesh.clone()),
         false => Mesh::with_settings(settings.mesh.clone()),
     };
+    if let Some(local) = &settings.local {
+        mesh.publish(local::read(local, &settings.mesh)?);
+    }
     let ways = Ways {
         mesh: Arc::clone(&mesh),
         certificates: Arc::clone(&certificates),

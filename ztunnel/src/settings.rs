@@ -238,6 +238,15 @@ impl KeptState {
     }
 }
 
+/// The mesh in a file, for a ztunnel that has no control plane.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LocalState {
+    /// YAML in this file.
+    File(PathBuf),
+    /// This YAML.
+    Text(String),
+}
+
 /// How a ztunnel takes over from its predecessor and hands over to its successor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Handover {
@@ -357,6 +366,8 @@ pub struct Settings {
     pub token: Option<Token>,
     /// The lists of revoked certificates.
     pub revoked: Option<PathBuf>,
+    /// The mesh, where there is no control plane.
+    pub local: Option<LocalState>,
     /// What all TLS is restricted to.
     pub compliance: Compliance,
     /// What is known of the mesh before the control plane says anything, and for as long as it does not.
@@ -446,6 +457,7 @@ impl Options {
             ca,
             token: self.token.or(file.token).map(Token::File),
             revoked: self.revoked.or(file.revoked),
+            local: None,
             compliance: self.compliance_policy.or(file.compliance_policy).unwrap_or_default(),
             mesh: MeshSettings {
                 trust_domain_aliases: if self.trust_domain_aliases.is_empty() {

@@ -190,7 +190,7 @@ fn a_dedicated_ztunnel_is_succeeded_though_it_was_told_to_end_before() {
 }
 
 /// Connects by the SOCKS5 port of a pod.
-fn by_socks(from: &std::path::Path, to: SocketAddr) -> Result<Talk> {
+pub fn by_socks(from: &std::path::Path, to: SocketAddr) -> Result<Talk> {
     let mut stream = connect_in(from, SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 15080))?;
     let IpAddr::V4(address) = to.ip() else { anyhow::bail!("{to} is not IPv4") };
     let mut request = vec![5, 1, 0, 5, 1, 0, 1];

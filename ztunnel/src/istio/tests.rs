@@ -36,6 +36,9 @@ const EXAMPLES: &[Example] = &[
     ("CA_HEADER_*", "1", &[]),
     ("SECRET_TTL", "1h", &[]),
     ("CRL_PATH", "/crl.pem", &[]),
+    ("COMPLIANCE_POLICY", "pqc", &[]),
+    ("LOCAL_XDS_PATH", "/mesh.yaml", &[("XDS_ADDRESS", "")]),
+    ("LOCAL_XDS", "workloads: []", &[("XDS_ADDRESS", "")]),
     ("TRUST_DOMAIN", "corp", &[]),
     ("TRUST_DOMAIN_ALIASES", "old", &[]),
     ("CLUSTER_DOMAIN", "corp.example", &[]),
@@ -99,6 +102,26 @@ fn every_variable_does_what_the_table_says() {
         of(&[]),
         "unknown ones are ignored"
     );
+}
+
+#[test]
+fn a_mesh_in_a_file_stands_alone() {
+    let file = ("LOCAL_XDS_PATH", "/mesh.yaml");
+    for (beside, reason) in [
+        (&[][..], "XDS_ADDRESS"),
+        (&[("XDS_ADDRESS", "istiod:15012")], "XDS_ADDRESS"),
+        (&[("XDS_ADDRESS", ""), ("LOCAL_XDS", "{}")], "both"),
+        (
+            &[("XDS_ADDRESS", ""), ("XDS_ON_DEMAND", "true"), ("ISTIO_META_DNS_CAPTURE", "false")],
+            "XDS_ON_DEMAND",
+        ),
+        (&[("XDS_ADDRESS", ""), ("CAIRN_XDS_SNAPSHOT", "/state")], "CAIRN_XDS_SNAPSHOT"),
+    ] {
+        let with: Vec<_> = beside.iter().copied().chain([file]).collect();
+        let refused = settings(&environment(&with)).unwrap_err().to_string();
+        assert!(refused.contains(reason), "{beside:?}: {refused}");
+    }
+    assert_eq!(of(&[("XDS_ADDRESS", ""), file]).local, Some(LocalState::File("/mesh.yaml".into())));
 }
 
 /// What the chart sets, as a pod of the DaemonSet sees it.
