@@ -230,7 +230,7 @@ impl Tally {
             let share = self.kinds.get(*kind).copied().unwrap_or_default() * 100 / self.pairs.max(1);
             ensure!(share >= 5, "only {share} % of requests were {kind}: {self}");
         }
-        ensure!(self.fallen_out * 100 <= self.pairs, "Envoy's provider is hardly ever there: {self}");
+        ensure!(self.fallen_out * 20 <= self.pairs, "Envoy's provider is hardly ever there: {self}");
         Ok(())
     }
 }

@@ -412,8 +412,10 @@ fn a_bad_message_and_a_new_connection_leave_pods_alone() {
         assert!(cni.is_closed().unwrap(), "{expected}");
         *cni = cluster.node(2).listener.accept().unwrap();
         assert!(!cluster.is_ready(2), "ready before the snapshot");
-        // One pod's namespace cannot be sent again, one is sent again, one is gone.
-        assert_eq!(cni.keep(&uid("far")).unwrap(), "");
+        // Two pods' namespaces cannot be sent again, one is sent again, one is gone.
+        for pod in ["far", "sandwich"] {
+            assert_eq!(cni.keep(&uid(pod)).unwrap(), "");
+        }
         cluster.add(&cni, "guarded").unwrap();
         assert_eq!(cni.snapshot_sent().unwrap(), "");
         talk.echo("still there").unwrap();

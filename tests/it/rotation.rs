@@ -42,7 +42,7 @@ async fn no_request_fails_while_certificates_rotate() -> Result<()> {
     }
     for task in load {
         let count = task.await??;
-        assert!(count > 50, "only {count} requests were sent");
+        assert!(count > 20, "only {count} requests were sent");
     }
     for (proxy, serials) in ["ztunnel", "waypoint"].iter().zip(&serials) {
         assert!(serials.len() >= 3, "the {proxy} rotated its certificate less than twice: {serials:?}");

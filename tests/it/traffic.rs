@@ -56,15 +56,8 @@ async fn a_canary_gets_its_share() -> Result<()> {
         second += usize::from(answer.header("x-echo-version") == "v2");
     }
     let share = second as f64 / REQUESTS as f64;
-    // Chance alone takes a fair share this far off in about one of 190 runs, so one more try is allowed.
-    if (share - 0.2).abs() > 0.05 {
-        let mut again = 0;
-        for _ in 0..REQUESTS {
-            again += usize::from(client.get("/weights").await?.header("x-echo-version") == "v2");
-        }
-        let share_again = again as f64 / REQUESTS as f64;
-        assert!((share_again - 0.2).abs() <= 0.05, "v2 got {share} and then {share_again} of the requests");
-    }
+    // Chance alone takes a fair share this far off in one of 50 million runs; half of it in one of 190.
+    assert!((share - 0.2).abs() <= 0.1, "v2 got {share} of the requests");
     Ok(())
 }
 

@@ -26,7 +26,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::runtime::Handle;
 use tokio::task::JoinSet;
 
@@ -283,19 +283,23 @@ async fn run(scenario: &Scenario, address: SocketAddr, lines: impl Fn() -> Vec<S
 /// The servers of all scenarios. They end when dropped.
 struct Servers {
     addresses: BTreeMap<Server, SocketAddr>,
+    /// Bound, and not listening: nobody else is given the port, and who connects is refused.
+    _nobody: TcpSocket,
     _running: JoinSet<()>,
 }
 
 impl Servers {
     async fn start() -> Result<Self> {
         let (mut addresses, mut running) = (BTreeMap::new(), JoinSet::new());
+        let nobody = TcpSocket::new_v4()?;
+        nobody.bind("127.0.0.1:0".parse()?)?;
         for server in SERVERS {
-            let listener = TcpListener::bind("127.0.0.1:0").await?;
-            addresses.insert(server, listener.local_addr()?);
             if server == Server::Nobody {
-                // Its port stays free: nobody else is given it soon.
+                addresses.insert(server, nobody.local_addr()?);
                 continue;
             }
+            let listener = TcpListener::bind("127.0.0.1:0").await?;
+            addresses.insert(server, listener.local_addr()?);
             running.spawn(async move {
                 let mut connections = JoinSet::new();
                 while let Ok((stream, _)) = listener.accept().await {
@@ -304,7 +308,7 @@ impl Servers {
                 }
             });
         }
-        Ok(Self { addresses, _running: running })
+        Ok(Self { addresses, _nobody: nobody, _running: running })
     }
 }
 

@@ -53,7 +53,7 @@
     (if (i32.eq (i32.load (i32.const 140)) (i32.const 4)) (then
       (call $begin (i32.const 288) (i32.const 4))
       (call $number (call $call (i32.const 16) (i32.const 7) (i32.load (i32.const 128)) (i32.load (i32.const 132))
-        (i32.const 64) (i32.const 3) (i32.const 0) (i32.const 0) (i32.const 72) (i32.const 7) (i32.const 300) (i32.const 152))))
+        (i32.const 64) (i32.const 3) (i32.const 0) (i32.const 0) (i32.const 72) (i32.const 7) (i32.const 3000) (i32.const 152))))
     (else
       (call $begin (i32.const 296) (i32.const 6))
       (call $number (call $stream (i32.const 16) (i32.const 7) (i32.load (i32.const 128)) (i32.load (i32.const 132))

@@ -147,13 +147,13 @@ impl Succession {
                 let _succeeded_or_not = tokio::time::timeout(settings.drain / 2, succeeded).await;
             }
         }
-        tracing::info!(signal = told.unwrap_or("succeeded"), "draining");
         if *self.phase.borrow() == (Phase::Succeeded { shares_network: true })
             && let Some(operators) = self.operators.lock().take()
         {
             operators.close();
         }
         trigger.start();
+        tracing::info!(signal = told.unwrap_or("succeeded"), "draining");
         self.stopped.send_replace(true);
         if told.is_none() {
             began = Instant::now();

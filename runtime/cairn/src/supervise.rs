@@ -217,8 +217,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut supervisor = Supervisor::default();
         let script = format!(
-            "cd {}; echo run; test -f once || {{ touch once; exit 1; }}; \
-             trap 'echo bye; exit 0' TERM; while :; do sleep 0.05; done",
+            "cd {}; trap 'echo bye; exit 0' TERM; echo run; test -f once || {{ touch once; exit 1; }}; \
+             while :; do sleep 0.05; done",
             dir.path().display()
         );
         let twice = program(dir.path(), &script);
@@ -241,7 +241,7 @@ mod tests {
     async fn what_a_child_has_started_ends_with_it() {
         let dir = tempfile::tempdir().unwrap();
         let mut supervisor = Supervisor::default();
-        let script = format!("({}) & trap 'echo child ends; exit' TERM; wait", slow("grandchild"));
+        let script = format!("trap 'echo child ends; exit' TERM; ({}) & wait", slow("grandchild"));
         supervisor.keep(BTreeMap::from([("a".to_owned(), program(dir.path(), &script))]));
         assert_eq!(until(dir.path(), "begins").await, "grandchild begins\n");
         supervisor.stop().await;

@@ -117,14 +117,14 @@ async fn both_sides_prove_who_they_are() {
 #[tokio::test]
 async fn who_has_proven_itself_is_in_force_until_its_certificate_is_over() {
     let ca = Ca::new();
-    let ttl = Duration::from_secs(2);
-    let client = WorkloadCertificate::request(&*ca.authority, &id(CLIENT), ttl).await.unwrap();
     let server = ca.certificate(SERVER).await;
+    let ttl = Duration::from_secs(6);
+    let client = WorkloadCertificate::request(&*ca.authority, &id(CLIENT), ttl).await.unwrap();
     let (_, accepted) = handshake(client.client_config(&[id(SERVER)]), server.server_config()).await;
     let (_near, far) = accepted.unwrap();
     let chain = far.get_ref().1.peer_certificates().unwrap();
     assert!(is_in_force(chain) && !is_in_force(&[]));
-    tokio::time::sleep(Duration::from_secs(4)).await;
+    tokio::time::sleep(Duration::from_secs(8)).await;
     assert!(!is_in_force(chain));
 }
 

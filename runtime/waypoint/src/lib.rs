@@ -176,8 +176,8 @@ async fn serve(settings: Settings, workers: Workers) -> anyhow::Result<()> {
         signal = cairn_process::stop_signal() => signal.context("cannot watch for signals")?,
         ended = tasks.join_next() => bail!("a control task ended: {ended:?}"),
     };
-    tracing::info!(signal, "draining");
     trigger.start();
+    tracing::info!(signal, "draining");
     let all_ended = trigger.finished(waypoint.settings.drain).await;
     accepting.abort();
     tracing::info!(all_ended, "stopped");

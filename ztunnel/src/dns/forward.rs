@@ -197,13 +197,14 @@ mod tests {
         assert!(servers_of(Path::new("/nowhere")).is_empty());
     }
 
-    /// A server that answers each question with these second header halves, in turn; no answer for `None`.
+    /// A server that answers each question with these second header halves, in turn, and then with the last; no answer for `None`.
     async fn server(answers: Vec<Option<u8>>) -> SocketAddr {
         let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
         let address = socket.local_addr().unwrap();
         tokio::spawn(async move {
             let mut buffer = [0; 512];
-            for code in answers {
+            let last = answers.last().copied().flatten();
+            for code in answers.into_iter().chain(std::iter::repeat(last)) {
                 let (length, peer) = socket.recv_from(&mut buffer).await.unwrap();
                 let Some(code) = code else { continue };
                 let mut answer = buffer[..length].to_vec();

@@ -138,14 +138,14 @@ async fn what_ends_without_an_answer_says_why() {
         (
             "too late",
             &Mesh::new(Plan::to(silent.address)),
-            quick.clone(),
+            quick,
             CalloutError::Timeout(Duration::from_millis(50)),
         ),
         (
             "half of it in time",
             &Mesh::new(Plan::to(halting.address)),
-            quick,
-            CalloutError::BrokenOff("not whole within 50ms".to_owned()),
+            CalloutRequest { timeout: Duration::from_secs(2), ..request(HOST, false) },
+            CalloutError::BrokenOff("not whole within 2s".to_owned()),
         ),
     ] {
         assert_eq!(ask_mesh(mesh, asked).await.unwrap_err(), expected, "{name}");

@@ -112,7 +112,12 @@ async fn tell(request: Request<Incoming>) -> Response<Body> {
 
 /// An address where nobody listens.
 pub(crate) async fn closed_port() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap()
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = socket.local_addr().unwrap();
+    // Bound, and not listening, as long as the tests run: nobody else is given the port, and who connects is refused.
+    std::mem::forget(socket);
+    address
 }
 
 /// A mesh with one service, and the worker that serves it.

@@ -123,7 +123,7 @@ async fn keys_are_got_from_a_uri_or_through_the_issuer() {
     let line = format!("cairn_jwks_fetches_total{{source=\"{}\"}} 1", server.uri("/keys"));
     assert!(metrics.contains(&line), "{metrics}");
     assert!(
-        metrics.contains(&format!("cairn_jwks_age_seconds{{source=\"{}\"}} 0.", server.uri("/keys"))),
+        metrics.contains(&format!("cairn_jwks_age_seconds{{source=\"{}\"}} ", server.uri("/keys"))),
         "{metrics}"
     );
 }
