@@ -69,8 +69,8 @@ pub struct Account {
 
 impl Account {
     /// Starts the account of a connection just accepted.
-    pub fn new(direction: Direction, source: SocketAddr, destination: SocketAddr) -> Self {
-        Self {
+    pub fn new(direction: Direction, source: SocketAddr, destination: SocketAddr) -> Box<Self> {
+        Box::new(Self {
             started: Instant::now(),
             started_at: SystemTime::now(),
             direction,
@@ -86,7 +86,7 @@ impl Account {
             way: "",
             decision: "",
             policy: String::new(),
-        }
+        })
     }
 
     fn labels(&self, response_flags: &'static str) -> TcpLabels {
@@ -168,11 +168,11 @@ impl Account {
     }
 
     /// Copies bytes until both sides have ended or `cut` resolves with why to end it, then records.
-    pub async fn carry<A, B, C>(self, proxy: &Proxy, client: &mut A, server: &mut B, cut: C)
+    pub async fn carry<A, B, C>(self: Box<Self>, proxy: &Proxy, client: &mut A, server: &mut B, mut cut: C)
     where
         A: AsyncRead + AsyncWrite + Unpin,
         B: AsyncRead + AsyncWrite + Unpin,
-        C: Future<Output = Cut>,
+        C: Future<Output = Cut> + Unpin,
     {
         let counts = ByteCounts::default();
         tracing::debug!(
@@ -186,7 +186,7 @@ impl Account {
         let _listed = proxy.open.add(self.open());
         let mut metrics = TcpConnection::open(&proxy.telemetry.metrics, self.labels("-"));
         let copy = cairn_net::copy(client, server, &counts);
-        tokio::pin!(copy, cut);
+        tokio::pin!(copy);
         let mut tick =
             tokio::time::interval_at(tokio::time::Instant::now() + REPORT_INTERVAL, REPORT_INTERVAL);
         let (flag, error) = loop {

@@ -2,11 +2,11 @@
 
 use crate::Proxy;
 use crate::carry::{Account, Cut};
-use crate::live::Connected;
+use crate::live::{Connected, LiveGuard};
 use crate::onward::chain;
 use crate::pods::Pod;
 use crate::proxy_protocol;
-use cairn_hbone::{Authority, Connect, Downstream, ServeError};
+use cairn_hbone::{Authority, Connect, Downstream, ServeError, TunnelStream};
 use cairn_mesh::{
     Arrival, ArrivalTarget, Decision, DenyReason, HBONE_PORT, Identity, L4Peer, NetworkAddress, Service,
     Snapshot, Unwelcome, Wanted, Workload, arrive, decide, wanted_inbound,
@@ -41,7 +41,7 @@ pub async fn connection(proxy: Arc<Proxy>, pod: Arc<Pod>, _worker: usize, tcp: T
     let handler = {
         let (proxy, pod) = (Arc::clone(&proxy), Arc::clone(&pod));
         move |connect: Connect| {
-            tokio::spawn(tunnel(Arc::clone(&proxy), Arc::clone(&pod), connect));
+            tokio::spawn(tunnel(Arc::clone(&proxy), Arc::clone(&pod), Box::new(connect)));
         }
     };
     let settings = proxy.settings.tunnels.server();
@@ -76,61 +76,75 @@ impl Refused {
     }
 }
 
-async fn tunnel(proxy: Arc<Proxy>, pod: Arc<Pod>, connect: Connect) {
+/// What is done once, to open it, has its own memory, which is given back.
+async fn tunnel(proxy: Arc<Proxy>, pod: Arc<Pod>, connect: Box<Connect>) {
     let _working = proxy.drain.hold();
     let downstream = Arc::clone(connect.downstream());
     let mut account = Account::new(Direction::Inbound, downstream.address, downstream.local);
     account.way = "inbound";
     account.authority = connect.authority().to_string();
     account.source_identity = Some(downstream.identity.clone());
-    match admit(&proxy, &pod, &connect, &mut account).await {
-        Ok(Admitted { mut application, arrival, workload }) => {
-            let destination = arrival.destination;
-            let mut live = proxy.live.register(Connected {
-                workload: Arc::clone(&workload.uid),
-                identity: Some(downstream.identity.clone()),
-                source: downstream.address,
-                destination,
-            });
-            // What changed while the application was connected to was not rechecked: the connection was not open yet.
-            let peer =
-                L4Peer { identity: Some(&downstream.identity), source: downstream.address, destination };
-            if let Err(reason) = note_decision(&mut account, decide_now(&proxy, &pod, &peer)) {
-                connect.refuse(StatusCode::FORBIDDEN);
-                return account.refused(&proxy, "DENY", &reason);
-            }
-            let mut headers = HeaderMap::new();
-            headers.insert("baggage", cairn_hbone::baggage(&workload));
-            let mut stream = match connect.accept(headers) {
-                Ok(stream) => stream,
-                Err(error) => return account.refused(&proxy, "CONNECT", &chain(&error)),
-            };
-            if let Some(announced) = arrival.announce {
-                let header =
-                    proxy_protocol::header(downstream.address, announced, Some(&downstream.identity));
-                let written = tokio::time::timeout(ANNOUNCE_TIMEOUT, application.write_all(&header)).await;
-                if !matches!(written, Ok(Ok(()))) {
-                    return account.refused(
-                        &proxy,
-                        "CONNECT",
-                        "the application did not take the tunnel's header",
-                    );
-                }
-            }
+    match Box::pin(open(&proxy, &pod, connect, &mut account)).await {
+        Ok(Opened { mut stream, mut application, mut live }) => {
             let revocation = stream.revocation().clone();
-            let cut = async {
+            let cut = Box::pin(async move {
                 tokio::select! {
                     () = revocation.revoked() => Cut::revoked(),
                     reason = live.cut_reason() => Cut::denied(reason),
                 }
-            };
+            });
             account.carry(&proxy, &mut stream, &mut application, cut).await;
         }
+        Err((flag, reason)) => account.refused(&proxy, flag, &reason),
+    }
+}
+
+/// A tunnel that stands, and the application behind it.
+struct Opened {
+    stream: TunnelStream,
+    application: TcpStream,
+    live: LiveGuard,
+}
+
+/// Lets the tunnel in, or refuses it and says under which flag and why.
+async fn open(
+    proxy: &Proxy,
+    pod: &Pod,
+    connect: Box<Connect>,
+    account: &mut Account,
+) -> Result<Opened, (&'static str, String)> {
+    let downstream = Arc::clone(connect.downstream());
+    let Admitted { mut application, arrival, workload } = match admit(proxy, pod, &connect, account).await {
+        Ok(admitted) => admitted,
         Err(refused) => {
             connect.refuse(refused.status);
-            account.refused(&proxy, refused.flag, &refused.reason);
+            return Err((refused.flag, refused.reason));
+        }
+    };
+    let destination = arrival.destination;
+    let live = proxy.live.register(Connected {
+        workload: Arc::clone(&workload.uid),
+        identity: Some(downstream.identity.clone()),
+        source: downstream.address,
+        destination,
+    });
+    // What changed while the application was connected to was not rechecked: the connection was not open yet.
+    let peer = L4Peer { identity: Some(&downstream.identity), source: downstream.address, destination };
+    if let Err(reason) = note_decision(account, decide_now(proxy, pod, &peer)) {
+        connect.refuse(StatusCode::FORBIDDEN);
+        return Err(("DENY", reason));
+    }
+    let mut headers = HeaderMap::new();
+    headers.insert("baggage", cairn_hbone::baggage(&workload));
+    let stream = connect.accept(headers).map_err(|error| ("CONNECT", chain(&error)))?;
+    if let Some(announced) = arrival.announce {
+        let header = proxy_protocol::header(downstream.address, announced, Some(&downstream.identity));
+        let written = tokio::time::timeout(ANNOUNCE_TIMEOUT, application.write_all(&header)).await;
+        if !matches!(written, Ok(Ok(()))) {
+            return Err(("CONNECT", "the application did not take the tunnel's header".to_owned()));
         }
     }
+    Ok(Opened { stream, application, live })
 }
 
 /// A tunnel that is let in.

@@ -25,7 +25,7 @@ pub async fn redirected(
     };
     let _working = proxy.drain.hold();
     let mut account = Account::new(Direction::Outbound, peer, destination);
-    match open(&proxy, &pod, worker, destination, &mut account).await {
+    match Box::pin(open(&proxy, &pod, worker, destination, &mut account)).await {
         Ok(onward) => carry(onward, &proxy, account, &mut client).await,
         Err(failure) => account.refused(&proxy, failure.flag, &failure.reason),
     }
@@ -53,7 +53,7 @@ pub async fn socks(proxy: Arc<Proxy>, pod: Arc<Pod>, worker: usize, mut client: 
         return tell(&mut client, Reply::HostUnreachable).await;
     };
     let mut account = Account::new(Direction::Outbound, peer, destination);
-    match open(&proxy, &pod, worker, destination, &mut account).await {
+    match Box::pin(open(&proxy, &pod, worker, destination, &mut account)).await {
         Ok(onward) => {
             tell(&mut client, Reply::Succeeded).await;
             carry(onward, &proxy, account, &mut client).await;
@@ -83,17 +83,17 @@ async fn open(
     onward::open(&proxy.ways, &client, destination, account).await
 }
 
-async fn carry(mut onward: Onward, proxy: &Proxy, account: Account, client: &mut TcpStream) {
+async fn carry(mut onward: Onward, proxy: &Proxy, account: Box<Account>, client: &mut TcpStream) {
     match onward.stream {
         OnwardStream::Tcp(ref mut server) => {
             account.carry(proxy, client, server, std::future::pending()).await
         }
         OnwardStream::Tunnel(ref mut server) => {
             let revocation = server.revocation().clone();
-            let cut = async {
+            let cut = Box::pin(async {
                 revocation.revoked().await;
                 Cut::revoked()
-            };
+            });
             account.carry(proxy, client, &mut **server, cut).await
         }
     }

@@ -21,7 +21,7 @@ pub async fn redirected(
     peer: SocketAddr,
 ) {
     match cairn_net::original_destination(&client) {
-        Ok(destination) => serve(&proxy, &pod, client, peer, destination).await,
+        Ok(destination) => Box::pin(serve(&proxy, &pod, client, peer, destination)).await,
         Err(error) => tracing::debug!(%peer, %error, "client went away at once"),
     }
 }
@@ -29,7 +29,7 @@ pub async fn redirected(
 /// A connection to the pod's own address and the application's port, which the ztunnel holds in its place.
 pub async fn direct(proxy: Arc<Proxy>, pod: Arc<Pod>, _worker: usize, client: TcpStream, peer: SocketAddr) {
     match client.local_addr() {
-        Ok(destination) => serve(&proxy, &pod, client, peer, destination).await,
+        Ok(destination) => Box::pin(serve(&proxy, &pod, client, peer, destination)).await,
         Err(error) => tracing::debug!(%peer, %error, "client went away at once"),
     }
 }
@@ -49,12 +49,12 @@ async fn serve(proxy: &Proxy, pod: &Pod, mut client: TcpStream, peer: SocketAddr
     account.source_workload = peer_workload(&snapshot, peer, &workload);
     account.destination_workload = Some(Arc::clone(&workload));
     let asked = L4Peer { identity: None, source: peer, destination };
-    if let Err(reason) = note_decision(&mut account, decide_when_known(proxy, pod, &asked).await) {
+    if let Err(reason) = note_decision(&mut account, Box::pin(decide_when_known(proxy, pod, &asked)).await) {
         return account.refused(proxy, "DENY", &reason);
     }
     let options = proxy.options_to_application(pod, peer.ip());
     let application = SocketAddr::new(pod.application, destination.port());
-    let mut application = match cairn_net::connect(application, &options).await {
+    let mut application = match Box::pin(cairn_net::connect(application, &options)).await {
         Ok(application) => application,
         Err(error) => return account.refused(proxy, "CONNECT", &chain(&error)),
     };
@@ -65,6 +65,6 @@ async fn serve(proxy: &Proxy, pod: &Pod, mut client: TcpStream, peer: SocketAddr
     if let Err(reason) = note_decision(&mut account, decide_now(proxy, pod, &asked)) {
         return account.refused(proxy, "DENY", &reason);
     }
-    let cut = async { Cut::denied(live.cut_reason().await) };
+    let cut = Box::pin(async { Cut::denied(live.cut_reason().await) });
     account.carry(proxy, &mut client, &mut application, cut).await;
 }

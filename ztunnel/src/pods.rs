@@ -447,7 +447,7 @@ where
     workers.run(start).await;
 }
 
-/// Serves one connection of a pod.
+/// Serves one connection of a pod. Each way takes the memory that it needs, as long as the connection is open.
 pub async fn hand_over(
     proxy: Arc<Proxy>,
     pod: Arc<Pod>,
@@ -461,11 +461,11 @@ pub async fn hand_over(
         return;
     }
     match way {
-        Way::Hbone => inbound::connection(proxy, pod, worker, stream, peer).await,
-        Way::Redirected => outbound::redirected(proxy, pod, worker, stream, peer).await,
-        Way::Socks => outbound::socks(proxy, pod, worker, stream, peer).await,
-        Way::Plaintext => plaintext::redirected(proxy, pod, worker, stream, peer).await,
-        Way::PlaintextHere => plaintext::direct(proxy, pod, worker, stream, peer).await,
+        Way::Hbone => Box::pin(inbound::connection(proxy, pod, worker, stream, peer)).await,
+        Way::Redirected => Box::pin(outbound::redirected(proxy, pod, worker, stream, peer)).await,
+        Way::Socks => Box::pin(outbound::socks(proxy, pod, worker, stream, peer)).await,
+        Way::Plaintext => Box::pin(plaintext::redirected(proxy, pod, worker, stream, peer)).await,
+        Way::PlaintextHere => Box::pin(plaintext::direct(proxy, pod, worker, stream, peer)).await,
     }
 }
 

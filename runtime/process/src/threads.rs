@@ -86,7 +86,8 @@ impl Workers {
         worker.load.fetch_add(1, Ordering::Relaxed);
         let load = Load(Arc::clone(&worker.load));
         let job: Job = Box::new(move |index| {
-            let task = start(index);
+            // In a place of its own: what is awaited by name is kept twice.
+            let task = Box::pin(start(index));
             Box::pin(async move {
                 let _load = load;
                 task.await;

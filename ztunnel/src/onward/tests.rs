@@ -84,7 +84,7 @@ impl Scene {
         let client = Client { workload: &workload, options, worker: 0 };
         let opening = open(&self.ways, &client, destination, &mut account);
         let opened = tokio::time::timeout(LONG, opening).await.expect("an answer");
-        (opened, account)
+        (opened, *account)
     }
 
     /// A peer with HBONE at `address`, who answers each CONNECT as `answer` says.
