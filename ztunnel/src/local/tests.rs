@@ -78,7 +78,7 @@ fn a_mesh_is_read_whole() {
     let gateway = local.network_gateway.as_ref().unwrap();
     assert!(matches!(&gateway.target, GatewayTarget::Hostname(name) if &*name.name == "east.example.com"));
     assert_eq!(local.application_tunnel.as_ref().unwrap().port, Some(15088));
-    let (name, ports) = local.services.iter().next().unwrap();
+    let (name, ports) = local.services.first().unwrap();
     assert_eq!(
         (name.to_string().as_str(), ports[0].service_port, ports[0].target_port),
         ("default/example.com", 80, 8080)
