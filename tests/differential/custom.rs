@@ -2,6 +2,7 @@
 //! and one that asks about what is marked.
 
 use crate::generate::Generator;
+use crate::known::is_custom;
 use crate::provider::{DECIDE, DECISIONS};
 use crate::rbac;
 use crate::scenario::{Ask, Outcome, Scenario};
@@ -58,13 +59,13 @@ pub fn provider(name: &str) -> Option<Arc<AuthorizationProvider>> {
 
 /// Whether a provider is asked in this scenario, and `outcome` is what becomes of a request whose provider is gone.
 pub fn may_have_lost_its_provider(scenario: &Scenario, outcome: &Outcome) -> bool {
-    let asks = scenario.objects.iter().any(|object| object["spec"]["action"] == "CUSTOM");
-    asks && match outcome {
-        Outcome::Denied { details, .. } => details.contains("ext_authz_error"),
-        // It fails open.
-        Outcome::Allowed { .. } => true,
-        Outcome::Malformed | Outcome::Closed | Outcome::Other(_) => false,
-    }
+    is_custom(scenario)
+        && match outcome {
+            Outcome::Denied { details, .. } => details.contains("ext_authz_error"),
+            // It fails open.
+            Outcome::Allowed { .. } => true,
+            Outcome::Malformed | Outcome::Closed | Outcome::Other(_) => false,
+        }
 }
 
 /// A scenario about providers with this many requests.

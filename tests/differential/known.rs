@@ -240,7 +240,7 @@ fn same_but_for(names: &[&str], envoy: &Outcome, ours: &Outcome) -> bool {
 }
 
 /// Whether a provider is asked.
-fn is_custom(scenario: &Scenario) -> bool {
+pub fn is_custom(scenario: &Scenario) -> bool {
     scenario.objects.iter().any(|object| object["spec"]["action"] == "CUSTOM")
 }
 

@@ -46,9 +46,8 @@ fn text_of(path: &Path) -> Result<String> {
     Ok(text)
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, Default)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
-#[derive(Default)]
 struct Local {
     workloads: Vec<Workload>,
     policies: Vec<Policy>,
@@ -58,36 +57,34 @@ struct Local {
 impl Local {
     /// Policies first: a workload that names one which is not there is denied.
     fn changes(self) -> Result<Vec<Change>> {
-        let mut changes = Vec::new();
-        let mut known = HashSet::new();
-        for (index, policy) in self.policies.into_iter().enumerate() {
-            let place = format!("policies[{index}] ({}/{})", policy.namespace, policy.name);
-            ensure!(known.insert(place_of(&place)), "{place} is there twice");
-            changes.push(policy.change().context(place)?);
-        }
-        known.clear();
-        for (index, service) in self.services.into_iter().enumerate() {
-            let place = format!("services[{index}] ({}/{})", service.namespace, service.hostname);
-            ensure!(known.insert(place_of(&place)), "{place} is there twice");
-            changes.push(service.change().context(place)?);
-        }
-        known.clear();
-        for (index, mut workload) in self.workloads.into_iter().enumerate() {
-            if workload.uid.is_empty() {
-                workload.uid =
-                    format!("{}//Pod/{}/{}", workload.cluster_id, workload.namespace, workload.name);
-            }
-            let place = format!("workloads[{index}] ({})", workload.uid);
-            ensure!(known.insert(place_of(&place)), "{place} is there twice");
-            changes.push(workload.change().context(place)?);
-        }
-        Ok(changes)
+        let policies =
+            each("policies", self.policies, |of| format!("{}/{}", of.namespace, of.name), Policy::change)?;
+        let services = each(
+            "services",
+            self.services,
+            |of| format!("{}/{}", of.namespace, of.hostname),
+            Service::change,
+        )?;
+        let workloads = each("workloads", self.workloads, Workload::uid, Workload::change)?;
+        Ok(policies.into_iter().chain(services).chain(workloads).collect())
     }
 }
 
-/// What is in the parentheses: whom a place is about.
-fn place_of(place: &str) -> String {
-    place.split_once('(').map(|(_, name)| name.to_owned()).unwrap_or_default()
+/// The changes that the entries of a list bring, each of which is there once by its name.
+fn each<T>(
+    list: &str,
+    entries: Vec<T>,
+    name: fn(&T) -> String,
+    change: fn(T) -> Result<Change>,
+) -> Result<Vec<Change>> {
+    let mut known = HashSet::new();
+    let read = entries.into_iter().enumerate().map(|(index, entry)| {
+        let name = name(&entry);
+        let place = format!("{list}[{index}] ({name})");
+        ensure!(known.insert(name), "{place} is there twice");
+        change(entry).context(place)
+    });
+    read.collect()
 }
 
 #[derive(Deserialize, Default)]
@@ -125,7 +122,17 @@ struct Workload {
 }
 
 impl Workload {
+    /// As written, or as a pod of this name would be called.
+    fn uid(&self) -> String {
+        if self.uid.is_empty() {
+            format!("{}//Pod/{}/{}", self.cluster_id, self.namespace, self.name)
+        } else {
+            self.uid.clone()
+        }
+    }
+
     fn change(self) -> Result<Change> {
+        let uid = self.uid();
         let locality = wire::Locality {
             region: self.locality.region,
             zone: self.locality.zone,
@@ -138,7 +145,7 @@ impl Workload {
             port: tunnel.port.unwrap_or_default().into(),
         };
         let workload = wire::Workload {
-            uid: self.uid,
+            uid,
             name: self.name,
             namespace: self.namespace,
             service_account: self.service_account,
