@@ -7,7 +7,7 @@ use crate::session::{Problem, Received};
 use arc_swap::ArcSwap;
 use cairn_mesh::{Change, MeshSettings, Snapshot, Store, Wanted};
 use parking_lot::Mutex;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::watch;
@@ -15,6 +15,11 @@ use tracing::{info, warn};
 
 /// How long a workload keeps its previous policies while a policy that it names is not known.
 pub const POLICY_WAIT: Duration = Duration::from_secs(5);
+/// States that were replaced are kept, at most so many, until only their writer has them: the last to let go of a large one
+/// frees it, which takes milliseconds, and a worker has none to spare.
+const RETIRED_MAX: usize = 16;
+/// How often it is looked whether somebody else still has them.
+const RETIRED_LOOK: Duration = Duration::from_secs(1);
 /// At most so many problems are kept for the operator; further ones are only logged.
 const PROBLEMS_MAX: usize = 1000;
 
@@ -151,10 +156,12 @@ impl Mesh {
         self.ready.send_replace(true);
     }
 
-    fn show(&self, snapshot: Snapshot) {
+    /// Shows a state and returns the one before.
+    fn show(&self, snapshot: Snapshot) -> Arc<Snapshot> {
         let generation = snapshot.generation();
-        self.snapshot.store(Arc::new(snapshot));
+        let before = self.snapshot.swap(Arc::new(snapshot));
         self.changes.send_replace(generation);
+        before
     }
 
     fn note(&self, type_url: Option<Arc<str>>, settled: Vec<String>, problems: Vec<Problem>) {
@@ -188,13 +195,25 @@ pub(crate) struct Writer {
     waiting: HashMap<Arc<str>, Instant>,
     /// A state that was kept, and until when the control plane is waited for before it is shown.
     restored: Option<(SystemTime, Instant)>,
+    /// States that were replaced and that somebody still reads, the oldest first.
+    retired: VecDeque<Arc<Snapshot>>,
+    /// When to look at them again.
+    look_at: Option<Instant>,
 }
 
 impl Writer {
     pub(crate) fn new(mesh: Arc<Mesh>, type_count: usize) -> Self {
         let mut store = Store::new();
         store.apply([Change::Settings(mesh.settings.clone())]);
-        Self { mesh, store, gate: Gate::new(type_count), waiting: HashMap::new(), restored: None }
+        Self {
+            mesh,
+            store,
+            gate: Gate::new(type_count),
+            waiting: HashMap::new(),
+            restored: None,
+            retired: VecDeque::new(),
+            look_at: None,
+        }
     }
 
     /// Nothing need be heard of the type at `index` before the mesh is ready.
@@ -248,11 +267,14 @@ impl Writer {
     /// When [`Self::tick`] has something to do next.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         let show_at = self.restored.map(|(_, show_at)| show_at);
-        self.waiting.values().copied().chain(self.gate.deadline()).chain(show_at).min()
+        self.waiting.values().copied().chain(self.gate.deadline()).chain(show_at).chain(self.look_at).min()
     }
 
     /// Does what is due.
     pub(crate) fn tick(&mut self, now: Instant) {
+        if self.look_at.is_some_and(|at| at <= now) {
+            self.free_retired(now);
+        }
         self.show_restored(now);
         let overdue = self.gate.overdue(now);
         self.publish(overdue, now);
@@ -266,7 +288,7 @@ impl Writer {
             warn!(%uid, "a policy of this workload did not arrive: what names it is denied");
         }
         self.store.give_up(&expired);
-        self.mesh.show(self.store.snapshot());
+        self.show(now);
     }
 
     fn publish(&mut self, publish: Publish, now: Instant) {
@@ -297,7 +319,21 @@ impl Writer {
             (uid, at)
         };
         self.waiting = applied.waiting.into_iter().map(deadline).collect();
-        self.mesh.show(self.store.snapshot());
+        self.show(now);
+    }
+
+    fn show(&mut self, now: Instant) {
+        self.retired.push_back(self.mesh.show(self.store.snapshot()));
+        self.free_retired(now);
+    }
+
+    /// Frees the states that nobody reads any more.
+    fn free_retired(&mut self, now: Instant) {
+        self.retired.retain(|state| Arc::strong_count(state) > 1);
+        while self.retired.len() > RETIRED_MAX {
+            self.retired.pop_front();
+        }
+        self.look_at = (!self.retired.is_empty()).then(|| now + RETIRED_LOOK);
     }
 }
 

@@ -210,3 +210,35 @@ fn a_type_that_is_asked_for_by_name_is_not_waited_for() {
     writer.take(received(1, None, vec![workload(&["p"])]), now);
     assert!(mesh.snapshot().workload("u").is_some());
 }
+
+#[test]
+fn a_state_that_was_replaced_is_freed_by_its_writer() {
+    let mesh = Mesh::new();
+    let mut writer = Writer::new(Arc::clone(&mesh), 1);
+    let now = Instant::now();
+    writer.take(received(0, None, vec![workload(&[])]), now);
+    let read = mesh.snapshot();
+    let state = Arc::downgrade(&read);
+    writer.take(received(0, None, vec![policy("p")]), now);
+    assert_eq!(writer.deadline(), Some(now + RETIRED_LOOK), "somebody reads it");
+    drop(read);
+    assert_eq!(state.strong_count(), 1, "whoever read it last does not free it");
+    writer.tick(now + RETIRED_LOOK);
+    assert_eq!((state.strong_count(), writer.deadline()), (0, None));
+
+    let held: Vec<_> = (0..RETIRED_MAX + 5)
+        .map(|round| {
+            let state = mesh.snapshot();
+            writer.take(received(0, None, vec![policy(&round.to_string())]), now);
+            state
+        })
+        .collect();
+    assert_eq!(
+        writer.retired.len(),
+        RETIRED_MAX,
+        "and of those that are read for long only so many are kept"
+    );
+    drop(held);
+    writer.tick(now + RETIRED_LOOK);
+    assert!(writer.retired.is_empty());
+}
