@@ -4,8 +4,8 @@
 #
 # Each repetition measures the same without a push and with one, in a fresh process each time: the client's percentiles, and in
 # a run of its own, for the probe keeps workers busy, the longest turn of each worker: how long whatever is ready waits for the
-# rest at most. A turn holds all that was ready, so it bounds a single poll from above; where the proxy does not have its core
-# for itself, the kernel's own scheduling is in it. The last lines give medians and ratios.
+# rest at most. A turn holds all that was ready, so it bounds a single poll from above; what the worker itself waited for a
+# processor is not in it. The last lines give medians and ratios.
 B=$(cd "$(dirname "$0")" && pwd) ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 WORK=${BENCH_WORK:-$ROOT/target/bench}
 if [ -z "${BENCH_NS:-}" ]; then

@@ -1,5 +1,7 @@
 //! Liveness: whether the threads that carry traffic still take turns.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -54,8 +56,9 @@ async fn beat(started: Instant, turn: Arc<AtomicU64>) {
     }
 }
 
-/// How long whatever was ready on each of these runtimes had to wait for the rest at most, while this looked. It asks for a
-/// turn again and again, so that the threads are busy meanwhile.
+/// How long whatever was ready on each of these runtimes had to wait for the rest at most, while this looked. Time in which
+/// the thread itself waited for a processor is not in it, where the system tells that. It asks for a turn again and again,
+/// so that the threads are busy meanwhile.
 pub async fn longest_turns(runtimes: &[Handle], period: Duration) -> Vec<Duration> {
     let until = Instant::now() + period;
     let probes: Vec<_> = runtimes.iter().map(|runtime| runtime.spawn(longest_turn(until))).collect();
@@ -68,14 +71,50 @@ pub async fn longest_turns(runtimes: &[Handle], period: Duration) -> Vec<Duratio
 }
 
 async fn longest_turn(until: Instant) -> Duration {
-    let (mut longest, mut last) = (Duration::ZERO, Instant::now());
-    while last < until {
+    let clock = ThreadClock::start();
+    let (mut longest, mut last) = (Duration::ZERO, clock.now());
+    while Instant::now() < until {
         tokio::task::yield_now().await;
-        let now = Instant::now();
-        longest = longest.max(now - last);
+        let now = clock.now();
+        longest = longest.max(now.saturating_sub(last));
         last = now;
     }
     longest
+}
+
+/// Time as the thread that started it has it: without that in which another had its processor.
+struct ThreadClock {
+    started: Instant,
+    /// Linux's account of this thread: nanoseconds on a processor, nanoseconds of waiting for one, and how often.
+    account: Option<File>,
+}
+
+impl ThreadClock {
+    fn start() -> Self {
+        Self { started: Instant::now(), account: File::open("/proc/thread-self/schedstat").ok() }
+    }
+
+    fn now(&self) -> Duration {
+        let mut waited = self.waited();
+        loop {
+            let elapsed = self.started.elapsed();
+            let still = self.waited();
+            // Otherwise it waited just between the two, and nobody knows on which side.
+            if waited == still {
+                return elapsed.saturating_sub(waited);
+            }
+            waited = still;
+        }
+    }
+
+    fn waited(&self) -> Duration {
+        let mut text = [0; 96];
+        let length = self.account.as_ref().and_then(|account| account.read_at(&mut text, 0).ok());
+        let text =
+            std::str::from_utf8(text.get(..length.unwrap_or(0)).unwrap_or_default()).unwrap_or_default();
+        let nanos = text.split_whitespace().nth(1).and_then(|nanos| nanos.parse().ok());
+        Duration::from_nanos(nanos.unwrap_or(0))
+    }
 }
 
 #[cfg(test)]
