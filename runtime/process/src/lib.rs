@@ -6,7 +6,9 @@
 mod limits;
 mod liveness;
 mod logging;
+mod memory;
 mod operators;
+mod profile;
 mod readiness;
 mod settings;
 mod signals;

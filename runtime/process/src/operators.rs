@@ -50,7 +50,7 @@ pub struct Operators {
     pub metrics_address: SocketAddr,
     /// The same once more, where scrapers expect it of a waypoint; Istio's port is 15090.
     pub metrics_address_too: Option<SocketAddr>,
-    /// The binary's own routes; Istio's port is 15000, on loopback only.
+    /// The binary's own routes, `/debug/memory` and `/debug/pprof/profile`; Istio's port is 15000, on loopback only.
     pub admin_address: SocketAddr,
     /// What readiness waits for.
     pub readiness: Readiness,
@@ -109,9 +109,17 @@ impl Operators {
             servers.push(serve(address, "metrics", metrics.clone())?);
         }
         servers.push(serve(self.metrics_address, "metrics", metrics)?);
-        servers.push(serve(self.admin_address, "admin", self.admin)?);
+        let admin = self.admin.merge(debug());
+        servers.push(serve(self.admin_address, "admin", admin)?);
         Ok(Serving(servers))
     }
+}
+
+/// What the process itself is asked about, whichever it is.
+fn debug() -> Router {
+    Router::new()
+        .route("/debug/memory", get(crate::memory::memory))
+        .route("/debug/pprof/profile", get(crate::profile::profile))
 }
 
 /// The layers every operators' server has: tracing, a time limit, a size limit, compression.
