@@ -59,6 +59,9 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    if let Some(code) = cairn_wasm::compile_if_asked() {
+        return code;
+    }
     let arguments = Arguments::parse();
     match run(arguments) {
         Ok(code) => code,

@@ -2,11 +2,13 @@
 
 use crate::cache::CacheSettings;
 use crate::clones::Clones;
+use crate::compiler::{Compiler, EngineKind};
 use crate::error::PluginError;
 use crate::host;
 use crate::instance::Instance;
 use crate::lease::Leases;
-use crate::loaded::{Loaded, Modules, Origin, Started, Version, compile_apart};
+use crate::load::Compiled;
+use crate::loaded::{Loaded, Modules, Origin, Started, Version};
 use crate::metrics::Registry;
 use crate::module::{self, Module};
 use crate::places::{Places, WorkerPlace};
@@ -21,7 +23,7 @@ use cairn_mesh::{PluginKind, WasmPlugin};
 use parking_lot::Mutex;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use wasmtime::{Config, Linker, OptLevel, WasmBacktraceDetails};
+use wasmtime::Linker;
 
 /// How plugins run.
 #[derive(Clone, Debug)]
@@ -41,6 +43,8 @@ pub struct EngineSettings {
     pub exchange_memory_max: usize,
     /// How long a plugin may hold an exchange that it paused. Default 10 s.
     pub pause_max: Duration,
+    /// Where modules are compiled. Default: in this process.
+    pub compiler: Compiler,
     /// Where compiled modules are kept. Default nowhere: each is compiled again when the process starts again.
     pub cache: Option<CacheSettings>,
     /// What plugins are told about this proxy as `xds.node.*` and `node.*`: `id`, `cluster`, `metadata.NAMESPACE` and
@@ -58,6 +62,7 @@ impl Default for EngineSettings {
             exchange_instances_max: 1000,
             exchange_memory_max: 2 << 30,
             pause_max: Duration::from_secs(10),
+            compiler: Compiler::Here,
             cache: None,
             node: Vec::new(),
         }
@@ -76,7 +81,6 @@ pub(crate) struct Environment {
 
 /// Compiles modules and starts plugins. One per process.
 pub struct Engine {
-    config: Config,
     engine: wasmtime::Engine,
     linker: Linker<State>,
     environment: Arc<Environment>,
@@ -85,26 +89,13 @@ pub struct Engine {
     pool: Mutex<Option<Arc<Pool>>>,
 }
 
-/// The most stack that a guest may use. Workers need that much and what the proxy itself uses.
-const STACK_BYTES_MAX: usize = 1 << 20;
-
 impl Engine {
     /// An engine with its clock running.
     ///
     /// # Errors
     /// When the machine cannot run WebAssembly or start a thread.
     pub fn new(settings: EngineSettings) -> Result<Self, PluginError> {
-        let mut config = Config::new();
-        config
-            .cranelift_opt_level(OptLevel::Speed)
-            .epoch_interruption(true)
-            .max_wasm_stack(STACK_BYTES_MAX)
-            .wasm_backtrace_details(WasmBacktraceDetails::Disable)
-            .wasm_memory64(false)
-            .wasm_multi_memory(false)
-            .native_unwind_info(false)
-            .memory_init_cow(true);
-        let engine = wasmtime::Engine::new(&config).map_err(compile_error)?;
+        let engine = wasmtime::Engine::new(&EngineKind::Lasting.config()).map_err(compile_error)?;
         let mut linker = Linker::new(&engine);
         host::define(&mut linker).map_err(compile_error)?;
         let ticker = Ticker::start(engine.weak()).map_err(PluginError::Thread)?;
@@ -120,18 +111,18 @@ impl Engine {
             leases,
         };
         let (environment, pool) = (Arc::new(environment), Mutex::new(None));
-        Ok(Self { config, engine, linker, environment, modules, pool })
+        Ok(Self { engine, linker, environment, modules, pool })
     }
 
     /// Compiles a module and checks that it is a plugin. Takes as long as the module is large, about 1 s per MiB; call it
-    /// where that disturbs nobody. The work happens on a thread and with a compiler of its own,
-    /// of which nothing stays.
+    /// where that disturbs nobody. The work happens on a thread or in a process of its own ([`EngineSettings::compiler`]), of
+    /// which nothing stays.
     ///
     /// # Errors
     /// When it is not a module that this host can run.
     pub fn compile(&self, bytes: &[u8]) -> Result<Arc<Module>, PluginError> {
         self.check_size(bytes)?;
-        let compiled = compile_apart(&self.config, bytes)?;
+        let compiled = self.compile_bytes(bytes)?;
         let module = compiled.load(&self.engine).map_err(compile_error)?;
         module::analyze(module, &self.linker).map(Arc::new)
     }
@@ -156,13 +147,17 @@ impl Engine {
         self.check_size(bytes)?;
         let compile = || {
             let start = Instant::now();
-            let compiled = compile_apart(&self.config, bytes)?;
+            let compiled = self.compile_bytes(bytes)?;
             let module = self.modules.keep(digest, compiled, &self.engine)?;
             let module = module::analyze(module, &self.linker)?;
             let module = self.modules.remember(digest, module);
             Ok(Loaded { module, origin: Origin::Compiled, took: start.elapsed() })
         };
         self.find(digest).map_or_else(|| self.modules.compile(|| self.find(digest), compile), Ok)
+    }
+
+    fn compile_bytes(&self, bytes: &[u8]) -> Result<Compiled, PluginError> {
+        self.environment.settings.compiler.compile(EngineKind::Lasting, bytes)
     }
 
     fn check_size(&self, bytes: &[u8]) -> Result<(), PluginError> {
@@ -222,7 +217,7 @@ impl Engine {
         if let Some(pool) = &*pool {
             return Ok(Arc::clone(pool));
         }
-        let new = Arc::new(Pool::new(&self.config, &self.environment)?);
+        let new = Arc::new(Pool::new(&self.environment)?);
         Ok(Arc::clone(pool.insert(new)))
     }
 

@@ -15,6 +15,7 @@ mod bodies;
 mod budget;
 mod cache;
 mod clones;
+mod compiler;
 mod delivery;
 mod engine;
 mod error;
@@ -43,6 +44,7 @@ mod upstream;
 
 pub use abi::AbiVersion;
 pub use cache::{CacheError, CacheSettings};
+pub use compiler::{Compiler, compile_if_asked};
 pub use engine::{Engine, EngineSettings};
 pub use error::PluginError;
 pub use loaded::{Loaded, Origin, Started, Version};

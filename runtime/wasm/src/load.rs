@@ -1,12 +1,14 @@
 //! Compiles modules to machine code and loads it. The one place of this crate with `unsafe` code.
 //!
 //! An engine's compiler keeps its buffers for the next module, some 10 MiB that a waypoint at rest would hold for ever. So
-//! modules are compiled with an engine that exists only for that, and their code is loaded into the one that runs them.
+//! modules are compiled with an engine that exists only for that, mostly in a process that does ([`crate::compiler`]), and
+//! their code is loaded into the one that runs them.
 
 use crate::cache::Kept;
 use wasmtime::{Config, Engine, Module};
 
-/// Machine code that this process has compiled. Made only by [`compile`], and never from bytes of another origin.
+/// Machine code that this program has compiled. Made only by [`compile`], in this process or in one that it has started, and
+/// never from bytes of another origin.
 pub(crate) struct Compiled {
     code: Vec<u8>,
 }
@@ -17,16 +19,22 @@ pub(crate) fn compile(config: &Config, bytes: &[u8]) -> wasmtime::Result<Compile
 }
 
 impl Compiled {
+    /// What a process wrote that this one has started to compile a module, and that ended well.
+    pub(crate) fn by_another_process(code: Vec<u8>) -> Self {
+        Self { code }
+    }
+
     /// The code, to be kept.
     pub(crate) fn code(&self) -> &[u8] {
         &self.code
     }
 
     /// Loads the code into an engine; fails if its configuration is another one.
-    #[allow(unsafe_code, reason = "the code comes from our own compiler, in this process")]
+    #[allow(unsafe_code, reason = "the code comes from our own compiler")]
     pub(crate) fn load(&self, engine: &Engine) -> wasmtime::Result<Module> {
-        // SAFETY: a `Compiled` is what wasmtime's compiler returned in this process, and its bytes are private to this
-        // module, which does not change them. That it fits the engine's settings and this machine, wasmtime checks.
+        // SAFETY: a `Compiled` is what wasmtime's compiler returned, in this process or in one of the same program that this
+        // one started and whose pipe nobody else has, and its bytes are private to this module, which does not change
+        // them. That it fits the engine's settings and this machine, wasmtime checks.
         unsafe { Module::deserialize(engine, &self.code) }
     }
 }

@@ -13,15 +13,7 @@ use std::collections::HashMap;
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
-use std::thread;
 use std::time::{Duration, Instant};
-use wasmtime::Config;
-
-/// The stack of the thread that compiles: Cranelift recurses on deeply nested code.
-const COMPILER_STACK_BYTES: usize = 8 << 20;
-
-/// How much the compiler gives way to the workers.
-const COMPILER_NICENESS: i32 = 10;
 
 /// A module, and where it came from.
 pub struct Loaded {
@@ -224,18 +216,4 @@ impl Modules {
             family("cairn_wasm_cache_bytes", "gauge", "Their bytes.", &[("", bytes as f64)]);
         }
     }
-}
-
-/// Compiles on a thread of its own, of which nothing stays, and which gives way to all that serve traffic.
-pub(crate) fn compile_apart(config: &Config, bytes: &[u8]) -> Result<Compiled, PluginError> {
-    let compile = || {
-        // Of this thread alone, on Linux. Where it is not allowed, compiling is as important as all else.
-        let _polite = rustix::process::setpriority_process(None, COMPILER_NICENESS);
-        load::compile(config, bytes).map_err(compile_error)
-    };
-    thread::scope(|scope| {
-        let builder = thread::Builder::new().name("wasm-compile".into()).stack_size(COMPILER_STACK_BYTES);
-        let thread = builder.spawn_scoped(scope, compile).map_err(PluginError::Thread)?;
-        thread.join().unwrap_or_else(|_| Err(PluginError::Compile("the compiler panicked".into())))
-    })
 }

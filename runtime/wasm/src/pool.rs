@@ -1,27 +1,24 @@
 //! Where instances for single exchanges come from: an engine that keeps room for them ready, and clears it copy-on-write.
 
 use crate::clones::HostState;
+use crate::compiler::{Compiler, EngineKind};
 use crate::engine::{Environment, compile_error};
 use crate::error::PluginError;
 use crate::host;
-use crate::loaded::{Modules, compile_apart};
+use crate::loaded::Modules;
 use crate::module::{self, Module};
 use crate::state::State;
 use std::fmt::Write;
 use std::sync::Arc;
-use wasmtime::{Config, Enabled, InstanceAllocationStrategy, Linker, PoolingAllocationConfig};
+use wasmtime::{Enabled, InstanceAllocationStrategy, Linker, PoolingAllocationConfig};
 
 /// The engine of instances for single exchanges.
 pub(crate) struct Pool {
-    /// How its modules are compiled: as they run, but where nothing runs.
-    config: Config,
+    compiler: Compiler,
     engine: wasmtime::Engine,
     linker: Linker<State>,
     modules: Modules,
 }
-
-/// Snapshots up to this size are mapped copy-on-write however many zeros are in them.
-const IMAGE_BYTES_MAX: u64 = 64 << 20;
 
 /// How much of an instance's memory stays with the process when the instance is gone, so that the next one need not ask the system
 /// for it again: it is cleared page by page, where the system tells which were written to (Linux 6.7).
@@ -42,11 +39,9 @@ const CLEARING_MAX: u32 = 256;
 
 impl Pool {
     /// Address space for as many instances as there may be at a time. None of it is memory yet.
-    pub(crate) fn new(config: &Config, environment: &Environment) -> Result<Self, PluginError> {
+    pub(crate) fn new(environment: &Environment) -> Result<Self, PluginError> {
         let settings = &environment.settings;
         let count = u32::try_from(settings.exchange_instances_max).unwrap_or(u32::MAX);
-        let mut config = config.clone();
-        config.memory_guaranteed_dense_image_size(IMAGE_BYTES_MAX);
         let mut pool = PoolingAllocationConfig::default();
         // A few more, since an instance is counted as gone a moment before its room is cleared.
         let count = count.saturating_add(CLEARING_MAX);
@@ -63,28 +58,28 @@ impl Pool {
                 .linear_memory_keep_resident(RESIDENT_BYTES)
                 .table_keep_resident(TABLE_RESIDENT_BYTES);
         }
-        let mut pooled = config.clone();
+        let mut pooled = EngineKind::Pooled.config();
         pooled.allocation_strategy(InstanceAllocationStrategy::Pooling(pool));
         let engine = wasmtime::Engine::new(&pooled).map_err(compile_error)?;
         environment.ticker.tick_too(engine.weak());
         let mut linker = Linker::new(&engine);
         host::define(&mut linker).map_err(compile_error)?;
         let modules = Modules::new(settings.cache.clone(), &engine)?;
-        Ok(Self { config, engine, linker, modules })
+        Ok(Self { compiler: settings.compiler.clone(), engine, linker, modules })
     }
 
     /// A snapshot's module, compiled unless it is known. One that no other start comes to is not kept.
     pub(crate) fn load(&self, snapshot: &[u8], host: &HostState) -> Result<Arc<Module>, PluginError> {
         let analyze = |module| module::analyze(module, &self.linker);
         if host.is_unique {
-            let compiled = compile_apart(&self.config, snapshot)?;
+            let compiled = self.compiler.compile(EngineKind::Pooled, snapshot)?;
             return analyze(compiled.load(&self.engine).map_err(compile_error)?).map(Arc::new);
         }
         let digest = digest(snapshot);
         if let Some(found) = self.modules.find(&digest, &self.engine, analyze) {
             return Ok(found.module);
         }
-        let compiled = compile_apart(&self.config, snapshot)?;
+        let compiled = self.compiler.compile(EngineKind::Pooled, snapshot)?;
         let module = self.modules.keep(&digest, compiled, &self.engine)?;
         Ok(self.modules.remember(&digest, analyze(module)?))
     }

@@ -15,6 +15,7 @@ mod scope;
 mod settings;
 mod sites;
 
+pub use cairn_wasm::compile_if_asked;
 pub use explain::{
     Answer, End, Explanation, L4Connection, Line, Place, Question, Step, Unanswerable, View, explain,
     offline, refusal,
@@ -33,7 +34,7 @@ use cairn_mesh::{AppProtocol, PathNormalization, Snapshot};
 use cairn_net::{Drain, ListenOptions};
 use cairn_process::{Liveness, Operators, Pending, Readiness, Workers};
 use cairn_telemetry::{Telemetry, TelemetrySettings};
-use cairn_wasm::{CacheSettings, Engine, EngineSettings, WorkerPlace};
+use cairn_wasm::{CacheSettings, Compiler, Engine, EngineSettings, WorkerPlace};
 use cairn_xds::{FollowSettings, Mesh};
 use keys::Keyring;
 use plugins::{Loader, LoaderSettings, Plugins};
@@ -142,6 +143,7 @@ async fn serve(settings: Settings, workers: Workers) -> anyhow::Result<()> {
     });
     let wasm = Arc::new(Engine::new(EngineSettings {
         cache,
+        compiler: Compiler::this_program(),
         workers: waypoint.workers.count(),
         places: places(&waypoint),
         node,

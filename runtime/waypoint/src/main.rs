@@ -1,6 +1,7 @@
 //! The `waypoint` binary.
 
 use clap::Parser;
+use std::process::ExitCode;
 
 /// The L7 proxy of the Cairn mesh.
 #[derive(Parser)]
@@ -10,6 +11,9 @@ struct Arguments {
     options: cairn_waypoint::Options,
 }
 
-fn main() -> anyhow::Result<()> {
-    cairn_waypoint::run(Arguments::parse().options)
+fn main() -> anyhow::Result<ExitCode> {
+    if let Some(code) = cairn_waypoint::compile_if_asked() {
+        return Ok(code);
+    }
+    cairn_waypoint::run(Arguments::parse().options).map(|()| ExitCode::SUCCESS)
 }

@@ -11,7 +11,7 @@ use cairn_mesh::{
 };
 use cairn_net::Drain;
 use cairn_telemetry::{Telemetry, TelemetrySettings};
-use cairn_wasm::{Engine, EngineSettings, WorkerPlace};
+use cairn_wasm::{Compiler, Engine, EngineSettings, WorkerPlace};
 use std::io::Write;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -90,7 +90,9 @@ impl Server {
             Arc::new(ArcSwap::from_pointee(site(&service(&own)?, own.port, Chain::new(Vec::new()))));
         let callout = Arc::new(MeshCallout::new(Arc::clone(&worker), Arc::clone(&site), upstream));
         let place = WorkerPlace { runtime: tokio::runtime::Handle::current(), callout };
-        let engine = Engine::new(EngineSettings { places: vec![place], ..EngineSettings::default() })?;
+        let compiler = Compiler::this_program();
+        let engine =
+            Engine::new(EngineSettings { places: vec![place], compiler, ..EngineSettings::default() })?;
         let connections = AtomicU64::new(1);
         let server = Self { engine, name: name.to_owned(), worker, site, upstream, drain, connections };
         server.replace(contents)?;
