@@ -3,7 +3,7 @@
 use crate::Proxy;
 use crate::open::Open;
 use cairn_mesh::{Identity, Service, Workload};
-use cairn_net::ByteCounts;
+use cairn_net::{ByteCounts, Side};
 use cairn_telemetry::{
     CustomLabels, Direction, PeerLabels, Reporter, Security, TcpConnection, TcpLabels, TcpRecord,
 };
@@ -11,7 +11,6 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant, SystemTime};
-use tokio::io::{AsyncRead, AsyncWrite};
 
 /// Long connections report their bytes this often (Istio's TCP reporting interval).
 const REPORT_INTERVAL: Duration = Duration::from_secs(5);
@@ -170,8 +169,8 @@ impl Account {
     /// Copies bytes until both sides have ended or `cut` resolves with why to end it, then records.
     pub async fn carry<A, B, C>(self: Box<Self>, proxy: &Proxy, client: &mut A, server: &mut B, mut cut: C)
     where
-        A: AsyncRead + AsyncWrite + Unpin,
-        B: AsyncRead + AsyncWrite + Unpin,
+        A: Side,
+        B: Side,
         C: Future<Output = Cut> + Unpin,
     {
         let counts = ByteCounts::default();
@@ -185,7 +184,7 @@ impl Account {
         );
         let _listed = proxy.open.add(self.open());
         let mut metrics = TcpConnection::open(&proxy.telemetry.metrics, self.labels("-"));
-        let copy = cairn_net::copy(client, server, &counts);
+        let copy = cairn_net::copy_sides(client, server, &counts);
         tokio::pin!(copy);
         let mut tick =
             tokio::time::interval_at(tokio::time::Instant::now() + REPORT_INTERVAL, REPORT_INTERVAL);

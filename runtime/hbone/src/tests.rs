@@ -6,11 +6,12 @@ use crate::{
 };
 use cairn_identity::WorkloadCertificate;
 use cairn_mesh::Identity;
-use cairn_net::{ConnectOptions, Drain, DrainTrigger, ListenOptions, drain};
+use cairn_net::{ByteCounts, ConnectOptions, Drain, DrainTrigger, ListenOptions, drain};
 use http::{HeaderMap, HeaderValue, Method, Request, StatusCode};
 use rustls_pki_types::ServerName;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -539,6 +540,68 @@ async fn bulk_arrives_whole_through_the_smallest_windows() {
             read.read_to_end(&mut back).await.unwrap();
             send.await.unwrap();
             assert!(back == data);
+        });
+    }
+    transfers.join_all().await;
+}
+
+/// As a ztunnel does at both ends: what is large is passed on without a copy, what is small is gathered.
+#[tokio::test]
+async fn bytes_between_sockets_and_tunnels_arrive_whole() {
+    let pair = Pair::new().await;
+    let application = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = application.local_addr().unwrap();
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = application.accept().await.unwrap();
+            tokio::spawn(async move {
+                let (mut read, mut write) = stream.into_split();
+                tokio::io::copy(&mut read, &mut write).await.unwrap();
+            });
+        }
+    });
+    let (_, never) = drain();
+    let to_application = move |connect: Connect| {
+        tokio::spawn(async move {
+            let mut inside = TcpStream::connect(address).await.unwrap();
+            let mut stream = connect.accept(HeaderMap::new()).unwrap();
+            cairn_net::copy_sides(&mut stream, &mut inside, &ByteCounts::default()).await.unwrap();
+        });
+    };
+    let server =
+        Server::start(&pair.server, ServerSettings::default(), move |_| never.clone(), to_application);
+    let pool = Pool::new(PoolSettings::default());
+    let captured = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut transfers = JoinSet::new();
+    for seed in 0..3_u64 {
+        let mut stream = pool.connect(&pair.target(server.address), HeaderMap::new()).await.unwrap();
+        let client = TcpStream::connect(captured.local_addr().unwrap()).await.unwrap();
+        let (mut accepted, _) = captured.accept().await.unwrap();
+        transfers.spawn(async move {
+            let data: Vec<u8> = (0..5_000_000_u64).map(|i| (i.wrapping_mul(31) + seed) as u8).collect();
+            let counts = ByteCounts::default();
+            let (mut read, mut write) = client.into_split();
+            let sent = data.clone();
+            let send = tokio::spawn(async move {
+                let mut random = fastrand::Rng::with_seed(seed);
+                let mut rest = &*sent;
+                while !rest.is_empty() {
+                    // From single bytes to more than any buffer.
+                    let count = (1 << random.u32(..19)).min(rest.len());
+                    write.write_all(&rest[..count]).await.unwrap();
+                    rest = &rest[count..];
+                }
+            });
+            let back = tokio::spawn(async move {
+                let mut back = Vec::new();
+                read.read_to_end(&mut back).await.unwrap();
+                back
+            });
+            cairn_net::copy_sides(&mut accepted, &mut stream, &counts).await.unwrap();
+            send.await.unwrap();
+            assert!(back.await.unwrap() == data);
+            let counted = [&counts.received, &counts.sent].map(|count| count.load(Ordering::Relaxed));
+            assert_eq!(counted, [5_000_000; 2]);
         });
     }
     transfers.join_all().await;

@@ -4,6 +4,7 @@ use crate::Revocation;
 use crate::client::Place;
 use bytes::{Buf, Bytes};
 use cairn_mesh::Identity;
+use cairn_net::{LARGE_BYTES, Side};
 use h2::{Reason, RecvStream, SendStream};
 use http::HeaderMap;
 use std::io;
@@ -190,6 +191,35 @@ impl AsyncRead for TunnelStream {
             self.release(count)?;
         }
         Poll::Ready(Ok(()))
+    }
+}
+
+/// As much as one piece holds: what is taken is returned to the peer's window before it is written.
+const PIECE_BYTES_MAX: usize = 256 * 1024;
+
+impl Side for TunnelStream {
+    fn take_large(&mut self, cx: &mut Context<'_>) -> io::Result<Option<Bytes>> {
+        if self.chunk.is_empty()
+            && let Poll::Ready(Err(error)) = self.poll_chunk(cx)
+        {
+            return Err(error);
+        }
+        if self.chunk.len() < LARGE_BYTES {
+            return Ok(None);
+        }
+        let piece = self.chunk.split_to(self.chunk.len().min(PIECE_BYTES_MAX));
+        self.release(piece.len())?;
+        Ok(Some(piece))
+    }
+
+    fn keeps_written(&self) -> bool {
+        true
+    }
+
+    fn poll_write_piece(&mut self, cx: &mut Context<'_>, bytes: &mut Bytes) -> Poll<io::Result<usize>> {
+        let count = ready!(self.poll_capacity(cx, bytes.len()))?;
+        self.send(bytes.split_to(count))?;
+        Poll::Ready(Ok(count))
     }
 }
 

@@ -1,6 +1,7 @@
 //! Copying both ways between a client and a server until both are done.
 
 use crate::Buffer;
+use bytes::{Buf, Bytes};
 use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::Pin;
@@ -8,7 +9,65 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep};
+
+/// One side of [`copy_sides`]. What has bytes of its own passes them on, if they are many, instead of having them copied.
+pub trait Side: AsyncRead + AsyncWrite + Unpin {
+    /// Takes received bytes as they are, if at least [`LARGE_BYTES`] are there in one piece; fewer are read.
+    ///
+    /// # Errors
+    /// As reading.
+    fn take_large(&mut self, _cx: &mut Context<'_>) -> io::Result<Option<Bytes>> {
+        Ok(None)
+    }
+
+    /// Whether written bytes are kept until they are sent, so that a piece of one's own spares their copy.
+    fn keeps_written(&self) -> bool {
+        false
+    }
+
+    /// Writes the beginning of `bytes` and takes it away from them. Returns how many that were.
+    fn poll_write_piece(&mut self, cx: &mut Context<'_>, bytes: &mut Bytes) -> Poll<io::Result<usize>> {
+        let written = ready!(Pin::new(self).poll_write(cx, bytes))?;
+        bytes.advance(written);
+        Poll::Ready(Ok(written))
+    }
+}
+
+/// So many bytes cost more to copy than to write by themselves.
+pub const LARGE_BYTES: usize = 16 * 1024;
+
+impl Side for TcpStream {}
+
+/// A side of which nothing is known.
+struct Plain<'a, T>(&'a mut T);
+
+impl<T: AsyncRead + AsyncWrite + Unpin> Side for Plain<'_, T> {}
+
+impl<T: AsyncRead + Unpin> AsyncRead for Plain<'_, T> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.0).poll_read(cx, buffer)
+    }
+}
+
+impl<T: AsyncWrite + Unpin> AsyncWrite for Plain<'_, T> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut *self.0).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.0).poll_shutdown(cx)
+    }
+}
 
 /// Bytes copied so far. The words are Istio's: a proxy *received* what the client sent.
 #[derive(Debug, Default)]
@@ -32,6 +91,18 @@ where
     A: AsyncRead + AsyncWrite + Unpin,
     B: AsyncRead + AsyncWrite + Unpin,
 {
+    copy_sides(&mut Plain(client), &mut Plain(server), counts).await
+}
+
+/// The same between sides that may spare copies.
+///
+/// # Errors
+/// As [`copy`].
+pub async fn copy_sides<A, B>(client: &mut A, server: &mut B, counts: &ByteCounts) -> io::Result<()>
+where
+    A: Side,
+    B: Side,
+{
     copy_within(client, server, counts, HALF_CLOSED_MAX).await
 }
 
@@ -42,8 +113,8 @@ async fn copy_within<A, B>(
     half_closed_max: Duration,
 ) -> io::Result<()>
 where
-    A: AsyncRead + AsyncWrite + Unpin,
-    B: AsyncRead + AsyncWrite + Unpin,
+    A: Side,
+    B: Side,
 {
     let mut up = Direction::default();
     let mut down = Direction::default();
@@ -94,14 +165,16 @@ impl HalfClosed {
 /// How many reads one poll may do before other tasks get their turn.
 const READS_PER_POLL: usize = 16;
 
-/// One direction of a copy. A buffer is borrowed for the time of a poll and given back when all its bytes have been
-/// written on, so an idle connection has none and a busy one reads a full buffer at a time.
+/// One direction of a copy. A buffer is borrowed until all its bytes have been written on, so an idle connection has none
+/// and a busy one reads a full buffer at a time.
 #[derive(Default)]
 struct Direction {
     /// Bytes `start..end` of the buffer are read and not yet written; `None` when there are none.
     kept: Option<Buffer>,
     start: usize,
     end: usize,
+    /// A piece that is not yet written.
+    piece: Bytes,
     needs_flush: bool,
     phase: Phase,
 }
@@ -115,25 +188,28 @@ enum Phase {
     Done,
 }
 
+/// The read part of a buffer, which goes back to its thread when it has been sent.
+struct Filled {
+    buffer: Buffer,
+    end: usize,
+}
+
+impl AsRef<[u8]> for Filled {
+    fn as_ref(&self) -> &[u8] {
+        self.buffer.get(..self.end).unwrap_or_default()
+    }
+}
+
 impl Direction {
-    fn poll_copy<R, W>(
+    fn poll_copy<R: Side, W: Side>(
         &mut self,
         cx: &mut Context<'_>,
         reader: &mut R,
         writer: &mut W,
         count: &AtomicU64,
-    ) -> Poll<io::Result<()>>
-    where
-        R: AsyncRead + Unpin,
-        W: AsyncWrite + Unpin,
-    {
+    ) -> Poll<io::Result<()>> {
         if self.phase == Phase::Copying {
-            let mut buffer = self.kept.take().unwrap_or_else(Buffer::take);
-            let copied = self.poll_until_end(cx, &mut buffer, reader, writer, count);
-            if self.start < self.end {
-                self.kept = Some(buffer);
-            }
-            ready!(copied)?;
+            ready!(self.poll_until_end(cx, reader, writer, count))?;
             self.phase = Phase::Closing;
         }
         if self.phase == Phase::Closing {
@@ -147,41 +223,69 @@ impl Direction {
         Poll::Ready(Ok(()))
     }
 
-    fn poll_until_end<R, W>(
+    fn poll_until_end<R: Side, W: Side>(
         &mut self,
         cx: &mut Context<'_>,
-        buffer: &mut [u8],
         reader: &mut R,
         writer: &mut W,
         count: &AtomicU64,
-    ) -> Poll<io::Result<()>>
-    where
-        R: AsyncRead + Unpin,
-        W: AsyncWrite + Unpin,
-    {
+    ) -> Poll<io::Result<()>> {
         for _ in 0..READS_PER_POLL {
-            while let Some(unwritten @ [_, ..]) = buffer.get(self.start..self.end) {
-                let written = ready!(Pin::new(&mut *writer).poll_write(cx, unwritten))?;
-                if written == 0 {
-                    return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
-                }
-                self.start += written;
-                self.needs_flush = true;
-                count.fetch_add(written as u64, Ordering::Relaxed);
+            ready!(self.poll_write(cx, writer, count))?;
+            if let Some(piece) = reader.take_large(cx)? {
+                self.piece = piece;
+                continue;
             }
-            let mut read = ReadBuf::new(buffer);
+            let mut buffer = Buffer::take();
+            let mut read = ReadBuf::new(&mut buffer);
             let Poll::Ready(result) = Pin::new(&mut *reader).poll_read(cx, &mut read) else {
+                drop(buffer);
                 ready!(self.poll_flush(cx, writer))?;
                 return Poll::Pending;
             };
             result?;
-            (self.start, self.end) = (0, read.filled().len());
-            if self.end == 0 {
+            let end = read.filled().len();
+            if end == 0 {
                 return Poll::Ready(Ok(()));
+            }
+            // A writer holds all of a buffer for what it keeps of it: never much more than that.
+            if end >= buffer.len() / 4 && writer.keeps_written() {
+                self.piece = Bytes::from_owner(Filled { buffer, end });
+            } else {
+                (self.kept, self.start, self.end) = (Some(buffer), 0, end);
             }
         }
         cx.waker().wake_by_ref();
         Poll::Pending
+    }
+
+    /// Writes what has been read.
+    fn poll_write<W: Side>(
+        &mut self,
+        cx: &mut Context<'_>,
+        writer: &mut W,
+        count: &AtomicU64,
+    ) -> Poll<io::Result<()>> {
+        let wrote = |written: usize| {
+            count.fetch_add(written as u64, Ordering::Relaxed);
+            if written == 0 { Err(io::Error::from(io::ErrorKind::WriteZero)) } else { Ok(written) }
+        };
+        while !self.piece.is_empty() {
+            wrote(ready!(writer.poll_write_piece(cx, &mut self.piece))?)?;
+            self.needs_flush = true;
+            if self.piece.is_empty() {
+                // What is empty may still hold what it was a part of.
+                self.piece = Bytes::new();
+            }
+        }
+        while let Some(unwritten @ [_, ..]) =
+            self.kept.as_deref().and_then(|all| all.get(self.start..self.end))
+        {
+            self.start += wrote(ready!(Pin::new(&mut *writer).poll_write(cx, unwritten))?)?;
+            self.needs_flush = true;
+        }
+        self.kept = None;
+        Poll::Ready(Ok(()))
     }
 
     /// Sends what the writer still buffers: only when there is nothing more to read at once.
@@ -203,6 +307,8 @@ mod tests {
     use super::*;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
     use tokio::task::JoinHandle;
+
+    impl Side for DuplexStream {}
 
     struct Pair {
         client: DuplexStream,

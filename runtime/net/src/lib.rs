@@ -13,7 +13,7 @@ mod socket;
 
 pub use address::may_be_asked;
 pub use buffer::{BUFFER_BYTES, Buffer};
-pub use copy::{ByteCounts, HALF_CLOSED_MAX, copy};
+pub use copy::{ByteCounts, HALF_CLOSED_MAX, LARGE_BYTES, Side, copy, copy_sides};
 pub use drain::{Drain, DrainGuard, DrainTrigger, drain};
 pub use namespace::{Namespace, NamespaceId, ZTUNNEL_MARK};
 pub use packet::{Packet, PacketError, PacketListener, PacketSocket};

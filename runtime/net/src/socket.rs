@@ -1,6 +1,7 @@
 //! Sockets: how we listen, how we connect, and where a redirected connection was going.
 
 use crate::Namespace;
+use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -260,6 +261,9 @@ fn open_socket(address: SocketAddr, options: &ConnectOptions) -> io::Result<TcpS
             socket.set_ip_transparent_v6(true)?;
             socket.set_freebind_v6(true)?;
         }
+        // The port is chosen when the destination is known: any that is free towards there, instead of one that is free
+        // towards everybody, of which there are few and which takes long to find.
+        setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
         socket.bind(&SocketAddr::new(source, 0).into())?;
     }
     Ok(TcpSocket::from_std_stream(socket.into()))
@@ -350,6 +354,17 @@ mod tests {
             assert_eq!(SockRef::from(stream).tcp_keepalive_time().unwrap(), Duration::from_secs(180));
         }
         assert_eq!(original_destination(&server).unwrap(), address);
+    }
+
+    #[tokio::test]
+    async fn a_port_is_taken_only_towards_its_destination() {
+        for source in ["127.0.0.9", "::1"] {
+            let source: IpAddr = source.parse().unwrap();
+            let address = SocketAddr::new(source, 80);
+            let options = ConnectOptions { bind: Some(source), ..Default::default() };
+            let socket = open_socket(address, &options).unwrap();
+            assert_eq!(socket.local_addr().unwrap(), SocketAddr::new(source, 0));
+        }
     }
 
     #[tokio::test]
