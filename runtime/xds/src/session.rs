@@ -14,7 +14,7 @@ use cairn_proto::discovery::{
 use cairn_proto::workload::Address;
 use prost::Message;
 use prost_types::Any;
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 /// What a [`Object`]'s changes are. It is given what happened to an object of one of the subscribed types, and
@@ -28,6 +28,10 @@ const EVERYTHING: &str = "*";
 const BAD_REQUEST_TYPE: &str = "type.googleapis.com/google.rpc.BadRequest";
 /// At most so many refused resources are named in one answer, which a server may limit to 8 KiB of header-like text.
 const REFUSED_NAMED_MAX: usize = 16;
+/// Names and versions of one request take at most so many bytes: servers read messages of up to 4 MiB (gRPC's default).
+const VERSIONS_BYTES_MAX: usize = 3 << 20;
+/// What each of them takes beside its texts.
+const VERSION_BYTES: usize = 16;
 /// At most so much of a reason is sent.
 const REASON_CHARS_MAX: usize = 256;
 
@@ -77,6 +81,8 @@ struct Subscription {
     has_records: bool,
     /// What is held was kept on disk, and no server has said anything yet.
     is_restored: bool,
+    /// What is held and there was no room for in the first request: the server's first word says whether it is still there.
+    untold: HashSet<String>,
     /// Resources are asked for by name.
     is_on_demand: bool,
 }
@@ -106,6 +112,7 @@ impl Session {
             held: HashMap::new(),
             has_records: false,
             is_restored: false,
+            untold: HashSet::new(),
             is_on_demand: false,
         };
         Self { node, subscriptions: own.into_iter().chain(object_types).map(subscription).collect() }
@@ -132,12 +139,7 @@ impl Session {
 
     /// The request for more names, and for fewer.
     pub(crate) fn ask(&self, names: Vec<String>, given_up: Vec<String>) -> DeltaDiscoveryRequest {
-        DeltaDiscoveryRequest {
-            type_url: ADDRESS_TYPE.to_owned(),
-            resource_names_subscribe: names,
-            resource_names_unsubscribe: given_up,
-            ..DeltaDiscoveryRequest::default()
-        }
+        DeltaDiscoveryRequest { resource_names_unsubscribe: given_up, ..asking(names) }
     }
 
     /// Every resource that is held in its wire form.
@@ -173,30 +175,32 @@ impl Session {
 
     /// The first requests of a connection: one subscription per type, with what is held. It is to everything, or, where
     /// names are asked for, to what is held and to these names (facts: the ztunnel's on-demand mode subscribes to
-    /// everything and unsubscribes from it, and what is waited for has the version "").
-    pub(crate) fn connect(&self, waiting: &[String]) -> Vec<DeltaDiscoveryRequest> {
-        let version = |(name, held): (&String, &Held)| (name.clone(), held.version.to_string());
-        let request = |subscription: &Subscription| DeltaDiscoveryRequest {
-            node: Some(self.node.clone()),
-            type_url: subscription.type_url.to_string(),
-            // What was kept on disk is replaced whole: nobody vouches that this server remembers what is gone since.
-            initial_resource_versions: match subscription.is_restored {
-                true => Default::default(),
-                false => subscription.held.iter().map(version).collect(),
-            },
-            ..DeltaDiscoveryRequest::default()
-        };
-        let by_name = |subscription: &Subscription| {
-            let mut request = request(subscription);
+    /// everything and unsubscribes from it, and what is waited for has the version ""). No request is larger than servers
+    /// read: what it has no room for is sent by the server as if it were new, or asked for by name in further ones.
+    pub(crate) fn connect(&mut self, waiting: &[String]) -> Vec<DeltaDiscoveryRequest> {
+        let node = &self.node;
+        let mut further = Vec::new();
+        let mut first: Vec<DeltaDiscoveryRequest> = Vec::new();
+        for subscription in &mut self.subscriptions {
+            let waiting = if subscription.is_on_demand { waiting } else { &[] };
+            let (versions, left) = subscription.versions(waiting);
+            let mut request = DeltaDiscoveryRequest {
+                node: Some(node.clone()),
+                type_url: subscription.type_url.to_string(),
+                initial_resource_versions: versions,
+                ..DeltaDiscoveryRequest::default()
+            };
             if subscription.is_on_demand {
                 request.resource_names_subscribe = vec![EVERYTHING.to_owned()];
                 request.resource_names_unsubscribe = vec![EVERYTHING.to_owned()];
-                let waiting = waiting.iter().map(|name| (name.clone(), String::new()));
-                request.initial_resource_versions.extend(waiting);
+                further.extend(in_pieces(left).map(asking));
+            } else {
+                subscription.untold = left.into_iter().collect();
             }
-            request
-        };
-        self.subscriptions.iter().map(by_name).collect()
+            first.push(request);
+        }
+        first.append(&mut further);
+        first
     }
 
     /// Takes one response.
@@ -259,14 +263,71 @@ impl Received {
     }
 }
 
+/// The request for these names.
+fn asking(names: Vec<String>) -> DeltaDiscoveryRequest {
+    DeltaDiscoveryRequest {
+        type_url: ADDRESS_TYPE.to_owned(),
+        resource_names_subscribe: names,
+        ..DeltaDiscoveryRequest::default()
+    }
+}
+
+/// As many as one request has room for at a time.
+fn in_pieces(mut names: Vec<String>) -> impl Iterator<Item = Vec<String>> {
+    std::iter::from_fn(move || {
+        let mut room = Room::default();
+        let count = names.iter().take_while(|name| room.take(name, "")).count();
+        // One alone is never larger than a message.
+        let rest = names.split_off(count.max(1).min(names.len()));
+        Some(std::mem::replace(&mut names, rest)).filter(|piece| !piece.is_empty())
+    })
+}
+
+/// What a request has room for still.
+struct Room(usize);
+
+impl Default for Room {
+    fn default() -> Self {
+        Self(VERSIONS_BYTES_MAX)
+    }
+}
+
+impl Room {
+    /// Takes room for a name and a version; false if there is none.
+    fn take(&mut self, name: &str, version: &str) -> bool {
+        let left = self.0.checked_sub(name.len() + version.len() + VERSION_BYTES);
+        self.0 = left.unwrap_or(self.0);
+        left.is_some()
+    }
+}
+
 impl Subscription {
-    /// What was restored and is not in the first word of a server.
+    /// What is held, and what is waited for, as a connection's first request says it; and the names of which it cannot.
+    fn versions(&self, waiting: &[String]) -> (BTreeMap<String, String>, Vec<String>) {
+        let (mut versions, mut left, mut room) = (BTreeMap::new(), Vec::new(), Room::default());
+        let waiting = waiting.iter().map(|name| (name, ""));
+        // What was kept on disk is replaced whole: nobody vouches that this server remembers what is gone since.
+        let held = self.held.iter().filter(|_| !self.is_restored).map(|(name, held)| (name, &*held.version));
+        for (name, version) in waiting.chain(held) {
+            if room.take(name, version) {
+                versions.insert(name.clone(), version.to_owned());
+            } else {
+                left.push(name.clone());
+            }
+        }
+        (versions, left)
+    }
+
+    /// What is held, but not in the first word of a server that was not told of it.
     fn unsaid(&mut self, said: &[Resource]) -> Vec<String> {
-        if !std::mem::take(&mut self.is_restored) {
+        let untold = std::mem::take(&mut self.untold);
+        let is_restored = std::mem::take(&mut self.is_restored);
+        if !is_restored && untold.is_empty() {
             return Vec::new();
         }
         let said: HashSet<&str> = said.iter().map(|resource| resource.name.as_str()).collect();
-        self.held.keys().filter(|name| !said.contains(name.as_str())).cloned().collect()
+        let held = self.held.keys().filter(|name| is_restored || untold.contains(name.as_str()));
+        held.filter(|name| !said.contains(name.as_str())).cloned().collect()
     }
 
     fn remove(&mut self, name: String, decoder: Option<&ObjectDecoder>, received: &mut Received) {

@@ -114,7 +114,7 @@ fn words(changes: &[Change]) -> Vec<String> {
     changes.iter().map(word).collect()
 }
 
-fn held(session: &Session, type_url: &str) -> Vec<String> {
+fn held(session: &mut Session, type_url: &str) -> Vec<String> {
     let request = session.connect(&[]).into_iter().find(|request| request.type_url == type_url).unwrap();
     let versions = request.initial_resource_versions.iter();
     versions.map(|(name, version)| format!("{name}={version}")).collect()
@@ -225,7 +225,7 @@ fn each_response_has_one_answer_and_its_changes() {
         let refused = received.answer.error_detail.as_ref().map(refused_resources).unwrap_or_default();
         let names: Vec<&str> = refused.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, row.refused, "{}", row.name);
-        let mut held = held(&session, &type_url);
+        let mut held = held(&mut session, &type_url);
         held.sort();
         assert_eq!(held, row.held, "{}", row.name);
         assert_eq!(received.generation, Some(7));
@@ -246,7 +246,7 @@ fn removal_is_of_the_kind_that_was_held() {
     let removed = session.receive(response(ROUTES, vec![], &["ns/r"]), Some(&decoder));
     assert_eq!(words(&removed.changes), ["-object ns/r"]);
     for type_url in [ADDRESS_TYPE, AUTHORIZATION_TYPE, ROUTES] {
-        assert!(held(&session, type_url).is_empty(), "{type_url}");
+        assert!(held(&mut session, type_url).is_empty(), "{type_url}");
     }
 }
 
@@ -258,7 +258,7 @@ fn a_refused_update_leaves_the_version_that_is_held() {
     let received = session.receive(response(AUTHORIZATION_TYPE, vec![bad], &[]), None);
     assert!(received.changes.is_empty(), "the old policy stays in force");
     assert!(received.answer.error_detail.is_some());
-    assert_eq!(held(&session, AUTHORIZATION_TYPE), ["ns/p=v1"]);
+    assert_eq!(held(&mut session, AUTHORIZATION_TYPE), ["ns/p=v1"]);
 }
 
 #[test]
@@ -328,14 +328,14 @@ fn the_first_word_of_a_server_replaces_what_was_restored() {
         ]
     );
     for type_url in [AUTHORIZATION_TYPE, ADDRESS_TYPE, ROUTES] {
-        assert!(held(&after, type_url).is_empty(), "{type_url}: a server is asked for all of it");
+        assert!(held(&mut after, type_url).is_empty(), "{type_url}: a server is asked for all of it");
     }
     let first = after.receive(response(AUTHORIZATION_TYPE, vec![policy("stays", 0)], &[]), None);
     let mut changes = words(&first.changes);
     changes.sort();
     assert_eq!(changes, ["+policy ns/stays", "-policy ns/bad", "-policy ns/goes"]);
-    assert_eq!(held(&after, AUTHORIZATION_TYPE), ["ns/stays=v1"]);
-    assert!(held(&after, ADDRESS_TYPE).is_empty(), "of this type nothing was said");
+    assert_eq!(held(&mut after, AUTHORIZATION_TYPE), ["ns/stays=v1"]);
+    assert!(held(&mut after, ADDRESS_TYPE).is_empty(), "of this type nothing was said");
     // From then on only differences are said.
     let second = after.receive(response(AUTHORIZATION_TYPE, vec![policy("new", 0)], &[]), None);
     assert_eq!(words(&second.changes), ["+policy ns/new"]);
@@ -352,12 +352,12 @@ fn resources_are_held_as_they_came_only_when_asked_for() {
 fn what_is_asked_for_by_name_is_held_and_waited_for_over_connections() {
     let mut session = session();
     assert_eq!(session.ask_by_name(), Some(1));
-    let addresses = |session: &Session, waiting: &[&str]| {
+    let addresses = |session: &mut Session, waiting: &[&str]| {
         let waiting: Vec<String> = waiting.iter().map(|name| (*name).to_owned()).collect();
         let requests = session.connect(&waiting);
         requests.into_iter().find(|request| request.type_url == ADDRESS_TYPE).unwrap()
     };
-    let first = addresses(&session, &[]);
+    let first = addresses(&mut session, &[]);
     assert_eq!(first.resource_names_subscribe, ["*"]);
     assert_eq!(first.resource_names_unsubscribe, ["*"]);
     assert!(first.initial_resource_versions.is_empty());
@@ -368,8 +368,50 @@ fn what_is_asked_for_by_name_is_held_and_waited_for_over_connections() {
     let received = session.receive(response(ADDRESS_TYPE, vec![named, workload("v")], &["/1.1.1.1"]), None);
     let answered: Vec<_> = received.answered.iter().map(|(name, there)| (name.as_str(), *there)).collect();
     assert_eq!(answered, [("/1.1.1.1", false), ("/10.0.0.1", true), ("u", true), ("v", true)]);
-    let again = addresses(&session, &["/10.0.0.9"]);
+    let again = addresses(&mut session, &["/10.0.0.9"]);
     let versions: Vec<_> = again.initial_resource_versions.iter().map(|(a, b)| (&**a, &**b)).collect();
     assert_eq!(versions, [("/10.0.0.9", ""), ("u", "v1"), ("v", "v1")]);
     assert_eq!(again.resource_names_unsubscribe, ["*"]);
+}
+
+#[test]
+fn a_reconnect_in_a_large_mesh_stays_below_what_servers_read() {
+    let name = |number: usize| {
+        format!("cluster-of-the-east//Pod/namespace-of-a-team/a-workload-with-a-name-{number:06}")
+    };
+    let mut session = session();
+    let all: Vec<Resource> = (0..40_000).map(|number| workload(&name(number))).collect();
+    session.receive(response(ADDRESS_TYPE, all, &[]), None);
+    let requests = session.connect(&[]);
+    assert_eq!(requests.len(), 3);
+    assert!(requests.iter().all(|request| request.encoded_len() < 4 << 20), "gRPC's default limit");
+    let told = &requests[1].initial_resource_versions;
+    assert!(told.len() > 20_000 && told.len() < 40_000, "{} of them have room", told.len());
+
+    // What the server was not told of comes again, but for one that is gone meanwhile.
+    let untold: Vec<usize> = (0..40_000).filter(|number| !told.contains_key(&name(*number))).collect();
+    let (gone, still) = untold.split_first().unwrap();
+    let again = still.iter().map(|number| workload(&name(*number))).collect();
+    let received = session.receive(response(ADDRESS_TYPE, again, &[]), None);
+    let removed: Vec<String> =
+        words(&received.changes).into_iter().filter(|change| change.starts_with('-')).collect();
+    assert_eq!(removed, [format!("-workload {}", name(*gone))]);
+    // Further words are about what they name, and nothing else.
+    let received = session.receive(response(ADDRESS_TYPE, vec![workload("new")], &[]), None);
+    assert_eq!(words(&received.changes), ["+workload new"]);
+}
+
+#[test]
+fn what_is_asked_for_by_name_is_asked_for_in_as_many_requests_as_it_takes() {
+    let mut session = session();
+    session.ask_by_name();
+    let waiting: Vec<String> = (0..40_000).map(|number| format!("/{number:0100}")).collect();
+    let requests = session.connect(&waiting);
+    assert!(requests.iter().all(|request| request.encoded_len() < 4 << 20));
+    let mut asked: Vec<&String> =
+        requests.iter().flat_map(|it| it.initial_resource_versions.keys()).collect();
+    asked.extend(requests.iter().flat_map(|it| &it.resource_names_subscribe).filter(|name| *name != "*"));
+    asked.sort();
+    assert_eq!(asked, waiting.iter().collect::<Vec<_>>());
+    assert!(requests[1].node.is_some() && requests.len() > 3);
 }
