@@ -106,6 +106,8 @@ struct Entry {
     error: Option<Arc<IssueError>>,
     /// When to fetch; `None` while a fetch runs.
     due: Option<Instant>,
+    /// Somebody waits for it.
+    is_awaited: bool,
     /// Ticks when a fetch has ended, either way.
     ended: watch::Sender<()>,
 }
@@ -117,6 +119,7 @@ impl Entry {
             failures: 0,
             error: None,
             due: Some(Instant::now()),
+            is_awaited: false,
             ended: watch::Sender::new(()),
         }
     }
@@ -196,7 +199,13 @@ impl Certificates {
         let ended = {
             let mut entries = self.entries.lock();
             match entries.get_mut(identity) {
-                None => self.insert(&mut entries, identity)?,
+                None => {
+                    let ended = self.insert(&mut entries, identity)?;
+                    if let Some(entry) = entries.get_mut(identity) {
+                        entry.is_awaited = true;
+                    }
+                    ended
+                }
                 Some(entry) => {
                     if let Some(certificate) = entry.valid() {
                         return Ok(certificate);
@@ -207,12 +216,13 @@ impl Certificates {
                             return Err(CertificateError::Issue { identity: identity.clone(), source });
                         }
                         // Expired before its renewal was due: the clock has jumped.
-                        (Some(_), None) => {
-                            entry.due = Some(Instant::now());
+                        (Some(due), None) if entry.current.is_some() => {
+                            entry.due = Some(due.min(Instant::now()));
                             self.wake.notify_one();
                         }
                         _ => {}
                     }
+                    entry.is_awaited = true;
                     entry.ended.subscribe()
                 }
             }
@@ -303,26 +313,27 @@ impl Certificates {
         }
     }
 
-    /// Takes at most `room` identities that are due, those without a certificate first; and when the next is due.
+    /// Takes at most `room` identities that are due, those that somebody waits for first, then those without a certificate;
+    /// and when the next is due.
     fn take_due(&self, room: usize) -> (Vec<Identity>, Option<Instant>) {
         let now = Instant::now();
         let mut entries = self.entries.lock();
-        let mut due: Vec<(bool, Instant, Identity)> = entries
+        let mut due: Vec<(bool, bool, Instant, Identity)> = entries
             .iter()
             .filter_map(|(identity, entry)| {
                 let at = entry.due.filter(|at| *at <= now)?;
-                Some((entry.current.is_some(), at, identity.clone()))
+                Some((!entry.is_awaited, entry.current.is_some(), at, identity.clone()))
             })
             .collect();
         due.sort();
         due.truncate(room);
-        for (_, _, identity) in &due {
+        for (_, _, _, identity) in &due {
             if let Some(entry) = entries.get_mut(identity) {
                 entry.due = None;
             }
         }
         let next = entries.values().filter_map(|entry| entry.due).min();
-        (due.into_iter().map(|(_, _, identity)| identity).collect(), next)
+        (due.into_iter().map(|(_, _, _, identity)| identity).collect(), next)
     }
 
     fn fetched(&self, identity: &Identity, result: Result<WorkloadCertificate, IssueError>) {
@@ -351,6 +362,7 @@ impl Certificates {
             }
         };
         entry.due = Some(Instant::now() + pause);
+        entry.is_awaited = false;
         entry.ended.send_replace(());
     }
 

@@ -13,6 +13,7 @@ struct Ca {
     authority: Authority,
     _dir: tempfile::TempDir,
     calls: AtomicUsize,
+    asked: Mutex<Vec<String>>,
     running: Arc<AtomicUsize>,
     running_max: Arc<AtomicUsize>,
     works: watch::Sender<bool>,
@@ -26,6 +27,7 @@ impl Ca {
             authority: Authority::open(dir.path(), "cluster.local").unwrap(),
             _dir: dir,
             calls: AtomicUsize::new(0),
+            asked: Mutex::default(),
             running: Arc::default(),
             running_max: Arc::default(),
             works: watch::Sender::new(true),
@@ -46,6 +48,7 @@ impl Issuer for Ca {
         ttl: Duration,
     ) -> Pin<Box<dyn Future<Output = Result<Vec<String>, IssueError>> + Send>> {
         self.calls.fetch_add(1, Ordering::Relaxed);
+        self.asked.lock().push(identity.service_account().to_owned());
         let answer = self.authority.issue(identity, csr_pem, ttl);
         let works = *self.works.borrow();
         let (running, running_max, delay) = (self.running.clone(), self.running_max.clone(), self.delay);
@@ -100,6 +103,29 @@ async fn fetches_are_bounded_and_none_is_forgotten() {
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(certificates.list().len(), 20);
     assert_eq!(ca.running_max.load(Ordering::Relaxed), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_is_waited_for_comes_before_who_is_fetched_ahead() {
+    let ca = Ca::new(Duration::from_secs(1));
+    let certificates = start(&ca, CertificateSettings { fetches_max: 1, ..Default::default() });
+    for number in 1..=4 {
+        certificates.prefetch(&identity(&format!("ahead-{number}"))).unwrap();
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    // Asking again and again for one that waits its turn does not put it back.
+    let impatient = async {
+        while certificates.current(&identity("ahead-4")).is_none() {
+            let _one_of_many =
+                tokio::time::timeout(Duration::from_millis(10), certificates.get(&identity("ahead-4"))).await;
+        }
+    };
+    let (new, ()) = tokio::join!(async { certificates.get(&identity("new")).await }, impatient);
+    assert!(new.is_ok());
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let mut asked = ca.asked.lock().clone();
+    asked.get_mut(1..3).unwrap().sort();
+    assert_eq!(asked, ["ahead-1", "ahead-4", "new", "ahead-2", "ahead-3"]);
 }
 
 #[tokio::test(start_paused = true)]
