@@ -6,6 +6,7 @@ use crate::{LAST_WORDS_MAX, Proxy, follow, onward, recheck, serve_pods, start_op
 use anyhow::{Context, bail};
 use cairn_net::DrainTrigger;
 use cairn_process::{Readiness, Serving, stop_signal};
+use cairn_telemetry::Direction;
 use parking_lot::Mutex;
 use std::pin::pin;
 use std::sync::Arc;
@@ -16,6 +17,9 @@ use tokio::time::Instant;
 
 /// What was written to a tunnel at the very last is sent by its connection's own task within this time.
 const FLUSH: Duration = Duration::from_millis(100);
+
+/// Connections that end with the process are named each, up to so many.
+const CUT_NAMED_MAX: usize = 1000;
 
 /// What a process knows of who was before it and who comes after it.
 struct Succession {
@@ -121,6 +125,25 @@ impl Succession {
         std::future::pending().await
     }
 
+    /// Names the connections that end with the process, in the words of Istio's ztunnel.
+    fn tell_cut(&self) {
+        let open = self.proxy.open.list();
+        for connection in open.iter().take(CUT_NAMED_MAX) {
+            let direction = if connection.is_inbound { Direction::Inbound } else { Direction::Outbound };
+            tracing::error!(
+                target: "access",
+                source = %connection.source,
+                destination = %connection.actual,
+                direction = direction.as_str(),
+                error = "connection closed due to connection drain",
+                "connection complete"
+            );
+        }
+        if let Some(more) = open.len().checked_sub(CUT_NAMED_MAX).filter(|more| *more > 0) {
+            tracing::error!(target: "access", more, "further connections closed due to connection drain");
+        }
+    }
+
     /// Waits for the end and drains.
     async fn end(&self, mut tasks: JoinSet<()>, trigger: DrainTrigger) -> anyhow::Result<()> {
         let settings = &self.proxy.settings;
@@ -167,6 +190,8 @@ impl Succession {
         let all_ended = trigger.finished(settings.drain.saturating_sub(began.elapsed())).await;
         if all_ended {
             tokio::time::sleep(FLUSH).await;
+        } else {
+            self.tell_cut();
         }
         if let Some(collector) = &self.proxy.collector {
             collector.flush(LAST_WORDS_MAX).await;

@@ -2,7 +2,7 @@
 //! them (facts: Istio's ztunnel, DNS proxy). Pure: a snapshot in, records out.
 
 use super::message::{A, AAAA, Record, SRV};
-use cairn_mesh::{AppProtocol, Chooser, Endpoint, ServicePort, ServiceState, Snapshot, Workload};
+use cairn_mesh::{AppProtocol, Chooser, Endpoint, IpFamilies, ServicePort, ServiceState, Snapshot, Workload};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -49,7 +49,9 @@ impl Scope<'_> {
             let Some((found, is_wildcard)) = self.find(&alias.name) else { continue };
             let addresses = match &found {
                 Found::Service(state) => self.of_service(state, kind),
-                Found::Pod(workload) => of_workload(workload, kind).into_iter().collect(),
+                Found::Pod(workload, families) => {
+                    of_workload(workload, *families, kind).into_iter().collect()
+                }
             };
             let stripped = alias.stripped.filter(|_| !is_wildcard);
             let owner = stripped.as_deref().unwrap_or(name);
@@ -129,8 +131,8 @@ impl Scope<'_> {
         if let Some(state) = self.service(name) {
             return Some((Found::Service(state), false));
         }
-        if let Some(workload) = self.pod(name) {
-            return Some((Found::Pod(workload), false));
+        if let Some(pod) = self.pod(name) {
+            return Some((pod, false));
         }
         let mut rest = name;
         while let Some((_, above)) = rest.split_once('.') {
@@ -150,7 +152,7 @@ impl Scope<'_> {
     }
 
     /// `pod.service.namespace.svc.domain` of a headless service: by the pod's name, or its address with dashes.
-    fn pod(&self, name: &str) -> Option<Arc<Workload>> {
+    fn pod(&self, name: &str) -> Option<Found> {
         let (pod, service) = name.split_once('.')?;
         let state = self.service(service).filter(|state| state.service.vips.is_empty())?;
         let is_it = |endpoint: &&Endpoint| {
@@ -158,13 +160,16 @@ impl Scope<'_> {
             *endpoint.workload.name == *pod
                 || addresses.any(|address| address.to_string().replace(['.', ':'], "-") == pod)
         };
-        state.endpoints.iter().find(is_it).map(|endpoint| Arc::clone(&endpoint.workload))
+        let endpoint = state.endpoints.iter().find(is_it)?;
+        Some(Found::Pod(Arc::clone(&endpoint.workload), state.service.ip_families))
     }
 
-    /// A service's own addresses on the client's network, or those of its pods.
+    /// A service's own addresses on the client's network, or those of its pods that are of its families.
     fn of_service(&self, state: &ServiceState, kind: u16) -> Vec<Record> {
         if state.service.vips.is_empty() {
-            return state.endpoints.iter().filter_map(|one| of_workload(&one.workload, kind)).collect();
+            let families = state.service.ip_families;
+            let pods = state.endpoints.iter().map(|endpoint| &endpoint.workload);
+            return pods.filter_map(|workload| of_workload(workload, families, kind)).collect();
         }
         let near = state.service.vips.iter().filter(|vip| vip.network == self.client.network);
         near.filter_map(|vip| record(vip.address, kind)).collect()
@@ -173,12 +178,14 @@ impl Scope<'_> {
 
 enum Found {
     Service(Arc<ServiceState>),
-    Pod(Arc<Workload>),
+    /// And the families of the service that it is behind.
+    Pod(Arc<Workload>, IpFamilies),
 }
 
-/// The first address of a workload of the family that is asked for.
-fn of_workload(workload: &Workload, kind: u16) -> Option<Record> {
-    workload.addresses.iter().find_map(|address| record(*address, kind))
+/// The first address of a workload of the family that is asked for, if its service is of that family.
+fn of_workload(workload: &Workload, families: IpFamilies, kind: u16) -> Option<Record> {
+    let mut addresses = workload.addresses.iter().filter(|address| families.accept(**address));
+    addresses.find_map(|address| record(*address, kind))
 }
 
 fn record(address: IpAddr, kind: u16) -> Option<Record> {

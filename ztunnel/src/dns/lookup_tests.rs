@@ -35,15 +35,20 @@ fn snapshot() -> Snapshot {
     let mut pods = vec![
         workload("a", "db-0", &["10.0.0.1", "fd00::1"]),
         workload("a", "db-1", &["10.0.0.2"]),
+        workload("a", "both-0", &["10.0.0.9", "fd00::9"]),
         workload("a", "client", &["10.0.0.3"]),
     ];
+    let behind = |name: &str| (ResourceName::new("a", name), Vec::new());
     for pod in pods.iter_mut().take(2) {
-        pod.services = vec![(ResourceName::new("a", headless), Vec::new())];
+        pod.services = vec![behind(headless)];
     }
+    pods[2].services = vec![behind("four.a.svc.cluster.local"), behind("six.a.svc.cluster.local")];
     store.apply(pods.into_iter().map(Change::Workload));
     store.apply(
         [
             service("a", headless, &[]),
+            Service { ip_families: IpFamilies::V4, ..service("a", "four.a.svc.cluster.local", &[]) },
+            Service { ip_families: IpFamilies::V6, ..service("a", "six.a.svc.cluster.local", &[]) },
             service("a", "echo.a.svc.cluster.local", &["10.96.0.1", "fd96::1"]),
             service("b", "echo.b.svc.cluster.local", &["10.96.0.2"]),
             service("b", "api.example.com", &["10.96.0.3"]),
@@ -117,6 +122,13 @@ fn names_are_answered_as_kubernetes_would_find_them() {
         ("10-0-0-2.db.a.svc.cluster.local", A, Some("10.0.0.2")),
         ("db-2.db.a.svc.cluster.local", A, None),
         ("db-0.echo.a.svc.cluster.local", A, None),
+        // Of its families only, whatever else its pods have.
+        ("four", A, Some("10.0.0.9")),
+        ("four", AAAA, Some("")),
+        ("six", A, Some("")),
+        ("six", AAAA, Some("fd00::9")),
+        ("both-0.six.a", A, Some("")),
+        ("both-0.six.a", AAAA, Some("fd00::9")),
         // Ports, by what they carry or by number.
         ("_http._tcp.echo.a.svc.cluster.local", SRV, Some("echo.a.svc.cluster.local:80")),
         ("_80._tcp.api.example.com", SRV, Some("api.example.com:80")),
