@@ -54,9 +54,9 @@ impl Budget {
         Self { deadline, calls: HOST_CALLS_MAX, bytes: HOST_BYTES_MAX, slow_since: None }
     }
 
-    /// After how many ticks [`out_of_time`] is asked for the first time.
+    /// After how many ticks [`out_of_time`] is asked for the first time: whenever the first comes, not before the call is slow.
     pub(crate) fn first_ticks(&self) -> u64 {
-        ticks(self.slow())
+        ticks(self.slow()) + 1
     }
 
     fn slow(&self) -> Duration {
@@ -145,11 +145,11 @@ mod tests {
             ("never given any", 900, 0, None),
         ] {
             let mut budget = Budget::new(ms(100));
-            assert_eq!(budget.first_ticks(), ticks(ms(10)), "{name}");
+            assert_eq!(budget.first_ticks(), ticks(ms(10)) + 1, "{name}");
             assert_eq!(budget.left(start, ms(7)), Some(ms(90)), "{name}: found slow");
             assert_eq!(budget.left(start + ms(wall), ms(7 + used)), left.map(ms), "{name}");
         }
-        assert_eq!(Budget::new(ms(5)).first_ticks(), 1, "the shortest deadlines have a tick");
+        assert_eq!(Budget::new(ms(5)).first_ticks(), 2, "the shortest deadlines have a whole tick");
     }
 
     #[test]

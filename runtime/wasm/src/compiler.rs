@@ -7,12 +7,15 @@
 use crate::engine::compile_error;
 use crate::error::PluginError;
 use crate::load::{self, Compiled};
-use rustix::process::{Resource, Rlimit, setpriority_process, setrlimit};
+use rustix::process::{
+    Resource, Rlimit, Signal, set_parent_process_death_signal, setpriority_process, setrlimit,
+};
 use std::ffi::OsString;
 use std::io::{self, Read, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::thread;
+use std::time::Duration;
 use wasmtime::{Config, OptLevel, WasmBacktraceDetails};
 
 /// Where modules are compiled.
@@ -116,56 +119,77 @@ fn on_a_thread(kind: EngineKind, bytes: &[u8]) -> Result<Compiled, PluginError> 
 /// The first argument of a program that is to compile a module; the second is the kind of engine.
 const ASKED: &str = "compile-module";
 
-/// What a compiler's process writes before the machine code, so that no other program is taken for one.
+/// What a compiler's process says first, so that no other program is taken for one.
 const GREETING: &[u8] = b"cairn machine code\n";
 
-/// The most memory that a compiler's process may write to.
+/// The most memory that a compiler's process may write to, and the part of what its container may have.
 const MEMORY_BYTES_MAX: u64 = 4 << 30;
-/// The most processor time of a compiler's process, over all its threads: a WAF of 16 MiB takes some 10 s.
+const MEMORY_PART: (u64, u64) = (1, 2);
+/// The most threads that compile.
+const THREADS_MAX: usize = 8;
+/// The most processor time of a compiler's process, over all its threads (a WAF of 16 MiB takes half a minute), and the most
+/// time by the clock.
 const SECONDS_MAX: u64 = 600;
+const WALL_MAX: Duration = Duration::from_secs(1800);
 /// The most machine code that is taken from it.
 const CODE_BYTES_MAX: u64 = 1 << 30;
-/// The most of what it says about a module that cannot be compiled.
-const REASON_BYTES_MAX: u64 = 4096;
+/// The most of what it says about a module that cannot be compiled: less than any pipe holds.
+const REASON_BYTES_MAX: usize = 2048;
 
 /// Has a module compiled by another process; the outer error says that there is none.
-fn ask(program: &PathBuf, kind: EngineKind, bytes: &[u8]) -> io::Result<Result<Compiled, PluginError>> {
+fn ask(program: &Path, kind: EngineKind, bytes: &[u8]) -> io::Result<Result<Compiled, PluginError>> {
+    let threads = thread::available_parallelism().map_or(1, |count| count.get().min(THREADS_MAX));
     let mut command = Command::new(program);
     command.arg(ASKED).arg(kind.as_str()).env_clear();
+    command.env("RAYON_NUM_THREADS", threads.to_string()).env("RUST_MIN_STACK", STACK_BYTES.to_string());
     let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    // One that has ended already says why.
-    let _written = process.stdin.take().map(|mut stdin| stdin.write_all(bytes));
-    let (mut greeting, mut code, mut reason) = (Vec::new(), Vec::new(), Vec::new());
-    // It writes one or the other, and of a reason less than a pipe holds.
-    let read = match (process.stdout.take(), process.stderr.take()) {
-        (Some(mut stdout), Some(stderr)) => stdout
-            .by_ref()
-            .take(GREETING.len() as u64)
-            .read_to_end(&mut greeting)
-            .and_then(|_| stdout.take(CODE_BYTES_MAX + 1).read_to_end(&mut code))
-            .and_then(|_| stderr.take(REASON_BYTES_MAX).read_to_end(&mut reason)),
-        _ => Ok(0),
-    };
+    let (mut greeting, mut code, mut said) = (Vec::new(), Vec::new(), Vec::new());
+    let (stdin, stdout, stderr) = (process.stdin.take(), process.stdout.take(), process.stderr.take());
+    let read = thread::scope(|scope| {
+        // Whoever ends badly may have much to say, and waits until it is read.
+        let listener = stderr.map(|mut stderr| {
+            scope.spawn(move || {
+                let mut said = Vec::new();
+                let heard = stderr.by_ref().take(REASON_BYTES_MAX as u64).read_to_end(&mut said);
+                heard.and_then(|_| io::copy(&mut stderr, &mut io::sink())).map(|_| said)
+            })
+        });
+        let read = || {
+            let Some(mut stdout) = stdout else { return Ok(0) };
+            stdout.by_ref().take(GREETING.len() as u64).read_to_end(&mut greeting)?;
+            if greeting == GREETING {
+                // One that has ended already says why.
+                let _written = stdin.map(|mut stdin| stdin.write_all(bytes));
+                stdout.take(CODE_BYTES_MAX + 1).read_to_end(&mut code)?;
+            }
+            io::Result::Ok(code.len())
+        };
+        let read = read();
+        if let Some(Ok(Ok(heard))) = listener.map(thread::ScopedJoinHandle::join) {
+            said = heard;
+        }
+        read
+    });
     let status = process.wait()?;
+    if greeting != GREETING {
+        return Err(io::Error::other(format!("it is no compiler of modules ({status}){}", last_line(&said))));
+    }
     read?;
-    if status.success() && greeting != GREETING {
-        return Err(io::Error::other("it is no compiler of modules"));
-    }
-    let failed = |reason: String| Ok(Err(PluginError::Compile(reason.into())));
-    match status.code() {
-        Some(0) if code.len() as u64 <= CODE_BYTES_MAX => Ok(Ok(Compiled::by_another_process(code))),
-        Some(0) => failed(format!("its machine code has more than {CODE_BYTES_MAX} bytes")),
-        Some(REFUSED) => failed(String::from_utf8_lossy(&reason).trim_end().to_owned()),
-        _ => failed(format!(
-            "the compiler's process ended early ({status}); it may take {} GiB of memory and {SECONDS_MAX} s{}",
-            MEMORY_BYTES_MAX >> 30,
-            last_line(&reason)
-        )),
-    }
+    Ok(match status.code() {
+        _ if code.len() as u64 > CODE_BYTES_MAX => {
+            let reason = format!("its machine code has more than {CODE_BYTES_MAX} bytes");
+            Err(PluginError::Compile(reason.into()))
+        }
+        Some(0) => Ok(Compiled::by_another_process(code)),
+        Some(REFUSED) => {
+            Err(PluginError::Compile(String::from_utf8_lossy(&said).trim_end().to_owned().into()))
+        }
+        _ => Err(PluginError::CompilerEnded { status: status.to_string(), said: last_line(&said) }),
+    })
 }
 
-fn last_line(reason: &[u8]) -> String {
-    let text = String::from_utf8_lossy(reason);
+fn last_line(said: &[u8]) -> String {
+    let text = String::from_utf8_lossy(said);
     text.lines().last().map_or_else(String::new, |line| format!(": {line}"))
 }
 
@@ -184,29 +208,52 @@ pub fn compile_if_asked() -> Option<ExitCode> {
             let error: &dyn std::error::Error = &*error;
             let text = std::iter::successors(Some(error), |error| error.source());
             let text: Vec<String> = text.map(ToString::to_string).collect();
+            let text = text.join(": ");
             // Nobody else is there to be told.
-            let _told = io::stderr().write_all(text.join(": ").as_bytes());
+            let _told =
+                io::stderr().write_all(text.as_bytes().get(..REASON_BYTES_MAX).unwrap_or(text.as_bytes()));
             Some(ExitCode::from(REFUSED as u8))
         }
     }
 }
 
 fn compile_for_parent(kind: EngineKind) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-    // Where these are not allowed, the compiler is as important as all else and may take what it wants.
-    let _polite = setpriority_process(None, NICENESS);
-    for (resource, limit) in
-        [(Resource::Data, MEMORY_BYTES_MAX), (Resource::Cpu, SECONDS_MAX), (Resource::Core, 0)]
-    {
-        let _bounded = setrlimit(resource, Rlimit { current: Some(limit), maximum: Some(limit) });
-    }
+    bind_to_parent();
+    let mut out = io::stdout();
+    out.write_all(GREETING)?;
+    out.flush()?;
     let mut bytes = Vec::new();
     io::stdin().read_to_end(&mut bytes)?;
     let mut config = kind.config();
     config.parallel_compilation(true);
     let compiled = load::compile(&config, &bytes)?;
-    let mut out = io::stdout();
-    out.write_all(GREETING)?;
     out.write_all(compiled.code())?;
     out.flush()?;
     Ok(())
+}
+
+/// Ends with its parent, gives way to it, and is bounded. Where one of these is not allowed, the others are kept.
+fn bind_to_parent() {
+    let _ends = set_parent_process_death_signal(Some(Signal::KILL));
+    let _polite = setpriority_process(None, NICENESS);
+    // If memory is short, it is this process that ends.
+    let _first = std::fs::write("/proc/self/oom_score_adj", "1000");
+    for (resource, limit) in
+        [(Resource::Data, memory_max()), (Resource::Cpu, SECONDS_MAX), (Resource::Core, 0)]
+    {
+        let _bounded = setrlimit(resource, Rlimit { current: Some(limit), maximum: Some(limit) });
+    }
+    let watch = || {
+        thread::sleep(WALL_MAX);
+        std::process::abort();
+    };
+    let _watched = thread::Builder::new().stack_size(64 << 10).spawn(watch);
+}
+
+/// A part of what the container may have, where there is one.
+fn memory_max() -> u64 {
+    let limit = std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok();
+    let limit = limit.and_then(|text| text.trim().parse::<u64>().ok());
+    let (part, whole) = MEMORY_PART;
+    limit.map_or(MEMORY_BYTES_MAX, |limit| (limit / whole * part).min(MEMORY_BYTES_MAX))
 }

@@ -99,7 +99,7 @@ impl Engine {
         let mut linker = Linker::new(&engine);
         host::define(&mut linker).map_err(compile_error)?;
         let ticker = Ticker::start(engine.weak()).map_err(PluginError::Thread)?;
-        let modules = Modules::new(settings.cache.clone(), &engine)?;
+        let modules = Modules::new(settings.cache.clone(), &engine, Arc::default())?;
         let places = Places::new(settings.places.clone());
         let leases = Arc::new(Leases::new(settings.exchange_instances_max, settings.exchange_memory_max));
         let environment = Environment {
@@ -217,7 +217,7 @@ impl Engine {
         if let Some(pool) = &*pool {
             return Ok(Arc::clone(pool));
         }
-        let new = Arc::new(Pool::new(&self.environment)?);
+        let new = Arc::new(Pool::new(&self.environment, self.modules.turn())?);
         Ok(Arc::clone(pool.insert(new)))
     }
 

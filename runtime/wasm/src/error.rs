@@ -15,6 +15,15 @@ pub enum PluginError {
     /// The bytes are not a WebAssembly module, or one that uses features that are switched off.
     #[error("the module does not compile")]
     Compile(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The process that compiled the module ended before it was done: it was killed, or came to its bounds. The next one may
+    /// do better.
+    #[error("the compiler's process ended early ({status}){said}")]
+    CompilerEnded {
+        /// How it ended.
+        status: String,
+        /// The last line that it said, after a colon; or nothing.
+        said: String,
+    },
     /// The module has no marker export of an ABI version that we speak.
     #[error(
         "the module exports none of proxy_abi_version_0_1_0, _0_2_0 and _0_2_1: it is no proxy-wasm plugin"

@@ -80,8 +80,8 @@ impl Version {
 pub(crate) struct Modules {
     cache: Option<Cache>,
     in_use: Mutex<HashMap<String, Weak<Module>>>,
-    /// One module is compiled at a time, so that the others of the machine's work suffer one thread at most.
-    compiling: Mutex<()>,
+    /// One module is compiled at a time, over all engines of the process.
+    turn: Arc<Mutex<()>>,
     shared: AtomicU64,
     disk: AtomicU64,
     compiled: AtomicU64,
@@ -90,12 +90,16 @@ pub(crate) struct Modules {
 }
 
 impl Modules {
-    pub(crate) fn new(cache: Option<CacheSettings>, engine: &wasmtime::Engine) -> Result<Self, CacheError> {
+    pub(crate) fn new(
+        cache: Option<CacheSettings>,
+        engine: &wasmtime::Engine,
+        turn: Arc<Mutex<()>>,
+    ) -> Result<Self, CacheError> {
         let zero = || AtomicU64::new(0);
         Ok(Self {
             cache: cache.map(|settings| Cache::open(settings, engine)).transpose()?,
             in_use: Mutex::default(),
-            compiling: Mutex::new(()),
+            turn,
             shared: zero(),
             disk: zero(),
             compiled: zero(),
@@ -132,6 +136,11 @@ impl Modules {
         }
     }
 
+    /// What whoever compiles holds.
+    pub(crate) fn turn(&self) -> Arc<Mutex<()>> {
+        Arc::clone(&self.turn)
+    }
+
     pub(crate) fn has(&self, digest: &str) -> bool {
         let in_use = || self.in_use.lock().get(digest).is_some_and(|module| module.strong_count() > 0);
         in_use() || self.cache.as_ref().is_some_and(|cache| cache.has(digest))
@@ -143,7 +152,7 @@ impl Modules {
         again: impl FnOnce() -> Option<Loaded>,
         compile: impl FnOnce() -> Result<Loaded, PluginError>,
     ) -> Result<Loaded, PluginError> {
-        let _turn = self.compiling.lock();
+        let _turn = self.turn.lock();
         if let Some(loaded) = again() {
             return Ok(loaded);
         }

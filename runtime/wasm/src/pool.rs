@@ -5,9 +5,11 @@ use crate::compiler::{Compiler, EngineKind};
 use crate::engine::{Environment, compile_error};
 use crate::error::PluginError;
 use crate::host;
+use crate::load::Compiled;
 use crate::loaded::Modules;
 use crate::module::{self, Module};
 use crate::state::State;
+use parking_lot::Mutex;
 use std::fmt::Write;
 use std::sync::Arc;
 use wasmtime::{Enabled, InstanceAllocationStrategy, Linker, PoolingAllocationConfig};
@@ -39,7 +41,7 @@ const CLEARING_MAX: u32 = 256;
 
 impl Pool {
     /// Address space for as many instances as there may be at a time. None of it is memory yet.
-    pub(crate) fn new(environment: &Environment) -> Result<Self, PluginError> {
+    pub(crate) fn new(environment: &Environment, turn: Arc<Mutex<()>>) -> Result<Self, PluginError> {
         let settings = &environment.settings;
         let count = u32::try_from(settings.exchange_instances_max).unwrap_or(u32::MAX);
         let mut pool = PoolingAllocationConfig::default();
@@ -64,22 +66,28 @@ impl Pool {
         environment.ticker.tick_too(engine.weak());
         let mut linker = Linker::new(&engine);
         host::define(&mut linker).map_err(compile_error)?;
-        let modules = Modules::new(settings.cache.clone(), &engine)?;
+        let modules = Modules::new(settings.cache.clone(), &engine, turn)?;
         Ok(Self { compiler: settings.compiler.clone(), engine, linker, modules })
+    }
+
+    fn compile(&self, snapshot: &[u8]) -> Result<Compiled, PluginError> {
+        let turn = self.modules.turn();
+        let _turn = turn.lock();
+        self.compiler.compile(EngineKind::Pooled, snapshot)
     }
 
     /// A snapshot's module, compiled unless it is known. One that no other start comes to is not kept.
     pub(crate) fn load(&self, snapshot: &[u8], host: &HostState) -> Result<Arc<Module>, PluginError> {
         let analyze = |module| module::analyze(module, &self.linker);
         if host.is_unique {
-            let compiled = self.compiler.compile(EngineKind::Pooled, snapshot)?;
+            let compiled = self.compile(snapshot)?;
             return analyze(compiled.load(&self.engine).map_err(compile_error)?).map(Arc::new);
         }
         let digest = digest(snapshot);
         if let Some(found) = self.modules.find(&digest, &self.engine, analyze) {
             return Ok(found.module);
         }
-        let compiled = self.compiler.compile(EngineKind::Pooled, snapshot)?;
+        let compiled = self.compile(snapshot)?;
         let module = self.modules.keep(&digest, compiled, &self.engine)?;
         Ok(self.modules.remember(&digest, analyze(module)?))
     }

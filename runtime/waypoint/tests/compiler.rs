@@ -4,6 +4,7 @@
 
 use cairn_wasm::{Compiler, Engine, EngineSettings, PluginError};
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
@@ -38,7 +39,7 @@ fn the_program_compiles_modules_for_its_parent() {
         assert!(output.status.success(), "{output:?}");
         assert!(output.stdout.starts_with(b"cairn machine code\n\x7fELF"), "{output:?}");
         let refused = asked(kind, b"not wasm");
-        assert_eq!((refused.status.code(), refused.stdout.len()), (Some(3), 0));
+        assert_eq!((refused.status.code(), &*refused.stdout), (Some(3), &b"cairn machine code\n"[..]));
         assert!(String::from_utf8_lossy(&refused.stderr).contains("magic header"), "{refused:?}");
     }
 }
@@ -51,10 +52,33 @@ fn an_engine_takes_what_the_program_compiled_and_says_why_it_did_not() {
 }
 
 #[test]
-fn a_compiler_that_ends_early_costs_the_module_and_one_that_is_none_nothing() {
-    let PluginError::Compile(reason) = compiled_by("/bin/false", EMPTY) else { panic!("it compiled") };
-    assert!(reason.to_string().contains("ended early (exit status: 1)"), "{reason}");
-    for program in ["/bin/true", "/nonexistent/program"] {
+fn however_much_is_to_be_said_of_a_module_it_is_said_in_few_words() {
+    // Two exports of one name that is longer than a pipe.
+    let name = "x".repeat(99_000);
+    let module = wat::parse_str(format!(
+        "(module (func $f) (memory 1) (export \"{name}\" (func $f)) (export \"{name}\" (memory 0)))"
+    ));
+    let PluginError::Compile(reason) = compiled_by(WAYPOINT, &module.unwrap()) else { panic!("it compiled") };
+    let reason = reason.to_string();
+    assert!(reason.len() < 4096 && reason.contains("xxxx"), "{reason}");
+}
+
+#[test]
+fn a_compiler_that_ends_early_may_do_better_the_next_time() {
+    let directory = tempfile::tempdir().unwrap();
+    let program = directory.path().join("killed");
+    let script = "#!/bin/sh\necho 'cairn machine code'\necho 'out of luck' >&2\nkill -9 $$\n";
+    std::fs::write(&program, script).unwrap();
+    std::fs::set_permissions(&program, PermissionsExt::from_mode(0o700)).unwrap();
+    let PluginError::CompilerEnded { status, said } = compiled_by(program, EMPTY) else {
+        panic!("it compiled")
+    };
+    assert!(status.contains("signal: 9") && said == ": out of luck", "{status}{said}");
+}
+
+#[test]
+fn without_a_compiler_the_module_is_compiled_here() {
+    for program in ["/bin/true", "/bin/false", "/nonexistent/program"] {
         assert!(matches!(compiled_by(program, EMPTY), PluginError::UnknownAbi), "{program}: compiled here");
     }
 }

@@ -54,6 +54,7 @@ impl LoadError {
     /// Whether another try may end otherwise: a module that does not compile never does, a registry may mend.
     fn may_pass(&self) -> bool {
         match self {
+            Self::Plugin(PluginError::CompilerEnded { .. }) => true,
             Self::Fetch(FetchError::Source(_)) | Self::Secret(_) | Self::Environment(_) | Self::Plugin(_) => {
                 false
             }
