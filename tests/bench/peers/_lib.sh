@@ -63,9 +63,14 @@ envoy_peer() { # envoy_peer NAME PORT direct|hbone [BULK-PORT]
   [ -z "${4:-}" ] || BULK=(--transport "$3" --target "127.0.0.1:$4" --authority 127.0.0.1:9001)
 }
 
-zt_peer() { # zt_peer TRANSPORT TARGET DESTINATION-IP
-  CMD=(env FAKE_CA=true XDS_ADDRESS= LOCAL_XDS_PATH="$B/ztunnel.yaml" PROXY_MODE=dedicated PROXY_WORKLOAD_INFO=default/local/default
-    UNSTABLE_ENABLE_SOCKS5=true ZTUNNEL_WORKER_THREADS="${ZT_WORKERS:-1}" RUST_LOG="${ZT_LOG:-info}" "${ZT:?set ZT to the path of a ztunnel binary}")
+zt_peer() { # zt_peer TRANSPORT TARGET DESTINATION-IP: an Istio ztunnel that has its certificates from our control plane
+  cairn_mesh
+  local home=$WORK/run/zt
+  mkdir -p "$home/var/run/secrets/tokens"
+  ln -sf "$WORK/cairn/tokens/ztunnel.token" "$home/var/run/secrets/tokens/istio-token"
+  CMD=(env -C "$home" CA_ADDRESS=https://127.0.0.1:15012 CA_ROOT_CA="$WORK/cairn/root.pem" XDS_ADDRESS= LOCAL_XDS_PATH="$B/ztunnel.yaml"
+    PROXY_MODE=dedicated PROXY_WORKLOAD_INFO=default/local/default NODE_NAME=local UNSTABLE_ENABLE_SOCKS5=true
+    ZTUNNEL_WORKER_THREADS="${ZT_WORKERS:-1}" RUST_LOG="${ZT_LOG:-warn}" "${ZT:?set ZT to the path of a ztunnel binary}")
   SHARE=ztunnel READY=127.0.0.1:15080
   LOAD=(--transport "$1" --target "$2" --authority "$3:9000" -H "$JWT")
   BULK=(--transport "$1" --target "$2" --authority "$3:9001")
