@@ -31,7 +31,7 @@ use std::time::Duration;
 const SOON: Duration = Duration::from_secs(60);
 
 /// The pods: name, node, last octet of the address, whether istio-cni has taken it into the mesh.
-const PODS: [(&str, u8, u8, bool); 11] = [
+const PODS: [(&str, u8, u8, bool); 12] = [
     ("client", 1, 21, true),
     ("near", 1, 22, true),
     ("far", 2, 23, true),
@@ -43,6 +43,7 @@ const PODS: [(&str, u8, u8, bool); 11] = [
     ("passing", 2, 29, false),
     ("sandwich", 2, 30, true),
     ("alone", 1, 31, false),
+    ("brief", 2, 32, false),
 ];
 
 /// The ztunnels' own pods: name, node, last octet of the address.

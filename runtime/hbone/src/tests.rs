@@ -868,6 +868,30 @@ async fn tunnels_in_different_names_share_no_connection() {
     }
 }
 
+/// Whoever a connection was proven to lead to, another may only go over it who expects that one too.
+#[tokio::test]
+async fn a_connection_is_not_shared_with_who_expects_somebody_else() {
+    let pair = Pair::new().await;
+    let mut server = Server::echo(&pair.server);
+    let pool = Pool::new(PoolSettings::default());
+    let server_is = &pair.server.identity;
+    expect_echo(&mut pool.connect(&pair.target(server.address), HeaderMap::new()).await.unwrap(), "hello")
+        .await;
+    let expecting = |identities: &[&Identity]| PoolTarget {
+        identities: identities.iter().map(|identity| (*identity).clone()).collect(),
+        ..pair.target(server.address)
+    };
+    let (other, error) =
+        (identity("other"), pool.connect(&expecting(&[&identity("other")]), HeaderMap::new()).await.err());
+    assert!(matches!(error, Some(ConnectError::Tls(_))), "{error:?}");
+    for identities in [[server_is, &other], [&other, server_is]] {
+        let mut stream = pool.connect(&expecting(&identities), HeaderMap::new()).await.unwrap();
+        expect_echo(&mut stream, "hello").await;
+        assert_eq!(stream.peer(), Some(server_is));
+    }
+    assert!(server.accepted_count() >= 2, "those who expect several have a connection of their own");
+}
+
 #[tokio::test]
 async fn what_arrived_is_read_in_any_portions() {
     let pair = Pair::new().await;

@@ -3,8 +3,9 @@
 
 use super::handover::by_socks;
 use super::{SOON, shared};
-use crate::netns::within;
+use crate::netns::{connect_in, exchange, within};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::time::{Duration, Instant};
 
 /// A service that no control plane knows of.
 const SERVICE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 98, 0, 1)), 81);
@@ -53,6 +54,41 @@ fn a_mesh_in_a_file_is_all_that_a_ztunnel_needs_to_know() {
 
     cluster.talk("client", cluster.application("alone")).unwrap().echo("as its policy says").unwrap();
     assert!(cluster.talk("near", cluster.application("alone")).is_err(), "its policy is not kept");
+}
+
+/// `/quitquitquit` ends a ztunnel as SIGTERM does; what is open until the deadline is cut then, and named.
+#[test]
+fn connections_open_at_the_deadline_are_cut_and_named() {
+    let Some(cluster) = shared() else { return };
+    let mesh = MESH.replace("alone", "brief").replace("10.77.1.31", "10.77.2.32").replace("node1", "node2");
+    let environment = [
+        ("PROXY_MODE", "dedicated"),
+        ("PROXY_WORKLOAD_INFO", "shop/brief/brief"),
+        ("XDS_ADDRESS", ""),
+        ("LOCAL_XDS", &*mesh),
+        ("UNSTABLE_ENABLE_SOCKS5", "true"),
+        ("ENABLE_ORIG_SRC", "false"),
+        ("CONNECTION_TERMINATION_DEADLINE", "2s"),
+    ];
+    let mut ztunnel = cluster.start_ztunnel_with(2, "brief", "brief", &environment).unwrap();
+    assert!(within(SOON, || cluster.is_ready_in("brief")), "{}", ztunnel.log());
+    let mut talk = by_socks(&cluster.network.file("brief"), SERVICE).unwrap();
+    talk.echo("before").unwrap();
+    let admin = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 15000);
+    let mut connection = connect_in(&cluster.network.file("brief"), admin).unwrap();
+    let asked = Instant::now();
+    // What is sent along makes it a POST.
+    let answer = exchange(&mut connection, "/quitquitquit", b"x").unwrap();
+    assert_eq!((answer.status, &*answer.body), (200, "shutdown now\n"));
+    assert!(within(SOON, || ztunnel.log().contains("draining")), "{}", ztunnel.log());
+    talk.echo("until the deadline").unwrap();
+    assert!(within(SOON, || talk.is_ended()), "{}", ztunnel.log());
+    assert!(asked.elapsed() >= Duration::from_secs(2), "cut after {:?}", asked.elapsed());
+    let says = |text: &str| ztunnel.log().contains(text);
+    assert!(within(SOON, || says("all_ended=false")), "{}", ztunnel.log());
+    assert!(says("connection closed due to connection drain") && says("10.77.2.23"), "{}", ztunnel.log());
+    ztunnel.terminate();
+    assert!(within(SOON, || ztunnel.has_ended()), "{}", ztunnel.log());
 }
 
 #[test]
