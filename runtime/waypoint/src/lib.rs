@@ -77,6 +77,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let settings = options.resolve()?;
     cairn_process::init_logging(&settings.log, settings.log_format)?;
     settings.compliance.enforce()?;
+    cairn_process::raise_file_limit();
     let workers = Workers::start(settings.workers)?;
     let runtime = cairn_process::control_runtime()?;
     let result = runtime.block_on(serve(settings, workers));
