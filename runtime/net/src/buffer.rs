@@ -2,7 +2,6 @@
 
 use std::cell::RefCell;
 use std::ops::{Deref, DerefMut};
-use std::sync::Once;
 
 /// The size of a [`Buffer`]. Larger ones gain little: 64 KiB are four TLS records, and they stay in the L2 cache.
 pub const BUFFER_BYTES: usize = 64 * 1024;
@@ -26,18 +25,6 @@ impl Buffer {
         let spare = SPARE.with_borrow_mut(Vec::pop);
         Self { bytes: spare.unwrap_or_else(|| vec![0; BUFFER_BYTES].into_boxed_slice()) }
     }
-}
-
-/// What other allocations of up to so many bytes leave is used again instead of being given back to the system.
-const KEPT_BYTES: usize = 1 << 20;
-
-/// Has the allocator keep what is freed from now on, up to 2 MiB for each thread that allocates. Reading a bulk transfer takes
-/// blocks of some hundred KiB: glibc gives such back at once and asks for them again, and in some runs a third of the
-/// transfer's time went there. It learns from the largest block of the system's that it sees freed (mallopt(3),
-/// M_MMAP_THRESHOLD, "dynamic"). Other allocators take no notice.
-pub(crate) fn keep_freed_memory() {
-    static LEARNT: Once = Once::new();
-    LEARNT.call_once(|| drop(std::hint::black_box(Vec::<u8>::with_capacity(KEPT_BYTES))));
 }
 
 impl Drop for Buffer {

@@ -1,7 +1,6 @@
 //! Copying both ways between a client and a server until both are done.
 
 use crate::Buffer;
-use crate::buffer::keep_freed_memory;
 use bytes::{Buf, Bytes};
 use std::future::{Future, poll_fn};
 use std::io;
@@ -234,7 +233,6 @@ impl Direction {
         for _ in 0..READS_PER_POLL {
             ready!(self.poll_write(cx, writer, count))?;
             if let Some(piece) = reader.take_large(cx)? {
-                keep_freed_memory();
                 self.piece = piece;
                 continue;
             }
