@@ -122,9 +122,8 @@ const ASKED: &str = "compile-module";
 /// What a compiler's process says first, so that no other program is taken for one.
 const GREETING: &[u8] = b"cairn machine code\n";
 
-/// The most memory that a compiler's process may write to, and the part of what its container may have.
+/// The most memory that a compiler's process may write to, unless half of what its container may have is less.
 const MEMORY_BYTES_MAX: u64 = 4 << 30;
-const MEMORY_PART: (u64, u64) = (1, 2);
 /// The most threads that compile.
 const THREADS_MAX: usize = 8;
 /// The most processor time of a compiler's process, over all its threads (a WAF of 16 MiB takes half a minute), and the most
@@ -250,10 +249,9 @@ fn bind_to_parent() {
     let _watched = thread::Builder::new().stack_size(64 << 10).spawn(watch);
 }
 
-/// A part of what the container may have, where there is one.
+/// Half of what the container may have, where there is one.
 fn memory_max() -> u64 {
     let limit = std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok();
     let limit = limit.and_then(|text| text.trim().parse::<u64>().ok());
-    let (part, whole) = MEMORY_PART;
-    limit.map_or(MEMORY_BYTES_MAX, |limit| (limit / whole * part).min(MEMORY_BYTES_MAX))
+    limit.map_or(MEMORY_BYTES_MAX, |limit| (limit / 2).min(MEMORY_BYTES_MAX))
 }
